@@ -1,0 +1,211 @@
+"""What the user asked for: one frozen, hashable object, parsed and validated here.
+
+Standard library only, so that command lines can be checked before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_kvcompress.policies.recipes import GRANULARITIES, RECIPES, Recipe, option_specs
+
+DEFAULT_BUDGET = 2048
+DEFAULT_WINDOW = 32
+_CONFIG_KEYS = ("method", "budget", "ratio", "window", "options")
+
+
+class KVCompressConfigError(ValueError):
+    """A KV-compression setting that cannot work; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class KVCompressConfig:
+    """One validated KV-compression setting.
+
+    Attributes:
+        method: name of a recipe in `policies.recipes.RECIPES`.
+        budget: tokens kept per KV head and layer on average, the window included;
+            None when `ratio` is given.
+        ratio: fraction of each prompt's tokens to remove, in [0, 1); None when `budget`
+            is given. 0 removes nothing.
+        window: the last prompt tokens, always kept, whose queries score the others.
+        options: (name, value) pairs of the method's options, defaults filled in, sorted.
+
+    Raises:
+        KVCompressConfigError: if any value is out of range or the parts contradict.
+    """
+
+    method: str
+    budget: int | None = None
+    ratio: float | None = None
+    window: int = DEFAULT_WINDOW
+    options: tuple[tuple[str, Any], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.method not in RECIPES:
+            raise KVCompressConfigError(
+                f"unknown KV-compression method {self.method!r}; known: {', '.join(RECIPES)}"
+            )
+        if self.budget is not None and self.ratio is not None:
+            raise KVCompressConfigError(
+                f"KV-compression budget ({self.budget}) and ratio ({self.ratio}) "
+                "exclude each other; give one"
+            )
+        if self.budget is None and self.ratio is None:
+            object.__setattr__(self, "budget", DEFAULT_BUDGET)
+        if self.budget is not None:
+            object.__setattr__(self, "budget", _as_int("budget", self.budget, minimum=1))
+        if self.ratio is not None:
+            object.__setattr__(self, "ratio", _as_ratio(self.ratio))
+        object.__setattr__(self, "window", _as_int("window", self.window, minimum=1))
+        object.__setattr__(self, "options", _fill_options(self.recipe, dict(self.options)))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The scorer, layer schedule and head allocation that `method` names."""
+        return RECIPES[self.method]
+
+    @property
+    def granularity(self) -> str:
+        """'page' (whole pages are kept or evicted) or 'token' (kept tokens are gathered)."""
+        return self.option("granularity")
+
+    def option(self, name: str) -> Any:
+        """The value of one option of this method; KeyError if it has no such option."""
+        return dict(self.options)[name]
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raise KVCompressConfigError if the budget cannot hold the window and one page.
+
+        Args:
+            block_size: tokens per vLLM block (= per page).
+        """
+        smallest = self.window + block_size
+        if self.budget is not None and self.budget < smallest:
+            raise KVCompressConfigError(
+                f"KV-compression budget {self.budget} is smaller than the window plus one "
+                f"page ({self.window} + {block_size} = {smallest} tokens)"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plain mapping that `from_dict` reads back to an equal object."""
+        out: dict[str, Any] = {"method": self.method, "window": self.window}
+        if self.ratio is not None:
+            out["ratio"] = self.ratio
+        else:
+            out["budget"] = self.budget
+        out["options"] = dict(self.options)
+        return out
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> KVCompressConfig:
+        """Parse the mapping under `additional_config["kv_compress"]`.
+
+        Args:
+            raw: keys method, budget, ratio, window, options; any other key is taken as
+                an option of the method (so options may be flat or nested).
+
+        Raises:
+            KVCompressConfigError: on a missing method, a wrong type or an unknown key.
+        """
+        if not isinstance(raw, Mapping):
+            raise KVCompressConfigError(
+                f"kv_compress must be a mapping, got {type(raw).__name__} {raw!r}"
+            )
+        if raw.get("method") is None:
+            raise KVCompressConfigError(
+                f"kv_compress needs a method; known: {', '.join(RECIPES)}"
+            )
+        if not isinstance(raw["method"], str):
+            raise KVCompressConfigError(f"kv_compress method must be a name, got {raw['method']!r}")
+        options = raw.get("options") or {}
+        if not isinstance(options, Mapping):
+            raise KVCompressConfigError(f"kv_compress options must be a mapping, got {options!r}")
+        flat = {key: value for key, value in raw.items() if key not in _CONFIG_KEYS}
+        for key in flat.keys() & options.keys():
+            if flat[key] != options[key]:
+                raise KVCompressConfigError(
+                    f"kv_compress option {key!r} is given twice: {flat[key]!r} and {options[key]!r}"
+                )
+        window = raw.get("window")
+        return cls(
+            method=raw["method"],
+            budget=raw.get("budget"),
+            ratio=raw.get("ratio"),
+            window=DEFAULT_WINDOW if window is None else window,
+            options=tuple(sorted({**options, **flat}.items())),
+        )
+
+
+def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Join two partial kv_compress mappings (flags and --additional-config).
+
+    Raises:
+        KVCompressConfigError: if both name a key with different values.
+    """
+    merged = dict(first)
+    for key, value in second.items():
+        if key == "options" and isinstance(merged.get(key), Mapping):
+            merged[key] = merge_settings(merged[key], value)
+        elif key in merged and merged[key] != value:
+            raise KVCompressConfigError(
+                f"KV-compression {key} is given twice: {merged[key]!r} and {value!r}"
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse_options_json(text: str) -> dict[str, Any]:
+    """The mapping in a --kv-compress-options argument.
+
+    Raises:
+        KVCompressConfigError: if `text` is not a JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise KVCompressConfigError(
+            f"KV-compression options are not valid JSON ({error.msg} at character "
+            f"{error.pos}): {text}"
+        ) from None
+    if not isinstance(value, dict):
+        raise KVCompressConfigError(f"KV-compression options must be a JSON object, got {text}")
+    return value
+
+
+def _as_int(name: str, value: Any, minimum: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise KVCompressConfigError(
+            f"KV-compression {name} must be a whole number >= {minimum}, got {value!r}"
+        )
+    return value
+
+
+def _as_ratio(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise KVCompressConfigError(
+            f"KV-compression ratio must be in [0, 1) (fraction removed), got {value!r}"
+        )
+    return float(value)
+
+
+def _fill_options(recipe: Recipe, given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    specs = option_specs(recipe)
+    unknown = sorted(set(given) - set(specs))
+    if unknown:
+        raise KVCompressConfigError(
+            f"unknown option {', '.join(map(repr, unknown))} for KV-compression method "
+            f"{recipe.name!r}; it takes: {', '.join(sorted(specs))}"
+        )
+    values = {name: spec.default for name, spec in specs.items()}
+    for name, value in given.items():
+        problem = specs[name].problem(value)
+        if problem:
+            raise KVCompressConfigError(f"KV-compression option {name!r} {problem}, got {value!r}")
+        values[name] = value
+    assert values["granularity"] in GRANULARITIES
+    return tuple(sorted(values.items()))

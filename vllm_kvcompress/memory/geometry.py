@@ -1,0 +1,146 @@
+"""Block-table geometry of a request: a pure function of its prompt length and the config.
+
+A request's block-table row is, in order::
+
+    [full prompt blocks] [region blocks] [tail blocks]
+     0 .. boundary_block   num_region_blocks
+
+Before compaction the region is absent and the row is exactly stock vLLM's. The step that
+computes the last prompt token also gets the region blocks; it copies what is kept there and
+the prompt blocks before `first_kept_block` go back to the pool once that step has settled.
+Scheduler and worker derive every number below separately and never talk about it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from vllm_kvcompress.config import KVCompressConfig
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b` rounded up, for `b` > 0."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class RequestGeometry:
+    """Geometry of one request.
+
+    Attributes:
+        prompt_len: tokens in the prompt.
+        block_size: tokens per block (= per page).
+        first_kept_block: blocks before this one are compressed (0 when nothing is);
+            from it on every prompt token stays dense. Equals the number of candidate
+            pages per KV head.
+        num_region_blocks: blocks of the compressed region; 0 = this request stays dense.
+    """
+
+    prompt_len: int
+    block_size: int
+    first_kept_block: int
+    num_region_blocks: int
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether prefill of this request ends with a compaction."""
+        return self.num_region_blocks > 0
+
+    @property
+    def boundary_block(self) -> int:
+        """Row index of the first region block: the prompt's full blocks come before it."""
+        return self.prompt_len // self.block_size
+
+    @property
+    def num_candidate_tokens(self) -> int:
+        """Prompt tokens per KV head that compete for the region."""
+        return self.first_kept_block * self.block_size
+
+    @property
+    def num_dense_prompt_tokens(self) -> int:
+        """Prompt tokens kept in ordinary blocks: the window, rounded out to a block."""
+        return self.prompt_len - self.num_candidate_tokens
+
+    @property
+    def num_kept_tokens(self) -> int:
+        """Prompt tokens kept per KV head and layer on average."""
+        return self.num_region_blocks * self.block_size + self.num_dense_prompt_tokens
+
+    @property
+    def num_returned_blocks(self) -> int:
+        """Prompt blocks given back after compaction, less the blocks of the region."""
+        return self.first_kept_block - self.num_region_blocks
+
+    def num_row_blocks(self, num_tokens: int) -> int:
+        """Length of the block-table row that gives `num_tokens` tokens a slot."""
+        blocks = cdiv(num_tokens, self.block_size)
+        if self.is_compressed and self._reaches_tail(num_tokens):
+            blocks += self.num_region_blocks
+        return blocks
+
+    def row_index(self, position: int) -> int:
+        """Index into the block-table row of the block that holds token `position`."""
+        block = position // self.block_size
+        return block + self.num_region_blocks if block >= self.boundary_block else block
+
+    @property
+    def peak_blocks(self) -> int:
+        """Most non-null blocks held at once up to the end of prefill."""
+        return self.num_row_blocks(self.prompt_len)
+
+    def _reaches_tail(self, num_tokens: int) -> bool:
+        # The row grows strictly in order, so the region must be there before the first
+        # tail block is, and at the latest in the step that computes the last prompt token.
+        return num_tokens >= min(self.prompt_len, self.boundary_block * self.block_size + 1)
+
+
+class Geometry:
+    """Geometry of every request under one config and block size.
+
+    Args:
+        config: validated setting.
+        block_size: tokens per block.
+
+    Raises:
+        KVCompressConfigError: if the budget cannot hold the window and one page.
+    """
+
+    def __init__(self, config: KVCompressConfig, block_size: int) -> None:
+        config.check_block_size(block_size)
+        self.config = config
+        self.block_size = block_size
+        self.of = functools.lru_cache(maxsize=4096)(self._of)
+
+    def _of(self, prompt_len: int) -> RequestGeometry:
+        dense = RequestGeometry(prompt_len, self.block_size, 0, 0)
+        window = self.config.window
+        if prompt_len <= window:
+            return dense
+        kept_tokens = self.kept_tokens_asked(prompt_len)
+        if kept_tokens >= prompt_len:
+            return dense
+        first_kept_block = (prompt_len - window) // self.block_size
+        tail_tokens = prompt_len - first_kept_block * self.block_size
+        # Rounded down, so a request never holds more than asked, except that every head
+        # keeps at least one page.
+        num_region_blocks = max(1, (kept_tokens - tail_tokens) // self.block_size)
+        if num_region_blocks >= first_kept_block:
+            return dense
+        return RequestGeometry(prompt_len, self.block_size, first_kept_block, num_region_blocks)
+
+    def kept_tokens_asked(self, prompt_len: int) -> int:
+        """Tokens per KV head and layer, window included, that the config asks to keep."""
+        if self.config.ratio is not None:
+            return prompt_len - int(self.config.ratio * prompt_len)
+        assert self.config.budget is not None
+        return self.config.budget
+
+    def max_region_blocks(self, max_model_len: int) -> int:
+        """Most region blocks that any prompt of at most `max_model_len` tokens takes."""
+        first = max(1, max_model_len - 2 * self.block_size - self.config.window)
+        return max(self._of(n).num_region_blocks for n in range(first, max_model_len + 1))
+
+    def max_request_blocks(self, max_model_len: int) -> int:
+        """Most blocks that one request of at most `max_model_len` tokens holds at once."""
+        return cdiv(max_model_len, self.block_size) + self.max_region_blocks(max_model_len)

@@ -1,0 +1,35 @@
+"""The front door to every computation: checks arguments, then runs the chosen backend.
+
+Backends: 'torch' (vectorised, any device; the default) and 'reference' (float64 loops, slow
+and obvious, the judge of the others).
+"""
+
+from vllm_kvcompress.ops.paged import (
+    PageOrder,
+    copy_pages,
+    pack_pages,
+    ragged_page_table,
+    region_page_ids,
+    unpack_pages,
+)
+from vllm_kvcompress.ops.scoring import (
+    joint_top_counts,
+    page_scores,
+    pool_scores,
+    select_top,
+    window_attention,
+)
+
+__all__ = [
+    "PageOrder",
+    "copy_pages",
+    "joint_top_counts",
+    "pack_pages",
+    "page_scores",
+    "pool_scores",
+    "ragged_page_table",
+    "region_page_ids",
+    "select_top",
+    "unpack_pages",
+    "window_attention",
+]

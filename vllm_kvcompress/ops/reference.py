@@ -1,0 +1,92 @@
+"""Plain references of the ops: loops in float64, no cleverness, the judge of every backend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def window_attention(
+    query: torch.Tensor, key: torch.Tensor, scale: float, logits_soft_cap: float
+) -> torch.Tensor:
+    """See `ops.window_attention`."""
+    num_heads, group, window, _ = query.shape
+    num_keys = key.shape[1]
+    out = torch.zeros(num_heads, group, window, num_keys, dtype=torch.float64)
+    for h in range(num_heads):
+        for g in range(group):
+            for w in range(window):
+                visible = num_keys - window + w + 1
+                logits = key[h, :visible].double() @ query[h, g, w].double() * scale
+                if logits_soft_cap > 0:
+                    logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+                out[h, g, w, :visible] = logits.softmax(dim=0)
+    return out.float()
+
+
+def pool_scores(scores: torch.Tensor, kernel: int, kind: str) -> torch.Tensor:
+    """See `ops.pool_scores`."""
+    num_entries = scores.shape[-1]
+    out = torch.empty(scores.shape, dtype=torch.float64)
+    for i in range(num_entries):
+        near = scores[..., max(0, i - kernel // 2) : i + kernel // 2 + 1].double()
+        out[..., i] = near.amax(dim=-1) if kind == "max" else near.sum(dim=-1) / kernel
+    return out.float()
+
+
+def page_scores(scores: torch.Tensor, page_size: int) -> torch.Tensor:
+    """See `ops.page_scores`."""
+    pages = [
+        scores[..., start : start + page_size].amax(dim=-1)
+        for start in range(0, scores.shape[-1], page_size)
+    ]
+    return torch.stack(pages, dim=-1) if pages else scores
+
+
+def joint_top_counts(scores: torch.Tensor, total: int, guaranteed: int) -> torch.Tensor:
+    """See `ops.joint_top_counts`."""
+    num_rows, _ = scores.shape
+    counts = [guaranteed] * num_rows
+    contenders = []
+    for row in range(num_rows):
+        ranked = sorted(scores[row].tolist(), reverse=True)
+        contenders += [(-score, row, rank) for rank, score in enumerate(ranked[guaranteed:])]
+    for _, row, _ in sorted(contenders)[: total - num_rows * guaranteed]:
+        counts[row] += 1
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+def select_top(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """See `ops.select_top`."""
+    chosen: list[int] = []
+    for row, count in zip(scores.tolist(), counts.tolist(), strict=True):
+        ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))
+        chosen += sorted(ranked[:count])
+    return torch.tensor(chosen, dtype=torch.int64)
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    scale: float,
+) -> torch.Tensor:
+    """Decode attention where every KV head has its own number of tokens.
+
+    Args:
+        query: [H, g, d], one token.
+        keys, values: per KV head [n_h, d], n_h >= 1.
+        scale: factor on the products.
+
+    Returns:
+        [H, g, d] float64.
+    """
+    out = torch.zeros(query.shape, dtype=torch.float64)
+    for h in range(query.shape[0]):
+        for g in range(query.shape[1]):
+            logits = keys[h].double() @ query[h, g].double() * scale
+            weights = (logits - logits.max()).exp()
+            total = math.fsum(weights.tolist())
+            out[h, g] = (weights[:, None] * values[h].double()).sum(dim=0) / total
+    return out

@@ -1,0 +1,179 @@
+"""Scoring and selection. None of these ops writes to its arguments; all are deterministic."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from vllm_kvcompress.ops import reference
+
+_BACKENDS = ("torch", "reference")
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_reference(backend: str) -> bool:
+    _check(backend in _BACKENDS, f"unknown ops backend {backend!r}; known: {', '.join(_BACKENDS)}")
+    return backend == "reference"
+
+
+def window_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    backend: str = "torch",
+) -> torch.Tensor:
+    """Attention weights of a prompt's last queries over all its keys (SnapKV's window).
+
+    Args:
+        query: [H, g, w, d] queries of the last w of n tokens, any float dtype.
+        key: [H, n, d], n >= w.
+        scale: factor on the products.
+        logits_soft_cap: squash logits into (-cap, cap) by tanh; 0 = not.
+        backend: 'torch' or 'reference'.
+
+    Returns:
+        [H, g, w, n] float32; each row sums to 1; causal inside the window. No host sync.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+    """
+    _check(
+        query.dim() == 4 and key.dim() == 3 and query.shape[0] == key.shape[0],
+        f"want query [H, g, w, d] and key [H, n, d], got {tuple(query.shape)}, {tuple(key.shape)}",
+    )
+    _check(
+        query.shape[3] == key.shape[2] and query.shape[2] <= key.shape[1],
+        f"window {query.shape[2]} of head size {query.shape[3]} does not fit "
+        f"{key.shape[1]} keys of head size {key.shape[2]}",
+    )
+    if _is_reference(backend):
+        return reference.window_attention(query, key, scale, logits_soft_cap)
+    num_heads, group, window, head_size = query.shape
+    num_keys = key.shape[1]
+    rows = query.float().reshape(num_heads, group * window, head_size)
+    logits = torch.bmm(rows, key.float().transpose(1, 2)) * scale
+    if logits_soft_cap > 0:
+        logits = torch.tanh(logits / logits_soft_cap) * logits_soft_cap
+    logits = logits.view(num_heads, group, window, num_keys)
+    future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
+    logits[..., num_keys - window :].masked_fill_(future, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def pool_scores(
+    scores: torch.Tensor, kernel: int, kind: str, backend: str = "torch"
+) -> torch.Tensor:
+    """Pool along the last axis, stride 1, same length.
+
+    Args:
+        scores: [..., n] float32.
+        kernel: odd width; 1 returns the scores unchanged.
+        kind: 'max', or 'avg' (positions outside count as 0, as in the SnapKV code).
+        backend: 'torch' or 'reference'.
+
+    Returns:
+        Like `scores`.
+
+    Raises:
+        ValueError: on an even kernel or an unknown kind.
+    """
+    _check(kernel >= 1 and kernel % 2 == 1, f"pool kernel must be odd and positive, got {kernel}")
+    _check(kind in ("max", "avg"), f"pool kind must be 'max' or 'avg', got {kind!r}")
+    if _is_reference(backend):
+        return reference.pool_scores(scores, kernel, kind)
+    if kernel == 1 or scores.shape[-1] == 0:
+        return scores
+    flat = scores.reshape(-1, 1, scores.shape[-1])
+    pool = F.max_pool1d if kind == "max" else F.avg_pool1d
+    return pool(flat, kernel, stride=1, padding=kernel // 2).view(scores.shape)
+
+
+def page_scores(scores: torch.Tensor, page_size: int, backend: str = "torch") -> torch.Tensor:
+    """Score of a page: that of its best token.
+
+    Args:
+        scores: [..., n] float32, n a multiple of page_size.
+        page_size: tokens per page.
+        backend: 'torch' or 'reference'.
+
+    Returns:
+        [..., n / page_size] float32.
+
+    Raises:
+        ValueError: if n is not a multiple of page_size.
+    """
+    num_tokens = scores.shape[-1]
+    _check(
+        num_tokens % page_size == 0,
+        f"{num_tokens} scores are not whole pages of {page_size} tokens",
+    )
+    if _is_reference(backend):
+        return reference.page_scores(scores, page_size)
+    return scores.unflatten(-1, (num_tokens // page_size, page_size)).amax(dim=-1)
+
+
+def joint_top_counts(
+    scores: torch.Tensor, total: int, guaranteed: int, backend: str = "torch"
+) -> torch.Tensor:
+    """How many entries each row gets when rows compete for `total` entries (Ada-KV).
+
+    Args:
+        scores: [R, n] float32.
+        total: entries to give out over all rows, <= R * n.
+        guaranteed: best entries of each row that count in any case, R * guaranteed <= total.
+        backend: 'torch' or 'reference'.
+
+    Returns:
+        [R] int64 summing to total. Equal scores: the lower row, then the lower index, first.
+
+    Raises:
+        ValueError: if the numbers do not fit.
+    """
+    num_rows, num_entries = scores.shape
+    _check(
+        0 <= guaranteed <= num_entries and num_rows * guaranteed <= total <= scores.numel(),
+        f"cannot give {total} of {num_rows} x {num_entries} entries, {guaranteed} sure per row",
+    )
+    if _is_reference(backend):
+        return reference.joint_top_counts(scores, total, guaranteed)
+    by_rank = scores.sort(dim=1, descending=True, stable=True).values
+    rest = by_rank[:, guaranteed:].flatten()
+    winners = rest.sort(descending=True, stable=True).indices[: total - num_rows * guaranteed]
+    if num_entries == guaranteed:
+        return torch.full((num_rows,), guaranteed, dtype=torch.int64, device=scores.device)
+    rows = torch.div(winners, num_entries - guaranteed, rounding_mode="floor")
+    return torch.bincount(rows, minlength=num_rows) + guaranteed
+
+
+def select_top(scores: torch.Tensor, counts: torch.Tensor, backend: str = "torch") -> torch.Tensor:
+    """The best entries of each row, a different number per row.
+
+    Args:
+        scores: [R, n] float32.
+        counts: [R] int64, entries to take, each in [0, n].
+        backend: 'torch' or 'reference'.
+
+    Returns:
+        [sum(counts)] int64: each row's chosen indices ascending, rows one after another.
+        Equal scores: the lower index first. Syncs with the host (the size depends on data).
+
+    Raises:
+        ValueError: if the counts do not fit the scores.
+    """
+    num_rows, num_entries = scores.shape
+    _check(
+        counts.shape == (num_rows,) and bool(((counts >= 0) & (counts <= num_entries)).all()),
+        f"want {num_rows} counts in [0, {num_entries}], got {counts.tolist()}",
+    )
+    if _is_reference(backend):
+        return reference.select_top(scores, counts)
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    ranks = torch.arange(num_entries, device=scores.device).expand(num_rows, -1)
+    keep_mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    keep_mask.scatter_(1, order, ranks < counts.to(scores.device)[:, None])
+    return keep_mask.nonzero()[:, 1]

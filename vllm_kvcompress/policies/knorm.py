@@ -1,0 +1,20 @@
+"""Knorm: keep the keys of small L2 norm."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_kvcompress.policies.base import ScoreInputs, Scorer
+
+
+class KNorm(Scorer):
+    """Minus the L2 norm of the key.
+
+    Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+    arXiv 2406.11430, section 3. The authors leave layers 0 and 1 alone; here every layer is
+    compressed, as in kvpress, because budgets are exact per layer.
+    """
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        """[H, num_candidates] negated key norms in float32."""
+        return -inputs.key[:, : inputs.num_candidates].float().norm(dim=-1)

@@ -1,0 +1,27 @@
+"""Random scores: the control that every method has to beat."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_kvcompress.policies.base import ScoreInputs, Scorer
+
+
+class Random(Scorer):
+    """Uniform scores, the same for the same seed, layer and shape.
+
+    A request that is preempted and computed again therefore keeps the same tokens.
+
+    Args:
+        seed: seed of the generator, mixed with the layer.
+    """
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def score(self, inputs: ScoreInputs) -> torch.Tensor:
+        """[H, num_candidates] in [0, 1), drawn on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + inputs.layer)
+        num_heads = inputs.key.shape[0]
+        scores = torch.rand(num_heads, inputs.num_candidates, generator=generator)
+        return scores.to(inputs.key.device)

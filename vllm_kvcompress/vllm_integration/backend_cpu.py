@@ -1,0 +1,313 @@
+"""vLLM's CPU attention with compressed rows: stock kernels on per-head pages.
+
+Rows that are not compressed run the stock backend on the stock block table. A compressed row
+becomes one sequence per KV head, each with its own page table and length, for the same kernel:
+the pool is one buffer [block, layer, head, token, K|V], so that a page of one head looks like
+a block of a model with a single KV head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from vllm import _custom_ops as vllm_ops
+from vllm import envs
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_kvcompress.vllm_integration.batch import RequestState, StepRows
+from vllm_kvcompress.vllm_integration.engine import WorkerEngine
+
+
+class KVCompressCPUBackend(CPUAttentionBackend):
+    """The CPU backend on a block-outermost pool, with compressed rows."""
+
+    # The store needs our slot mapping, which the metadata carries, so forward() does it.
+    forward_includes_kv_cache_update = True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Each (block, layer, head) must be one contiguous page."""
+        return (KVCacheLayout.BLHNC,)
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        """The impl that runs both kinds of rows."""
+        return KVCompressCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        """The builder that tells rows apart."""
+        return KVCompressCPUMetadataBuilder
+
+
+@dataclass
+class CompressedRows:
+    """Decode rows over regions, as R * H single-KV-head sequences per layer.
+
+    Attributes:
+        page_tables: [L, R * H, width] int32 page ids.
+        seq_lens: [L, R * H] int32 tokens of each stream.
+        query_start_loc: [R * H + 1] int32.
+        query_index: [sum of q_len * H] int64 into queries seen as [T * H, g, d], or None when
+            that is the identity.
+        scheduler_metadata: per layer, for the kernel.
+    """
+
+    page_tables: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    query_index: torch.Tensor | None
+    scheduler_metadata: list[torch.Tensor]
+
+
+@dataclass
+class KVCompressCPUMetadata:
+    """What every layer of one step shares.
+
+    Attributes:
+        slot_mapping: [T] int64 cache slot of every token.
+        dense: stock metadata of the dense rows; None if there are none.
+        dense_tokens: [t] int64 tokens of the dense rows, or None when they are all tokens.
+        compressed: the other rows; None if there are none.
+        rows: how rows were told apart, for prefill rows.
+        engine: the worker's state; None before the cache is bound (profiling).
+    """
+
+    slot_mapping: torch.Tensor
+    dense: CPUAttentionMetadata | None
+    dense_tokens: torch.Tensor | None = None
+    compressed: CompressedRows | None = None
+    rows: StepRows | None = None
+    engine: WorkerEngine | None = field(default=None, repr=False)
+
+
+class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds `KVCompressCPUMetadata`; the worker binds it to the runner's batch."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.engine: WorkerEngine | None = None
+        self._table_key: list[int] = []
+        self._page_tables = torch.empty(0)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> KVCompressCPUMetadata:
+        """Tell the step's rows apart and prepare both kernels' inputs."""
+        common = common_attn_metadata
+        if self.engine is None:
+            dense = super().build(common_prefix_len, common, fast_build)
+            return KVCompressCPUMetadata(common.slot_mapping, dense)
+        rows = self.engine.classify(common)
+        metadata = KVCompressCPUMetadata(
+            rows.slot_mapping, None, rows=rows, engine=self.engine
+        )
+        if rows.compressed_rows:
+            metadata.compressed = self._build_compressed(common, rows)
+        if rows.dense_rows:
+            if rows.compressed_rows:
+                metadata.dense_tokens, common = _only_rows(common, rows.dense_rows, rows)
+            else:
+                common = replace(common, block_table_tensor=rows.block_table)
+            metadata.dense = super().build(common_prefix_len, common, fast_build)
+        return metadata
+
+    def _build_compressed(self, common: Any, rows: StepRows) -> CompressedRows:
+        engine = self.engine
+        assert engine is not None
+        shape = engine.shape
+        num_heads = shape.num_kv_heads
+        starts = common.query_start_loc_cpu
+        seq_lens = common.seq_lens
+        tables, key = [], []
+        lens = torch.empty(shape.num_layers, len(rows.compressed_rows), num_heads, dtype=torch.int32)
+        for i, (row, state) in enumerate(
+            zip(rows.compressed_rows, rows.compressed_states, strict=True)
+        ):
+            assert state.selection is not None
+            geometry = state.prompt.geometry
+            tail_len = int(seq_lens[row]) - geometry.num_candidate_tokens
+            table = state.page_table(
+                common.block_table_tensor[row].numpy(), -(-tail_len // shape.block_size)
+            )
+            tables.append(table)
+            key.append(id(table))
+            lens[:, i] = state.selection.num_pages * shape.block_size + tail_len
+        if key != self._table_key:
+            self._page_tables = _stack_tables(tables, shape.num_layers, num_heads)
+            # Kept alive, or an id could be used again by another table.
+            self._tables_alive: list[torch.Tensor] = tables
+            self._table_key = key
+        row_starts = torch.tensor([int(starts[row]) for row in rows.compressed_rows])
+        row_lens = torch.tensor(
+            [int(starts[row + 1] - starts[row]) for row in rows.compressed_rows]
+        )
+        per_head_lens = row_lens.repeat_interleave(num_heads)
+        query_start_loc = torch.zeros(len(per_head_lens) + 1, dtype=torch.int32)
+        query_start_loc[1:] = per_head_lens.cumsum(0)
+        query_index = None
+        if rows.dense_rows or int(row_lens.max()) > 1:
+            query_index = _query_index(row_starts, row_lens, num_heads)
+        lens = lens.reshape(shape.num_layers, -1)
+        scheduler: list[torch.Tensor] = []
+        for layer in range(shape.num_layers):
+            if layer > 0 and torch.equal(lens[layer], lens[layer - 1]):
+                scheduler.append(scheduler[-1])
+                continue
+            scheduler.append(
+                vllm_ops.cpu_attn_get_scheduler_metadata(
+                    num_reqs=len(per_head_lens),
+                    num_heads=shape.num_queries_per_kv,
+                    num_kv_heads=1,
+                    head_dim=shape.head_size,
+                    seq_lens=lens[layer],
+                    dtype=self.dtype,
+                    query_start_loc=query_start_loc,
+                    causal=True,
+                    sliding_window_size=-1,
+                    isa=self.isa,
+                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                    kv_cache_dtype=self.kv_cache_dtype,
+                )
+            )
+        return CompressedRows(self._page_tables, lens, query_start_loc, query_index, scheduler)
+
+
+class KVCompressCPUImpl(CPUAttentionBackendImpl):
+    """Stores, attends dense rows the stock way and compressed rows per head, then compacts."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: KVCompressCPUMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the stock impl; `kv_cache` is one layer's strided view of the pool."""
+        metadata = attn_metadata
+        if metadata is None:
+            return output
+        self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
+        if metadata.dense is not None:
+            if metadata.dense_tokens is None:
+                super().forward(layer, query, key, value, kv_cache, metadata.dense, output)
+            else:
+                tokens = metadata.dense_tokens
+                part = torch.empty_like(output[: len(tokens)])
+                super().forward(
+                    layer, query[tokens], key, value, kv_cache, metadata.dense, part
+                )
+                output[tokens] = part
+        engine = metadata.engine
+        if engine is None:
+            return output
+        assert metadata.rows is not None
+        layer_index = engine.layer_index[layer.layer_name]
+        if metadata.compressed is not None:
+            self._attend_compressed(layer, query, metadata.compressed, output, engine, layer_index)
+        for row in metadata.rows.prefill_rows:
+            engine.collect(
+                row, layer_index, query[row.token_start : row.token_end], self.logits_soft_cap
+            )
+        return output
+
+    def _attend_compressed(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        rows: CompressedRows,
+        output: torch.Tensor,
+        engine: WorkerEngine,
+        layer_index: int,
+    ) -> None:
+        shape = engine.shape
+        num_tokens = int(rows.query_start_loc[-1]) // shape.num_kv_heads
+        group, head_size = shape.num_queries_per_kv, shape.head_size
+        streams = query.reshape(-1, group, head_size)
+        result = output.view(-1, group, head_size)
+        if rows.query_index is not None:
+            streams = streams[rows.query_index]
+            part = torch.empty_like(streams)
+        else:
+            streams = streams[: num_tokens * shape.num_kv_heads]
+            part = result[: num_tokens * shape.num_kv_heads]
+        key_cache, value_cache = engine.kernel_pages
+        vllm_ops.cpu_attention_with_kv_cache(
+            query=streams,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=part,
+            query_start_loc=rows.query_start_loc,
+            seq_lens=rows.seq_lens[layer_index],
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=rows.page_tables[layer_index],
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=rows.scheduler_metadata[layer_index],
+            s_aux=None,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        if rows.query_index is not None:
+            result[rows.query_index] = part
+
+
+def _only_rows(common: Any, wanted: list[int], rows: StepRows) -> tuple[torch.Tensor, Any]:
+    """The tokens of some rows, and the common metadata as if only they were there."""
+    starts = common.query_start_loc_cpu
+    index = torch.tensor(wanted)
+    lens = starts[index + 1] - starts[index]
+    tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in wanted])
+    query_start_loc = torch.zeros(len(wanted) + 1, dtype=torch.int32)
+    query_start_loc[1:] = lens.cumsum(0)
+    seq_lens = common.seq_lens[index]
+    return tokens, replace(
+        common,
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=seq_lens,
+        num_reqs=len(wanted),
+        num_actual_tokens=len(tokens),
+        max_query_len=int(lens.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=rows.block_table[index],
+        slot_mapping=rows.slot_mapping[tokens],
+    )
+
+
+def _query_index(row_starts: torch.Tensor, row_lens: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Order of (token, head) entries as one run of tokens per (row, head)."""
+    parts = []
+    heads = torch.arange(num_heads)[:, None]
+    for start, length in zip(row_starts.tolist(), row_lens.tolist(), strict=True):
+        tokens = torch.arange(start, start + length)[None, :]
+        parts.append((tokens * num_heads + heads).flatten())
+    return torch.cat(parts)
+
+
+def _stack_tables(tables: list[torch.Tensor], num_layers: int, num_heads: int) -> torch.Tensor:
+    """Join per-request tables [L * H, width_r] into [L, R * H, widest]."""
+    width = max(table.shape[1] for table in tables)
+    out = torch.zeros(num_layers, len(tables), num_heads, width, dtype=torch.int32)
+    for i, table in enumerate(tables):
+        out[:, i, :, : table.shape[1]] = table.view(num_layers, num_heads, -1)
+    return out.view(num_layers, len(tables) * num_heads, width)
+
+
+__all__ = ["KVCompressCPUBackend", "RequestState"]

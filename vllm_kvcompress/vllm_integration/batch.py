@@ -1,0 +1,237 @@
+"""Worker side: what a step's rows are to us, and the state of requests between steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from vllm_kvcompress import ops
+from vllm_kvcompress.compaction import PromptCompaction
+from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.policies.selection import Selection
+
+
+@dataclass
+class RequestState:
+    """One compressed (or to be compressed) request on this worker.
+
+    Attributes:
+        prompt: what is collected until compaction.
+        selection: what was kept; None before compaction.
+    """
+
+    prompt: PromptCompaction
+    selection: Selection | None = None
+    _table: torch.Tensor | None = None
+    _table_key: tuple[int, ...] = ()
+
+    def page_table(self, row: np.ndarray, num_tail_blocks: int) -> torch.Tensor:
+        """[L * H, width] int32 page table over the region and `num_tail_blocks` tail blocks.
+
+        Args:
+            row: the request's block-table row.
+            num_tail_blocks: blocks from `first_kept_block` on, in token order.
+        """
+        assert self.selection is not None
+        geometry = self.prompt.geometry
+        start, boundary = geometry.first_kept_block, geometry.boundary_block
+        region_end = boundary + geometry.num_region_blocks
+        region = row[boundary:region_end]
+        num_generated = num_tail_blocks - (boundary - start)
+        tail = np.concatenate([row[start:boundary], row[region_end : region_end + num_generated]])
+        # The block ids are part of the key: a preempted request comes back with others.
+        key = (*region.tolist(), *tail.tolist())
+        if self._table is None or key != self._table_key:
+            offsets = self.selection.page_offsets
+            pages_per_block = offsets.numel() - 1
+            longest = int(self.selection.num_pages.max()) + num_tail_blocks
+            self._table = ops.ragged_page_table(
+                ops.region_page_ids(torch.from_numpy(region), pages_per_block),
+                offsets,
+                torch.from_numpy(tail),
+                longest,
+            )
+            self._table_key = key
+        return self._table
+
+
+class RequestStates:
+    """The worker's requests, by request id."""
+
+    def __init__(self, geometry: Geometry, num_layers: int) -> None:
+        self.geometry = geometry
+        self.num_layers = num_layers
+        self._states: dict[str, RequestState] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def get_or_create(self, request_id: str, prompt_len: int) -> RequestState:
+        """The state of a request, new if it is unknown or its prompt length has changed."""
+        state = self._states.get(request_id)
+        geometry = self.geometry.of(prompt_len)
+        if state is None or state.prompt.geometry != geometry:
+            state = RequestState(PromptCompaction(geometry, self.num_layers))
+            self._states[request_id] = state
+        return state
+
+    def forget(self, request_id: str) -> None:
+        """Drop a finished or preempted request; unknown ids are fine."""
+        self._states.pop(request_id, None)
+
+
+@dataclass(frozen=True)
+class PrefillRow:
+    """A row of this step whose tokens reach its prompt's window.
+
+    Attributes:
+        request_id: vLLM's internal id.
+        state: of the request; its prompt collects queries and scores.
+        token_start, token_end: its window tokens in the step's flat token order.
+        first_window_token: index inside the window of the token at `token_start`.
+        finishes: whether the last prompt token is among them.
+        prompt_blocks: [ceil(n / block_size)] int64, only read when it finishes.
+        region_blocks: [num_region_blocks] int64, likewise.
+    """
+
+    request_id: str
+    state: RequestState
+    token_start: int
+    token_end: int
+    first_window_token: int
+    finishes: bool
+    prompt_blocks: torch.Tensor
+    region_blocks: torch.Tensor
+
+
+@dataclass
+class StepRows:
+    """How each row of a step is to be attended.
+
+    Attributes:
+        block_table: [R, width] int32; rows that own a region have it cut out, so that
+            position p is at block p // block_size again.
+        slot_mapping: [T] int64, cache slot of every token.
+        dense_rows, compressed_rows: row numbers, together all rows.
+        compressed_states: one per compressed row.
+        prefill_rows: rows with window tokens.
+        finished_prompts: (request id, geometry) of all prompts that end here, compressed
+            or not.
+    """
+
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    dense_rows: list[int] = field(default_factory=list)
+    compressed_rows: list[int] = field(default_factory=list)
+    compressed_states: list[RequestState] = field(default_factory=list)
+    prefill_rows: list[PrefillRow] = field(default_factory=list)
+    finished_prompts: list[tuple[str, RequestGeometry]] = field(default_factory=list)
+
+
+def classify_rows(
+    states: RequestStates,
+    window: int,
+    request_ids: list[str],
+    prompt_lens: np.ndarray,
+    query_start_loc: np.ndarray,
+    seq_lens: np.ndarray,
+    block_table: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> StepRows:
+    """Sort a step's rows into stock and compressed ones.
+
+    Args:
+        states: of the worker's requests; new ones are added.
+        window: tokens of the scoring window.
+        request_ids, prompt_lens: per row.
+        query_start_loc: [R + 1] first token of each row.
+        seq_lens: [R] tokens of each row after this step.
+        block_table: [R, width] int32, vLLM's rows; not written to.
+        slot_mapping: [T] int64, vLLM's, right for rows without a region; not written to.
+
+    Returns:
+        The rows; `block_table` and `slot_mapping` are the given tensors where nothing had
+        to change, else corrected copies.
+    """
+    rows = StepRows(block_table, slot_mapping)
+    starts = query_start_loc.tolist()
+    for i, request_id in enumerate(request_ids):
+        prompt_len, seq_len = int(prompt_lens[i]), int(seq_lens[i])
+        geometry = states.geometry.of(prompt_len)
+        num_computed = seq_len - (starts[i + 1] - starts[i])
+        finishes = num_computed < prompt_len <= seq_len
+        if finishes:
+            rows.finished_prompts.append((request_id, geometry))
+        if not geometry.is_compressed:
+            rows.dense_rows.append(i)
+            continue
+        row = block_table[i]
+        _correct_slots(rows, slot_mapping, row, geometry, starts[i], num_computed, seq_len)
+        if num_computed >= prompt_len:
+            state = states.get_or_create(request_id, prompt_len)
+            assert state.selection is not None, (
+                f"request {request_id} decodes at {num_computed} of prompt {prompt_len} "
+                "but was never compacted here"
+            )
+            rows.compressed_rows.append(i)
+            rows.compressed_states.append(state)
+            continue
+        rows.dense_rows.append(i)
+        if geometry.num_row_blocks(seq_len) > cdiv(seq_len, geometry.block_size):
+            _cut_region(rows, block_table, i, geometry)
+        window_start = prompt_len - window
+        first, last = max(num_computed, window_start), min(seq_len, prompt_len)
+        if first < last:
+            boundary = geometry.boundary_block
+            rows.prefill_rows.append(
+                PrefillRow(
+                    request_id=request_id,
+                    state=states.get_or_create(request_id, prompt_len),
+                    token_start=starts[i] + first - num_computed,
+                    token_end=starts[i] + last - num_computed,
+                    first_window_token=first - window_start,
+                    finishes=finishes,
+                    prompt_blocks=rows.block_table[
+                        i, : cdiv(prompt_len, geometry.block_size)
+                    ].long(),
+                    region_blocks=row[boundary : boundary + geometry.num_region_blocks].long(),
+                )
+            )
+    return rows
+
+
+def _correct_slots(
+    rows: StepRows,
+    stock_slots: torch.Tensor,
+    row: torch.Tensor,
+    geometry: RequestGeometry,
+    row_start: int,
+    num_computed: int,
+    seq_len: int,
+) -> None:
+    # Tokens past the boundary lie behind the region in the row; vLLM does not know that.
+    block_size = geometry.block_size
+    first = max(num_computed, geometry.boundary_block * block_size)
+    if first >= seq_len:
+        return
+    if rows.slot_mapping is stock_slots:
+        rows.slot_mapping = stock_slots.clone()
+    positions = torch.arange(first, seq_len)
+    blocks = row[positions // block_size + geometry.num_region_blocks].long()
+    start = row_start + first - num_computed
+    rows.slot_mapping[start : start + len(positions)] = (
+        blocks * block_size + positions % block_size
+    )
+
+
+def _cut_region(
+    rows: StepRows, stock_table: torch.Tensor, row: int, geometry: RequestGeometry
+) -> None:
+    # A prompt that is being finished still attends to all of its dense blocks.
+    if rows.block_table is stock_table:
+        rows.block_table = stock_table.clone()
+    boundary, region = geometry.boundary_block, geometry.num_region_blocks
+    tail = stock_table[row, boundary + region :]
+    rows.block_table[row, boundary : boundary + len(tail)] = tail

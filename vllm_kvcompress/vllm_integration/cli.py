@@ -1,0 +1,121 @@
+"""The `--kv-compress*` flags and how they join `--additional-config`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from vllm_kvcompress.config import (
+    DEFAULT_BUDGET,
+    DEFAULT_WINDOW,
+    KVCompressConfig,
+    KVCompressConfigError,
+    merge_settings,
+    parse_options_json,
+)
+from vllm_kvcompress.policies.recipes import RECIPES
+
+_FLAG_KEYS = ("method", "budget", "ratio", "window", "options")
+
+
+def add_flags(parser: Any) -> Any:
+    """Add our flags to a vLLM engine parser, once; returns the parser."""
+    if any(group.title == "KVCompress" for group in parser._action_groups):
+        return parser
+    group = parser.add_argument_group(
+        title="KVCompress",
+        description="Per-head paged KV-cache compression (vllm-kvcompress).",
+    )
+    group.add_argument(
+        "--kv-compress",
+        dest="kv_compress_method",
+        metavar="METHOD",
+        default=None,
+        type=_method,
+        help="Compress each prompt's KV cache after prefill. "
+        + " ".join(f"{r.name}: {r.summary} ({r.paper})." for r in RECIPES.values()),
+    )
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--kv-compress-budget",
+        metavar="TOKENS",
+        default=None,
+        type=_checked(int, "budget"),
+        help="Tokens kept per KV head and layer on average, the window included "
+        f"(default {DEFAULT_BUDGET}).",
+    )
+    size.add_argument(
+        "--kv-compress-ratio",
+        metavar="FRACTION",
+        default=None,
+        type=_checked(float, "ratio"),
+        help="Fraction of each prompt's tokens to remove, in [0, 1).",
+    )
+    group.add_argument(
+        "--kv-compress-window",
+        metavar="TOKENS",
+        default=None,
+        type=_checked(int, "window"),
+        help="Last prompt tokens, always kept, whose queries score the others "
+        f"(default {DEFAULT_WINDOW}).",
+    )
+    group.add_argument(
+        "--kv-compress-options",
+        metavar="JSON",
+        default=None,
+        type=_argument(parse_options_json),
+        help="Options of the method as a JSON object, e.g. "
+        '\'{"granularity": "token", "pool_kernel": 5}\'.',
+    )
+    return parser
+
+
+def merge_flags(args: argparse.Namespace) -> None:
+    """Write the flags into `args.additional_config["kv_compress"]`; idempotent.
+
+    Raises:
+        KVCompressConfigError: if a flag contradicts `--additional-config`, or flags are given
+            without a method.
+    """
+    flags = {key: getattr(args, f"kv_compress_{key}", None) for key in _FLAG_KEYS}
+    flags = {key: value for key, value in flags.items() if value is not None}
+    if not flags:
+        return
+    additional = dict(getattr(args, "additional_config", None) or {})
+    merged = merge_settings(additional.get("kv_compress") or {}, flags)
+    if "method" not in merged:
+        names = ", ".join(f"--kv-compress-{key}" for key in flags)
+        raise KVCompressConfigError(f"{names} needs --kv-compress METHOD")
+    # Checked as a whole here, so that a bad setting is refused before a model is looked at.
+    KVCompressConfig.from_dict(merged)
+    additional["kv_compress"] = merged
+    args.additional_config = additional
+
+
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser for argparse, which prints the error's text as one line after the flag."""
+
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except KVCompressConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_argument
+
+
+def _method(text: str) -> str:
+    return _argument(lambda name: KVCompressConfig(method=name).method)(text)
+
+
+def _checked(kind: Callable[[str], Any], key: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise KVCompressConfigError(f"KV-compression {key} must be a number, got {text!r}") from None
+        KVCompressConfig(method=next(iter(RECIPES)), **{key: value})
+        return value
+
+    return _argument(parse)

@@ -1,0 +1,214 @@
+"""Scheduler side: the KV-cache spec that carries our config, and its block manager.
+
+The manager sees block counts only. Per-head budgets never reach it, because they always sum
+to whole blocks (see `memory.geometry`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, KVCacheBlock
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import Geometry, RequestGeometry
+
+
+@functools.cache
+def _geometry(config: KVCompressConfig, block_size: int) -> Geometry:
+    return Geometry(config, block_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCompressSpec(FullAttentionSpec):
+    """A full-attention layer whose prompts are compressed at the end of prefill."""
+
+    kv_compress: KVCompressConfig
+
+    @classmethod
+    def from_full_attention(
+        cls, spec: FullAttentionSpec, config: KVCompressConfig
+    ) -> KVCompressSpec:
+        """The same layer with compression on."""
+        values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
+        return cls(**values, kv_compress=config)
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        """Join equal specs; vLLM's own merge does not know the extra field."""
+        first = specs[0]
+        if any(spec != first for spec in specs[1:]):
+            raise ValueError(f"compressed layers of one group differ: {set(specs)}")
+        return first
+
+    @property
+    def geometry(self) -> Geometry:
+        """Geometry of requests under this spec."""
+        return _geometry(self.kv_compress, self.block_size)
+
+    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
+        """Width of the worker's block-table row: freed entries keep their place in it."""
+        return self.geometry.max_request_blocks(max_len)
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes of one layer that the largest single request can hold at once."""
+        max_len = vllm_config.model_config.max_model_len
+        return self.geometry.max_request_blocks(max_len) * self.page_size_bytes
+
+
+class KVCompressManager(FullAttentionManager):
+    """Block manager that adds a region to each compressed request and frees its prompt blocks.
+
+    Everything is derived from (tokens, prompt length, config), so it needs no message from
+    the workers: a request is compressed by the step that computes its last prompt token, and
+    `remove_skipped_blocks` is called with settled token counts only.
+    """
+
+    def __init__(self, kv_cache_spec: KVCompressSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._geometry = kv_cache_spec.geometry
+        self._prompt_lens: dict[str, int] = {}
+
+    def _geometry_of(self, request_id: str, default_prompt_len: int = 0) -> RequestGeometry:
+        return self._geometry.of(self._prompt_lens.get(request_id, default_prompt_len))
+
+    def _row_tokens(self, request_id: str, num_tokens: int, prompt_len: int = 0) -> int:
+        # vLLM's own allocation counts in tokens; the region enters it as whole blocks of them.
+        geometry = self._geometry_of(request_id, prompt_len)
+        return geometry.num_row_blocks(num_tokens) * self.block_size
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Blocks missing from the request's row, its region included.
+
+        At a waiting request's admission check the prompt length may not be known yet; then
+        `prefill_end` stands in, which is the prompt length of a new request and an upper
+        bound of it for a resumed one.
+        """
+        return super().get_num_blocks_to_allocate(
+            request_id,
+            self._row_tokens(request_id, num_tokens, prefill_end),
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap,
+            prefill_end,
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Grow the request's row to hold `num_tokens`, its region included."""
+        return super().allocate_new_blocks(
+            request_id, self._row_tokens(request_id, num_tokens), num_tokens_main_model
+        )
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free the prompt blocks that a settled compaction has made needless."""
+        if num_prompt_tokens is None:
+            return
+        known = self._prompt_lens.setdefault(request_id, num_prompt_tokens)
+        if known != num_prompt_tokens:
+            raise RuntimeError(
+                f"prompt of request {request_id} grew from {known} to {num_prompt_tokens} tokens; "
+                "KV compression does not support resumable (streaming-input) requests"
+            )
+        geometry = self._geometry.of(num_prompt_tokens)
+        if geometry.is_compressed and processed_computed_tokens >= num_prompt_tokens:
+            self._remove_blocks_in_range(request_id, 0, geometry.first_kept_block)
+
+    def cache_blocks(
+        self,
+        request: Any,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Offer full prompt blocks to the prefix cache, never generated tokens.
+
+        The K and V of tokens generated over a compressed prompt depend on what was evicted.
+        """
+        prompt_len = request.num_prompt_tokens
+        if self._geometry.of(prompt_len).is_compressed:
+            if num_tokens >= prompt_len:
+                # After a preemption the lookup would start from prompt plus output and could
+                # hit past the window (another prompt may contain our output), so that the
+                # window's queries would never be computed.
+                request.skip_reading_prefix_cache = True
+            num_tokens = min(num_tokens, prompt_len // self.block_size * self.block_size)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget the request; also the first half of a preemption."""
+        self._prompt_lens.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: KVCompressSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Longest hit that leaves the window to be computed, since its queries score the rest."""
+        prompt_len = max_length + 1
+        if kv_cache_spec.geometry.of(prompt_len).is_compressed:
+            max_length = prompt_len - kv_cache_spec.kv_compress.window
+        return super().find_longest_cache_hit(
+            block_hashes,
+            max_length,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            drop_eagle_block,
+            alignment_tokens,
+            dcp_world_size,
+            pcp_world_size,
+        )
+
+
+def register_spec() -> None:
+    """Tell vLLM which manager serves our spec. Idempotent."""
+    # Looking a stock spec up makes vLLM register its own first; it skips that when the
+    # registry is not empty.
+    KVCacheSpecRegistry.get_manager_class(
+        FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=None)
+    )
+    KVCacheSpecRegistry.register(
+        KVCompressSpec,
+        manager_class=KVCompressManager,
+        uniform_type_base_spec=FullAttentionSpec,
+    )
+
+
+# The scheduler's process first meets the spec when it unpickles one, so importing registers.
+register_spec()

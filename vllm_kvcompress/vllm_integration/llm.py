@@ -1,0 +1,72 @@
+"""`vllm.LLM` with compression as keyword arguments and its counts as a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import vllm
+
+from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError, merge_settings
+from vllm_kvcompress.vllm_integration.compat import check_vllm_version
+from vllm_kvcompress.vllm_integration.metrics import merge_rank_stats
+from vllm_kvcompress.vllm_integration.register import register
+
+
+class LLM(vllm.LLM):
+    """An offline engine; every argument of `vllm.LLM` works as there.
+
+    Args:
+        model: as in `vllm.LLM`.
+        kv_compress: method name, see `vllm serve --help=KVCompress`; None = stock vLLM.
+        kv_compress_budget: tokens kept per KV head and layer on average, window included.
+        kv_compress_ratio: fraction of each prompt removed, in [0, 1); excludes the budget.
+        kv_compress_window: last prompt tokens, always kept, whose queries score the rest.
+        kv_compress_options: options of the method.
+        kwargs: passed to `vllm.LLM`.
+
+    Raises:
+        KVCompressConfigError: if a setting cannot work.
+        UnsupportedVLLMError: if the installed vLLM is outside the supported range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        kv_compress: str | None = None,
+        kv_compress_budget: int | None = None,
+        kv_compress_ratio: float | None = None,
+        kv_compress_window: int | None = None,
+        kv_compress_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_vllm_version()
+        register()
+        given = {
+            "method": kv_compress,
+            "budget": kv_compress_budget,
+            "ratio": kv_compress_ratio,
+            "window": kv_compress_window,
+            "options": dict(kv_compress_options) if kv_compress_options else None,
+        }
+        given = {key: value for key, value in given.items() if value is not None}
+        additional = dict(kwargs.pop("additional_config", None) or {})
+        settings = merge_settings(additional.get("kv_compress") or {}, given)
+        if settings:
+            KVCompressConfig.from_dict(settings)
+            additional["kv_compress"] = settings
+        super().__init__(model=model, additional_config=additional, **kwargs)
+
+    def kv_compress_stats(self) -> dict[str, Any]:
+        """What was kept and evicted so far.
+
+        Returns:
+            `totals`, and `requests` oldest first; see `metrics.CompressionStats.snapshot`.
+
+        Raises:
+            KVCompressConfigError: if this engine runs without compression.
+        """
+        if "kv_compress" not in self.llm_engine.vllm_config.additional_config:
+            raise KVCompressConfigError("this engine runs without KV compression")
+        return merge_rank_stats(self.collective_rpc("kv_compress_stats"))

@@ -1,0 +1,173 @@
+"""Counts of what was kept and evicted, per request and in total, and their log lines."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_kvcompress.memory import RequestGeometry
+
+logger = init_logger(__name__)
+
+LOG_INTERVAL_S = 10.0
+MAX_REQUEST_RECORDS = 10_000
+
+
+class CompressionStats:
+    """One worker's counts.
+
+    Args:
+        log_interval_s: seconds between INFO summaries; only intervals in which a prompt
+            finished are logged.
+        log: whether this worker logs (one rank does).
+    """
+
+    def __init__(self, log_interval_s: float = LOG_INTERVAL_S, log: bool = True) -> None:
+        self._requests: deque[dict[str, Any]] = deque(maxlen=MAX_REQUEST_RECORDS)
+        self._totals = _zero_totals()
+        self._interval_totals = _zero_totals()
+        self._interval_s = log_interval_s
+        self._log = log
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+
+    def record_dense(self, request_id: str, prompt_len: int) -> None:
+        """A prompt that was short enough to stay whole has been computed."""
+        self._record(
+            {
+                "request_id": request_id,
+                "prompt_len": prompt_len,
+                "compressed": False,
+                "kept_tokens": float(prompt_len),
+                "evicted_tokens": 0.0,
+                "blocks_returned": 0,
+                "region_blocks": 0,
+                "kept_per_head": None,
+            }
+        )
+
+    def record_compressed(
+        self, request_id: str, geometry: RequestGeometry, num_pages: torch.Tensor
+    ) -> None:
+        """A prompt has been compacted.
+
+        Args:
+            request_id: vLLM's internal id.
+            geometry: of the request.
+            num_pages: [L, H] int64 region pages kept by each head.
+        """
+        kept = num_pages * geometry.block_size + geometry.num_dense_prompt_tokens
+        self._record(
+            {
+                "request_id": request_id,
+                "prompt_len": geometry.prompt_len,
+                "compressed": True,
+                "kept_tokens": float(geometry.num_kept_tokens),
+                "evicted_tokens": float(geometry.prompt_len - geometry.num_kept_tokens),
+                "blocks_returned": geometry.first_kept_block,
+                "region_blocks": geometry.num_region_blocks,
+                "kept_per_head": kept,
+            }
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Plain data: `totals`, and `requests` oldest first (the last 10,000).
+
+        Each request has request_id, prompt_len, compressed, kept_tokens and evicted_tokens
+        (mean over layers and heads), blocks_returned, region_blocks, and kept_per_head as
+        [layer][head] token counts (None for a dense one).
+        """
+        with self._lock:
+            requests = [dict(record) for record in self._requests]
+            totals = dict(self._totals)
+        for record in requests:
+            if record["kept_per_head"] is not None:
+                record["kept_per_head"] = record["kept_per_head"].tolist()
+        return {"totals": totals, "requests": requests}
+
+    def close(self) -> None:
+        """Log what is pending and stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._log_interval()
+
+    def _record(self, record: dict[str, Any]) -> None:
+        with self._lock:
+            self._requests.append(record)
+            for totals in (self._totals, self._interval_totals):
+                totals["prompts"] += 1
+                totals["compressed_prompts"] += record["compressed"]
+                totals["prompt_tokens"] += record["prompt_len"]
+                totals["kept_tokens"] += record["kept_tokens"]
+                totals["evicted_tokens"] += record["evicted_tokens"]
+                totals["blocks_returned"] += record["blocks_returned"]
+                totals["region_blocks"] += record["region_blocks"]
+            if self._log and self._timer is None:
+                self._timer = threading.Timer(self._interval_s, self._log_interval)
+                self._timer.daemon = True
+                self._timer.start()
+        if self._log:
+            logger.debug(
+                "kv-compress: request %s: prompt %d tokens, kept %.0f per head, evicted %.0f, "
+                "%d blocks returned, %d blocks of region",
+                record["request_id"],
+                record["prompt_len"],
+                record["kept_tokens"],
+                record["evicted_tokens"],
+                record["blocks_returned"],
+                record["region_blocks"],
+            )
+
+    def _log_interval(self) -> None:
+        with self._lock:
+            totals, self._interval_totals = self._interval_totals, _zero_totals()
+            self._timer = None
+        if totals["prompts"] == 0:
+            return
+        logger.info(
+            "kv-compress: %d prompts (%d compressed), %d of %d prompt tokens kept per head "
+            "(%.1f%% evicted), %d blocks returned to the pool, %d blocks of regions taken",
+            totals["prompts"],
+            totals["compressed_prompts"],
+            totals["kept_tokens"],
+            totals["prompt_tokens"],
+            100 * totals["evicted_tokens"] / totals["prompt_tokens"],
+            totals["blocks_returned"],
+            totals["region_blocks"],
+        )
+
+
+def _zero_totals() -> dict[str, Any]:
+    return {
+        "prompts": 0,
+        "compressed_prompts": 0,
+        "prompt_tokens": 0,
+        "kept_tokens": 0.0,
+        "evicted_tokens": 0.0,
+        "blocks_returned": 0,
+        "region_blocks": 0,
+    }
+
+
+def merge_rank_stats(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the snapshots of all tensor-parallel ranks: counts agree, heads are side by side.
+
+    Args:
+        ranks: `CompressionStats.snapshot()` of each rank, in rank order.
+
+    Returns:
+        One snapshot whose `kept_per_head` covers every rank's heads.
+    """
+    merged = {"totals": ranks[0]["totals"], "requests": [dict(r) for r in ranks[0]["requests"]]}
+    for other in ranks[1:]:
+        for mine, theirs in zip(merged["requests"], other["requests"], strict=True):
+            if mine["kept_per_head"] is not None:
+                mine["kept_per_head"] = [
+                    a + b
+                    for a, b in zip(mine["kept_per_head"], theirs["kept_per_head"], strict=True)
+                ]
+    return merged

@@ -1,0 +1,53 @@
+"""Entry point of the plugin: adds the flags, and turns `kv_compress` settings into an engine.
+
+Three methods of `EngineArgs` are wrapped, each calling the original; vLLM has no registry for
+what they do:
+
+* `add_cli_args`: a plugin cannot add flags otherwise (vLLM loads plugins there so that it can).
+* `from_cli_args`: joins our flags with `--additional-config`, which argparse stores over them.
+* `create_engine_config`: the one place that every front end passes with all settings known,
+  before any process starts. Needed to name our worker class and refuse what cannot work.
+
+Nothing else of vLLM is touched, and nothing happens until `kv_compress` is set.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm_kvcompress.vllm_integration.cli import add_flags, merge_flags
+from vllm_kvcompress.vllm_integration.validate import check_engine_config, prepare_engine_args
+
+
+def register() -> None:
+    """Install the wrappers; safe to call any number of times in any process."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, "_kv_compress_registered", False):
+        return
+    add_cli_args = EngineArgs.add_cli_args
+    from_cli_args = EngineArgs.from_cli_args.__func__
+    create_engine_config = EngineArgs.create_engine_config
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_with_flags(parser: Any) -> Any:
+        return add_flags(add_cli_args(parser))
+
+    @functools.wraps(from_cli_args)
+    def from_cli_args_with_flags(cls: type[EngineArgs], args: Any) -> EngineArgs:
+        merge_flags(args)
+        return from_cli_args(cls, args)
+
+    @functools.wraps(create_engine_config)
+    def create_checked_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        config = prepare_engine_args(self)
+        vllm_config = create_engine_config(self, *args, **kwargs)
+        if config is not None:
+            check_engine_config(vllm_config, config)
+        return vllm_config
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_flags)
+    EngineArgs.from_cli_args = classmethod(from_cli_args_with_flags)
+    EngineArgs.create_engine_config = create_checked_engine_config
+    EngineArgs._kv_compress_registered = True

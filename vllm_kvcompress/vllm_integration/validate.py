@@ -1,0 +1,90 @@
+"""What compression cannot be combined with, told in one line before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.vllm_integration.compat import check_vllm_version
+
+CPU_WORKER = "vllm_kvcompress.vllm_integration.worker.KVCompressCPUWorker"
+DEFAULT_CPU_BLOCK_SIZE = 32
+_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def prepare_engine_args(engine_args: Any) -> KVCompressConfig | None:
+    """Fill in what an engine with compression needs.
+
+    Args:
+        engine_args: vLLM's EngineArgs; `worker_cls` and `block_size` are set where the user
+            left them open, and the setting under `additional_config` is completed.
+
+    Returns:
+        The setting, or None if compression is not asked for (then nothing is changed).
+
+    Raises:
+        KVCompressConfigError, UnsupportedVLLMError: if it cannot work.
+    """
+    additional = engine_args.additional_config or {}
+    raw = additional.get("kv_compress")
+    if raw is None:
+        return None
+    check_vllm_version()
+    config = KVCompressConfig.from_dict(raw)
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise KVCompressConfigError(
+            "this release of vllm-kvcompress runs on vLLM's CPU platform only, "
+            f"not on {current_platform.device_name}"
+        )
+    if engine_args.worker_cls not in ("auto", CPU_WORKER):
+        raise KVCompressConfigError(
+            f"KV compression brings its own worker class and cannot use {engine_args.worker_cls!r}"
+        )
+    engine_args.worker_cls = CPU_WORKER
+    if engine_args.block_size is None:
+        # vLLM's CPU default of 128 tokens is too coarse for per-head pages.
+        engine_args.block_size = DEFAULT_CPU_BLOCK_SIZE
+    config.check_block_size(engine_args.block_size)
+    engine_args.additional_config = {**additional, "kv_compress": config.to_dict()}
+    return config
+
+
+def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
+    """Refuse models and features that compression does not work with.
+
+    Raises:
+        KVCompressConfigError: naming the first of them.
+    """
+    model, parallel, cache = (
+        vllm_config.model_config,
+        vllm_config.parallel_config,
+        vllm_config.cache_config,
+    )
+    config.check_block_size(cache.block_size)
+    problems = (
+        (model.runner_type != "generate", f"pooling models (runner {model.runner_type!r})"),
+        (model.use_mla, "MLA models, whose cache has no KV heads"),
+        (model.is_encoder_decoder, "encoder-decoder models"),
+        (model.is_attention_free, "attention-free models"),
+        (model.is_hybrid, "hybrid state-space models"),
+        (
+            getattr(model.hf_text_config, "sliding_window", None) is not None
+            and getattr(model.hf_text_config, "use_sliding_window", True),
+            "models with sliding-window layers",
+        ),
+        (vllm_config.kv_transfer_config is not None, "a KV transfer connector"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
+        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
+        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        (vllm_config.speculative_config is not None, "speculative decoding"),
+        (
+            cache.cache_dtype not in _CACHE_DTYPES,
+            f"KV cache dtype {cache.cache_dtype!r} (use {', '.join(_CACHE_DTYPES)})",
+        ),
+        (vllm_config.scheduler_config.async_scheduling, "async scheduling on CPU"),
+    )
+    for is_problem, what in problems:
+        if is_problem:
+            raise KVCompressConfigError(f"KV compression does not support {what}")

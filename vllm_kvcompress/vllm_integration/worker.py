@@ -1,0 +1,148 @@
+"""Our CPU worker: puts the compressing backend in place and binds it to the KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
+from vllm_kvcompress.vllm_integration.engine import WorkerEngine
+from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
+from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+
+logger = init_logger(__name__)
+
+_BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cpu.KVCompressCPUBackend"
+
+
+class KVCompressCPUWorker(CPUWorker):
+    """CPU worker of an engine with `additional_config["kv_compress"]`.
+
+    A subclass, because nothing else of vLLM's plugin points sees the model runner, whose
+    batch tells request ids and prompt lengths.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self._config = KVCompressConfig.from_dict(vllm_config.additional_config["kv_compress"])
+        self._stats = CompressionStats(log=self.rank == 0)
+        self._engine: WorkerEngine | None = None
+
+    def init_device(self) -> None:
+        """As the stock worker, with our backend registered before the model is built."""
+        # The CPU platform resolves this one name, whatever backend is selected.
+        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_PATH)
+        super().init_device()
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The stock specs, full-attention layers carrying our config.
+
+        Raises:
+            KVCompressConfigError: if the model has layers that cannot be compressed.
+        """
+        specs = super().get_kv_cache_spec()
+        attention = self.vllm_config.compilation_config.static_forward_context
+        out: dict[str, KVCacheSpec] = {}
+        for name, spec in specs.items():
+            if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+                raise KVCompressConfigError(
+                    f"KV compression needs full attention in every layer; layer {name} has "
+                    f"{type(spec).__name__}"
+                )
+            problem = _layer_problem(attention[name])
+            if problem:
+                raise KVCompressConfigError(f"KV compression cannot handle layer {name}: {problem}")
+            out[name] = KVCompressSpec.from_full_attention(spec, self._config)
+        if not out:
+            raise KVCompressConfigError("KV compression: this model has no KV cache to compress")
+        if self.model_runner.shared_kv_cache_layers:
+            raise KVCompressConfigError(
+                "KV compression does not support layers that share another layer's KV cache: "
+                f"{', '.join(self.model_runner.shared_kv_cache_layers)}"
+            )
+        return out
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the cache, then bind our builders to it."""
+        super().initialize_from_config(kv_cache_config)
+        runner = self.model_runner
+        context = self.vllm_config.compilation_config.static_forward_context
+        (group,) = runner.kv_cache_config.kv_cache_groups
+        spec = group.kv_cache_spec
+        names = sorted(group.layer_names, key=extract_layer_index)
+        layers: list[Attention] = [context[name] for name in names]
+        shape = CacheShape(
+            num_layers=len(layers),
+            num_kv_heads=spec.num_kv_heads,
+            num_queries_per_kv=layers[0].num_heads // spec.num_kv_heads,
+            head_size=spec.head_size,
+            block_size=spec.block_size,
+        )
+        order = find_page_order(layers[0].isa, spec.block_size, spec.head_size, spec.dtype)
+        self._engine = WorkerEngine(
+            config=self._config,
+            shape=shape,
+            layer_views={
+                name: layer.kv_cache for name, layer in zip(names, layers, strict=True)
+            },
+            order=order,
+            scales=[layer.impl.scale for layer in layers],
+            input_batch=runner.input_batch,
+            stats=self._stats,
+        )
+        for attn_group in runner._attn_group_iterator():
+            for builder in attn_group.metadata_builders:
+                builder.engine = self._engine
+        if self.rank == 0:
+            asked = (
+                f"ratio {self._config.ratio}"
+                if self._config.ratio is not None
+                else f"budget {self._config.budget}"
+            )
+            logger.info(
+                "kv-compress: %s, %s, window %d, granularity %s; pages of %d tokens, "
+                "%d layers x %d KV heads, ops: torch",
+                self._config.method,
+                asked,
+                self._config.window,
+                self._config.granularity,
+                shape.block_size,
+                shape.num_layers,
+                shape.num_kv_heads,
+            )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """As the stock worker, after dropping requests that have left."""
+        if self._engine is not None:
+            self._engine.forget(scheduler_output.finished_req_ids)
+            self._engine.forget(scheduler_output.preempted_req_ids or ())
+        return super().execute_model(scheduler_output)
+
+    def kv_compress_stats(self) -> dict[str, Any]:
+        """This rank's counts, for `collective_rpc`."""
+        return self._stats.snapshot()
+
+    def shutdown(self) -> None:
+        """As the stock worker, after a last log line."""
+        self._stats.close()
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        super().shutdown()
+
+
+def _layer_problem(layer: Any) -> str | None:
+    """Why a full-attention layer cannot be compressed; None if it can."""
+    if layer.impl.alibi_slopes is not None:
+        return "ALiBi needs every key's position in the cache"
+    if layer.impl.sinks is not None:
+        return "attention sinks are not supported"
+    if layer.head_size_v != layer.head_size:
+        return f"value head size {layer.head_size_v} differs from {layer.head_size}"
+    return None
