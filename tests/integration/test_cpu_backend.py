@@ -1,0 +1,313 @@
+"""Our builder and impl on vLLM's real CPU kernels, step by step, against float64 attention.
+
+No engine: rows, block tables and chunks are chosen here, so that every kind of step occurs.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.ops import reference
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
+
+from vllm_kvcompress.vllm_integration.backend_cpu import (  # noqa: E402
+    KVCompressCPUImpl,
+    KVCompressCPUMetadataBuilder,
+)
+from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order  # noqa: E402
+from vllm_kvcompress.vllm_integration.engine import WorkerEngine, flat_pool  # noqa: E402
+from vllm_kvcompress.vllm_integration.metrics import CompressionStats  # noqa: E402
+
+WINDOW = 8
+SCALE = 0.2
+
+
+class Request:
+    """A request's tokens, its row as vLLM's manager would lay it out, and its plain K/V."""
+
+    def __init__(self, name: str, prompt_len: int):
+        self.name = name
+        self.prompt_len = prompt_len
+        self.num_computed = 0
+        self.row: list[int] = []
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+
+class Rig:
+    """A one-worker stand-in for the model runner: pool, builder, impl, block allocation."""
+
+    def __init__(self, shape: CacheShape, config: KVCompressConfig, dtype: torch.dtype):
+        self.shape, self.config, self.dtype = shape, config, dtype
+        self.generator = torch.Generator().manual_seed(0)
+        num_blocks = 120
+        page = 2 * shape.block_size * shape.head_size
+        self.buffer = torch.full((num_blocks * shape.pages_per_block * page,), torch.nan).to(dtype)
+        views = self.buffer.view(
+            num_blocks, shape.num_layers, shape.num_kv_heads, shape.block_size, 2 * shape.head_size
+        )
+        self.layer_views = {f"layers.{i}": views[:, i] for i in range(shape.num_layers)}
+        self.free = torch.randperm(num_blocks - 1, generator=self.generator).add(1).tolist()
+        isa = _get_attn_isa(dtype, shape.block_size, shape.head_size, "auto")
+        self.batch = SimpleNamespace(req_ids=[], num_prompt_tokens=np.zeros(0, np.int32))
+        self.stats = CompressionStats(log=False)
+        self.engine = WorkerEngine(
+            config,
+            shape,
+            self.layer_views,
+            find_page_order(isa, shape.block_size, shape.head_size, dtype),
+            [SCALE] * shape.num_layers,
+            self.batch,
+            self.stats,
+        )
+        num_heads = shape.num_kv_heads * shape.num_queries_per_kv
+        builder = object.__new__(KVCompressCPUMetadataBuilder)
+        vars(builder).update(
+            num_heads=num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_size,
+            dtype=dtype,
+            window_size=-1,
+            block_size=shape.block_size,
+            kv_cache_dtype="auto",
+            isa=isa,
+            is_cross_attention=False,
+            is_encoder_only_attention=False,
+            engine=self.engine,
+            _table_key=[],
+            _page_tables=torch.empty(0),
+        )
+        self.builder = builder
+        current = VllmConfig()
+        # The stock impl looks at nothing but the model's dtype.
+        current.model_config = SimpleNamespace(dtype=dtype)
+        with set_current_vllm_config(current):
+            self.impl = KVCompressCPUImpl(
+                num_heads, shape.head_size, SCALE, shape.num_kv_heads, None, None, "auto"
+            )
+        self.layers = [
+            SimpleNamespace(layer_name=name, isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
+            for name in self.layer_views
+        ]
+
+    def random(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=self.generator).to(self.dtype)
+
+    def step(self, chunks: list[tuple[Request, int]]) -> None:
+        """Compute the next tokens of each request in one step and check every layer's output."""
+        shape = self.shape
+        tables = np.zeros((len(chunks), 64), np.int32)
+        starts, seq_lens, slots = [0], [], []
+        for i, (request, count) in enumerate(chunks):
+            geometry = self.engine.states.geometry.of(request.prompt_len)
+            end = request.num_computed + count
+            while len(request.row) < geometry.num_row_blocks(end):
+                block = self.free.pop()
+                index = len(request.row)
+                region = geometry.boundary_block + geometry.num_region_blocks
+                if not (geometry.is_compressed and geometry.boundary_block <= index < region):
+                    # The kernel multiplies unwritten values by zero weights, so they must be
+                    # finite. A region is always written whole and may start as NaN.
+                    self.buffer.view(120, -1)[block] = 0
+                request.row.append(block)
+            tables[i, : len(request.row)] = request.row
+            starts.append(starts[-1] + count)
+            seq_lens.append(end)
+            for position in range(request.num_computed, end):
+                block = tables[i, position // shape.block_size]
+                slots.append(int(block) * shape.block_size + position % shape.block_size)
+        self.batch.req_ids = [request.name for request, _ in chunks]
+        self.batch.num_prompt_tokens = np.array([r.prompt_len for r, _ in chunks])
+        query_start_loc = torch.tensor(starts, dtype=torch.int32)
+        common = CommonAttentionMetadata(
+            query_start_loc=query_start_loc,
+            query_start_loc_cpu=query_start_loc,
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+            num_reqs=len(chunks),
+            num_actual_tokens=starts[-1],
+            max_query_len=max(count for _, count in chunks),
+            max_seq_len=max(seq_lens),
+            block_table_tensor=torch.from_numpy(tables),
+            slot_mapping=torch.tensor(slots),
+        )
+        compressed = [
+            request.num_computed >= request.prompt_len
+            and self.engine.states.geometry.of(request.prompt_len).is_compressed
+            for request, _ in chunks
+        ]
+        metadata = self.builder.build(0, common)
+        num_heads = shape.num_kv_heads * shape.num_queries_per_kv
+        for request, count in chunks:
+            request.keys.append(
+                self.random(shape.num_layers, count, shape.num_kv_heads, shape.head_size)
+            )
+            request.values.append(
+                self.random(shape.num_layers, count, shape.num_kv_heads, shape.head_size)
+            )
+        for index, layer in enumerate(self.layers):
+            query = self.random(starts[-1], num_heads, shape.head_size)
+            key = torch.cat([request.keys[-1][index] for request, _ in chunks])
+            value = torch.cat([request.values[-1][index] for request, _ in chunks])
+            output = torch.full_like(query, torch.nan)
+            self.impl.forward(
+                layer, query, key, value, self.layer_views[layer.layer_name], metadata, output
+            )
+            for i, (request, count) in enumerate(chunks):
+                self._check(
+                    request,
+                    index,
+                    query[starts[i] : starts[i + 1]],
+                    output[starts[i] : starts[i + 1]],
+                    compressed[i],
+                )
+        for request, count in chunks:
+            request.num_computed += count
+
+    def _check(
+        self,
+        request: Request,
+        layer: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        compressed: bool,
+    ) -> None:
+        shape = self.shape
+        keys = torch.cat([k[layer] for k in request.keys])
+        values = torch.cat([v[layer] for v in request.values])
+        kept = self.kept_tokens(request, layer) if compressed else None
+        tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[self.dtype]
+        for token in range(query.shape[0]):
+            visible = request.num_computed + token + 1
+            per_head = []
+            for head in range(shape.num_kv_heads):
+                tokens = torch.arange(visible)
+                if kept is not None:
+                    tail = self.engine.states.geometry.of(request.prompt_len).num_candidate_tokens
+                    tokens = torch.cat([kept[head], torch.arange(tail, visible)])
+                per_head.append(tokens)
+            want = reference.ragged_attention(
+                query[token].view(shape.num_kv_heads, shape.num_queries_per_kv, -1),
+                [keys[t, h] for h, t in enumerate(per_head)],
+                [values[t, h] for h, t in enumerate(per_head)],
+                SCALE,
+            )
+            torch.testing.assert_close(
+                output[token].double().view(want.shape), want, atol=tolerance, rtol=tolerance
+            )
+
+    def kept_tokens(self, request: Request, layer: int) -> list[torch.Tensor]:
+        """Positions each head of a layer keeps in the region."""
+        selection = self.engine.states.get_or_create(request.name, request.prompt_len).selection
+        unit = 1 if selection.granularity == "page" else self.shape.block_size
+        counts = (selection.num_pages.flatten() * unit).tolist()
+        parts = selection.indices.split(counts)
+        heads = parts[layer * self.shape.num_kv_heads : (layer + 1) * self.shape.num_kv_heads]
+        if unit == 1:
+            size = self.shape.block_size
+            return [(p[:, None] * size + torch.arange(size)).flatten() for p in heads]
+        return list(heads)
+
+
+SHAPES = {
+    "gqa_3_to_1": CacheShape(3, 2, 3, 64, 32),
+    "mha": CacheShape(2, 2, 1, 64, 32),
+    "gqa_8_to_1_small_blocks": CacheShape(2, 1, 8, 32, 16),
+}
+
+
+@pytest.fixture(params=["page", "token"])
+def granularity(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_all_kinds_of_steps(name: str, dtype: torch.dtype, granularity: str) -> None:
+    shape = SHAPES[name]
+    block = shape.block_size
+    config = KVCompressConfig(
+        "ada-pyramidkv",
+        budget=4 * block,
+        window=WINDOW,
+        options=(("granularity", granularity),),
+    )
+    rig = Rig(shape, config, dtype)
+    long, even, short, late = (
+        Request("long", 10 * block + 5),
+        Request("even", 8 * block),
+        Request("short", block + 3),
+        Request("late", 9 * block + block - 1),
+    )
+    # Mixed prefill; the last chunk of `long` is shorter than the window and its boundary lies
+    # in the chunk before.
+    rig.step([(long, 6 * block), (short, block + 3)])
+    rig.step([(long, 4 * block + 2), (short, 1), (even, 3 * block)])
+    assert rig.engine.states.get_or_create("long", long.prompt_len).selection is None
+    rig.step([(short, 1), (long, 3), (even, 5 * block)])
+    assert rig.engine.states.get_or_create("long", long.prompt_len).selection is not None
+    # Decode of two compressed and one dense row beside a prefill in one shot.
+    rig.step([(long, 1), (short, 1), (even, 1), (late, late.prompt_len)])
+    # Several tokens over a region (a resumed request), then tails that grow over blocks.
+    rig.step([(even, 5), (late, 1), (long, 2)])
+    for _ in range(block + 2):
+        rig.step([(long, 1), (even, 1), (late, 1)])
+    rig.step([(late, 1), (long, 1)])
+    records = rig.stats.snapshot()["requests"]
+    assert [r["request_id"] for r in records] == ["short", "long", "even", "late"]
+    assert [r["compressed"] for r in records] == [False, True, True, True]
+
+
+def test_preempted_request_compacts_again_past_its_prompt_end(granularity: str) -> None:
+    shape = SHAPES["gqa_3_to_1"]
+    config = KVCompressConfig(
+        "snapkv", budget=96, window=WINDOW, options=(("granularity", granularity),)
+    )
+    rig = Rig(shape, config, torch.float32)
+    first = Request("a", 200)
+    rig.step([(first, 200)])
+    rig.step([(first, 1)])
+    rig.engine.forget(["a"])
+    again = Request("a", 200)
+    rig.step([(again, 150)])
+    # The chunk holds the rest of the prompt and three tokens that were generated before.
+    rig.step([(again, 53)])
+    rig.step([(again, 1)])
+    assert len(rig.stats.snapshot()["requests"]) == 2
+    rig.engine.forget(["a"])
+    assert len(rig.engine.states) == 0
+
+
+def test_pool_views_that_are_no_slices_of_one_buffer_are_refused() -> None:
+    shape = SHAPES["mha"]
+    separate = [torch.zeros(4, 2, 32, 128) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="not a slice of one"):
+        flat_pool(separate, shape)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("head_size", [32, 64, 80, 128])
+def test_page_order_reads_back_what_the_kernel_stored(block_size: int, head_size: int) -> None:
+    from vllm import _custom_ops as vllm_ops
+
+    dtype = torch.bfloat16
+    isa = _get_attn_isa(dtype, block_size, head_size, "auto")
+    order = find_page_order(isa, block_size, head_size, dtype)
+    key, value = torch.randn(2, block_size, 1, head_size).to(dtype)
+    page = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+    key_cache, value_cache = page.chunk(2, dim=2)
+    vllm_ops.cpu_attn_reshape_and_cache(
+        key, value, key_cache, value_cache, torch.arange(block_size), isa
+    )
+    assert torch.equal(page.flatten()[order.key_offsets], key[:, 0])
+    assert torch.equal(page.flatten()[order.value_offsets], value[:, 0])
