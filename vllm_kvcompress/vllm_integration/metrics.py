@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import deque
 from typing import Any
@@ -11,7 +12,8 @@ from vllm.logger import init_logger
 
 from vllm_kvcompress.memory import RequestGeometry
 
-logger = init_logger(__name__)
+# Under "vllm", whose logging configuration would not reach a logger of our own name.
+logger = init_logger(f"vllm.{__name__}")
 
 LOG_INTERVAL_S = 10.0
 MAX_REQUEST_RECORDS = 10_000
@@ -77,7 +79,7 @@ class CompressionStats:
     def snapshot(self) -> dict[str, Any]:
         """Plain data: `totals`, and `requests` oldest first (the last 10,000).
 
-        Each request has request_id, prompt_len, compressed, kept_tokens and evicted_tokens
+        Each request has request_id (the caller's), internal_id (vLLM's), prompt_len, compressed, kept_tokens and evicted_tokens
         (mean over layers and heads), blocks_returned, region_blocks, and kept_per_head as
         [layer][head] token counts (None for a dense one).
         """
@@ -87,6 +89,8 @@ class CompressionStats:
         for record in requests:
             if record["kept_per_head"] is not None:
                 record["kept_per_head"] = record["kept_per_head"].tolist()
+            record["internal_id"] = record["request_id"]
+            record["request_id"] = external_request_id(record["internal_id"])
         return {"totals": totals, "requests": requests}
 
     def close(self) -> None:
@@ -151,6 +155,12 @@ def _zero_totals() -> dict[str, Any]:
         "blocks_returned": 0,
         "region_blocks": 0,
     }
+
+
+def external_request_id(internal_id: str) -> str:
+    """The id the caller knows: without vLLM's random suffix and the sample index of n > 1."""
+    match = re.fullmatch(r"(?:\d+_)?(.+)-[0-9a-f]{8}", internal_id)
+    return match.group(1) if match else internal_id
 
 
 def merge_rank_stats(ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from vllm_kvcompress.vllm_integration.engine import WorkerEngine
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
-logger = init_logger(__name__)
+# Under "vllm", whose logging configuration would not reach a logger of our own name.
+logger = init_logger(f"vllm.{__name__}")
 
 _BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cpu.KVCompressCPUBackend"
 

@@ -1,0 +1,99 @@
+"""Real engines and a real model, shared by the tests of a module."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+_SUBJECTS = ("The miller", "A quiet clerk", "The old captain", "Her neighbour", "The gardener")
+_VERBS = ("walked to", "wrote a letter about", "remembered", "painted", "complained about")
+_OBJECTS = ("the harbour", "the broken clock", "a field of barley", "the winter market", "the bridge")
+_ENDINGS = ("before the rain came", "without a word", "as he did each spring", "and went home early")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "e2e" in Path(str(item.path)).parts:
+            item.add_marker(pytest.mark.e2e)
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    """Folder of SmolLM2-135M-Instruct, made by scripts/setup.sh."""
+    default = Path(__file__).parents[2] / ".cache" / "models" / "smollm2"
+    path = Path(os.environ.get("KVC_MODEL", default))
+    if not (path / "config.json").exists():
+        pytest.fail(f"no model at {path}: run scripts/test.sh, which builds it, or set KVC_MODEL")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def prose() -> Callable[[int, int], str]:
+    """`prose(seed, sentences)`: made-up sentences, the same for the same arguments."""
+
+    def make(seed: int, sentences: int) -> str:
+        pick = random.Random(seed).choice
+        return " ".join(
+            f"{pick(_SUBJECTS)} {pick(_VERBS)} {pick(_OBJECTS)} {pick(_ENDINGS)}."
+            for _ in range(sentences)
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def needle(prose: Callable[[int, int], str]) -> Callable[..., tuple[list[dict], str]]:
+    """`needle(seed, sentences)`: a chat whose long context hides a code, and the code."""
+
+    def make(seed: int, sentences: int = 110) -> tuple[list[dict], str]:
+        code = str(random.Random(1000 + seed).randint(10_000, 99_999))
+        before = sentences // 3
+        text = (
+            f"{prose(seed, before)} The secret code of the vault is {code}. "
+            f"{prose(seed + 500, sentences - before)}\n"
+            "What is the secret code of the vault? Answer with the number only."
+        )
+        return [{"role": "user", "content": text}], code
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def start_engine(model: str):
+    """Start an offline engine with test-sized defaults; all are shut down with the module."""
+    engines = []
+
+    def start(**settings):
+        from vllm_kvcompress import LLM
+
+        defaults = {
+            "max_model_len": 2560,
+            "max_num_seqs": 8,
+            "kv_cache_memory_bytes": 256 << 20,
+            "block_size": 32,
+            "enforce_eager": True,
+            "disable_log_stats": False,
+        }
+        engine = LLM(model, **{**defaults, **settings})
+        engines.append(engine)
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.llm_engine.engine_core.shutdown()
+
+
+def metric(engine, name: str) -> float:
+    """Current value of one of vLLM's own gauges or counters."""
+    values = [m.value for m in engine.get_metrics() if m.name == name]
+    assert values, f"vLLM has no metric {name}"
+    return sum(values)
+
+
+@pytest.fixture(scope="session")
+def read_metric() -> Callable[..., float]:
+    return metric

@@ -1,0 +1,217 @@
+"""What cannot work is refused with one line before any process starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_kvcompress import KVCompressConfigError
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "dtype": "bfloat16",
+}
+WHISPER = {
+    "architectures": ["WhisperForConditionalGeneration"],
+    "model_type": "whisper",
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "vocab_size": 128,
+    "dtype": "bfloat16",
+}
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 128,
+    "vocab_size": 128,
+    "max_position_embeddings": 512,
+    "dtype": "bfloat16",
+}
+
+
+def _engine_config(model: str, kv_compress: dict, **settings):
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings.setdefault("max_model_len", 256)
+    return EngineArgs(
+        model=model, additional_config={"kv_compress": kv_compress}, **settings
+    ).create_engine_config()
+
+
+def _model_of(config: dict, folder: Path) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+GOOD = {"method": "snapkv", "budget": 128}
+
+
+@pytest.mark.parametrize(
+    ("kv_compress", "message"),
+    [
+        ({"method": "best"}, "unknown KV-compression method 'best'; known: snapkv, pyramidkv"),
+        ({"budget": 128}, "needs a method"),
+        ({"method": "snapkv", "budget": 63}, r"63 is smaller than .* \(32 \+ 32 = 64 tokens\)"),
+        ({"method": "snapkv", "ratio": 1.0}, r"ratio must be in \[0, 1\).*1.0"),
+        ({"method": "snapkv", "ratio": -0.1}, r"ratio must be in \[0, 1\).*-0.1"),
+        ({"method": "snapkv", "ratio": 0.5, "budget": 99}, r"\(99\) and ratio \(0.5\) exclude"),
+        ({"method": "snapkv", "beta": 3.0}, "unknown option 'beta' .* it takes: .*pool_kernel"),
+        ({"method": "snapkv", "pool_kernel": 4}, "'pool_kernel' must be one of"),
+    ],
+)
+def test_bad_setting(model, kv_compress, message) -> None:
+    with pytest.raises(KVCompressConfigError, match=message) as error:
+        _engine_config(model, kv_compress)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"kv_cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "a KV transfer connector",
+        ),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding",
+        ),
+        ({"worker_cls": "some.other.Worker"}, "cannot use 'some.other.Worker'"),
+        ({"runner": "pooling"}, "pooling models"),
+        ({"tensor_parallel_size": 9, "decode_context_parallel_size": 3}, "decode context"),
+    ],
+)
+def test_feature_that_does_not_combine(model, settings, message) -> None:
+    with pytest.raises(KVCompressConfigError, match=message):
+        _engine_config(model, GOOD, **settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(DEEPSEEK, "MLA"), (WHISPER, "encoder-decoder"), (MISTRAL, "sliding-window")],
+    ids=["mla", "encoder-decoder", "sliding-window"],
+)
+def test_model_that_cannot_be_compressed(config, message, tmp_path) -> None:
+    model = _model_of(config, tmp_path)
+    with pytest.raises(KVCompressConfigError, match=message):
+        _engine_config(model, GOOD, skip_tokenizer_init=True, block_size=32)
+
+
+def test_unsupported_vllm_version(model, monkeypatch) -> None:
+    import vllm
+
+    from vllm_kvcompress.vllm_integration.compat import UnsupportedVLLMError
+
+    monkeypatch.setattr(vllm, "__version__", "0.31.2")
+    with pytest.raises(UnsupportedVLLMError, match=r"<0.33,>=0.32.0; found vLLM 0.31.2"):
+        _engine_config(model, GOOD)
+
+
+def test_settings_that_are_fine_reach_the_engine_config(model) -> None:
+    config = _engine_config(model, {**GOOD, "pool_kernel": 5, "options": {"pool_kind": "avg"}})
+    assert config.additional_config["kv_compress"]["options"]["pool_kernel"] == 5
+    assert config.additional_config["kv_compress"]["options"]["pool_kind"] == "avg"
+    assert config.cache_config.block_size == 32
+    assert config.parallel_config.worker_cls.endswith("KVCompressCPUWorker")
+    kept = _engine_config(model, GOOD, block_size=64)
+    assert kept.cache_config.block_size == 64
+
+
+def _parse_serve(flags: list[str]):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(flags)
+    return AsyncEngineArgs.from_cli_args(args)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kv-compress", "best"], "argument --kv-compress: unknown KV-compression method 'best'"),
+        (
+            ["--kv-compress", "snapkv", "--kv-compress-ratio", "0.5", "--kv-compress-budget", "99"],
+            "not allowed with argument",
+        ),
+        (["--kv-compress", "snapkv", "--kv-compress-ratio", "1.5"], "must be in [0, 1)"),
+        (["--kv-compress", "snapkv", "--kv-compress-budget", "many"], "must be a number"),
+        (["--kv-compress", "snapkv", "--kv-compress-options", "{pool"], "are not valid JSON"),
+    ],
+)
+def test_bad_flag_is_one_line_of_the_parser(capsys, flags, message) -> None:
+    with pytest.raises(SystemExit):
+        _parse_serve(flags)
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_flags_and_additional_config_merge() -> None:
+    extra = '{"kv_compress": {"pool_kernel": 5, "budget": 512}, "other": 1}'
+    args = _parse_serve(["--kv-compress", "snapkv", "--additional-config", extra])
+    assert args.additional_config["other"] == 1
+    merged = args.additional_config["kv_compress"]
+    assert merged == {"method": "snapkv", "pool_kernel": 5, "budget": 512}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kv-compress-budget", "99"], "--kv-compress-budget needs --kv-compress METHOD"),
+        (
+            ["--kv-compress", "snapkv", "--additional-config", '{"kv_compress": {"window": 16}}']
+            + ["--kv-compress-window", "32"],
+            "window is given twice: 16 and 32",
+        ),
+    ],
+)
+def test_flags_that_contradict(flags, message) -> None:
+    with pytest.raises(KVCompressConfigError, match=message):
+        _parse_serve(flags)
+
+
+def test_serve_stops_with_one_last_line(model) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
+        + ["--kv-compress", "snapkv", "--kv-compress-budget", "40"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "COLUMNS": "400"},
+    )
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "budget 40 is smaller than the window plus one page (32 + 32 = 64 tokens)" in last
+    assert "EngineCore" not in result.stderr

@@ -1,0 +1,165 @@
+"""`vllm serve` as a process, spoken to by the real OpenAI client."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+STARTUP_S = 400
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    def __init__(self, process: subprocess.Popen, port: int, log) -> None:
+        self.process, self.port, self.log = process, port, log
+
+    def output(self) -> str:
+        self.log.flush()
+        with open(self.log.name) as file:
+            return file.read()
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as response:
+            text = response.read().decode()
+        values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.M)
+        assert values, f"no metric {name}"
+        return sum(map(float, values))
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory):
+    port = _free_port()
+    flags = [
+        "--port",
+        str(port),
+        "--served-model-name",
+        "smollm2",
+        "--kv-compress",
+        "ada-snapkv",
+        "--kv-compress-budget",
+        "640",
+        "--kv-compress-options",
+        '{"pool_kernel": 7}',
+        "--max-model-len",
+        "2560",
+        "--kv-cache-memory-bytes",
+        str(256 << 20),
+        "--enforce-eager",
+        "--max-num-seqs",
+        "8",
+    ]
+    with open(tmp_path_factory.mktemp("server") / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "DEBUG"},
+        )
+        server = Server(process, port, log)
+        try:
+            deadline = time.monotonic() + STARTUP_S
+            while True:
+                assert process.poll() is None, server.output()[-3000:]
+                assert time.monotonic() < deadline, server.output()[-3000:]
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                    break
+                except OSError:
+                    time.sleep(1)
+            yield server
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+
+
+def test_needles_through_chat_side_by_side(server, client, needle) -> None:
+    chats = [needle(seed) for seed in range(30, 36)]
+
+    def ask(chat: list[dict]) -> str:
+        reply = client.chat.completions.create(
+            model="smollm2", messages=chat, temperature=0, max_tokens=16
+        )
+        return reply.choices[0].message.content
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, [chat for chat, _ in chats]))
+    found = sum(code in answer for (_, code), answer in zip(chats, answers, strict=True))
+    assert found >= 3, answers
+    lines = re.findall(
+        r"kv-compress: request \S+: prompt (\d+) tokens, kept (\d+) per head, evicted \d+, "
+        r"(\d+) blocks returned, (\d+) blocks of region",
+        server.output(),
+    )
+    assert len(lines) == 6
+    for prompt_len, kept, returned, region in (map(int, line) for line in lines):
+        assert 640 - 32 < kept <= 640
+        assert returned > 0.9 * prompt_len / 32
+        assert region <= 640 / 32
+
+
+def test_streaming_gives_the_same_text(client, needle) -> None:
+    chat, _ = needle(40)
+    settings = {"model": "smollm2", "messages": chat, "temperature": 0, "max_tokens": 16}
+    # Twice, so that both of the compared requests start from the same cached prefix.
+    client.chat.completions.create(**settings)
+    whole = client.chat.completions.create(**settings).choices[0].message.content
+    chunks = list(client.chat.completions.create(**settings, stream=True))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert streamed == whole
+    assert len(chunks) > 3
+
+
+def test_completions_with_logprobs_and_samples(client, prose) -> None:
+    reply = client.completions.create(
+        model="smollm2", prompt=prose(4, 100), n=2, temperature=0.8, max_tokens=8, logprobs=1
+    )
+    assert len(reply.choices) == 2
+    for choice in reply.choices:
+        assert 1 <= len(choice.logprobs.tokens) <= 8
+        assert all(value <= 0 for value in choice.logprobs.token_logprobs)
+
+
+def test_too_long_prompt_gets_vllms_error(client, prose) -> None:
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError, match="2560"):
+        client.completions.create(model="smollm2", prompt=prose(5, 400), max_tokens=4)
+
+
+def test_summary_line_and_empty_pool_after_all(server, client) -> None:
+    deadline = time.monotonic() + 30
+    pattern = r"INFO.*kv-compress: \d+ prompts \(\d+ compressed\), .* blocks returned to the pool"
+    while not re.search(pattern, server.output()):
+        assert time.monotonic() < deadline, "no summary line within 30 s"
+        time.sleep(1)
+    client.completions.create(model="smollm2", prompt="ok", max_tokens=2)
+    deadline = time.monotonic() + 30
+    while server.metric("vllm:kv_cache_usage_perc") != 0.0:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert server.metric("vllm:num_requests_running") == 0
