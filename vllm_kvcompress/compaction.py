@@ -179,9 +179,7 @@ class Compactor:
         scores = torch.stack([s for s in prompt.layer_scores if s is not None])
         prompt.layer_scores = [None] * shape.num_layers
         prompt.window_query = None
-        selection = select(
-            scores, self.config, geometry.num_region_blocks, geometry.block_size
-        )
+        selection = select(scores, self.config, geometry.num_region_blocks, geometry.block_size)
         target = ops.region_page_ids(region_blocks, shape.pages_per_block)
         streams = torch.arange(shape.pages_per_block)
         stream_of_page = streams.repeat_interleave(selection.num_pages.reshape(-1))

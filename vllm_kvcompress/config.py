@@ -116,9 +116,7 @@ class KVCompressConfig:
                 f"kv_compress must be a mapping, got {type(raw).__name__} {raw!r}"
             )
         if raw.get("method") is None:
-            raise KVCompressConfigError(
-                f"kv_compress needs a method; known: {', '.join(RECIPES)}"
-            )
+            raise KVCompressConfigError(f"kv_compress needs a method; known: {', '.join(RECIPES)}")
         if not isinstance(raw["method"], str):
             raise KVCompressConfigError(f"kv_compress method must be a name, got {raw['method']!r}")
         options = raw.get("options") or {}

@@ -11,8 +11,19 @@ import pytest
 
 _SUBJECTS = ("The miller", "A quiet clerk", "The old captain", "Her neighbour", "The gardener")
 _VERBS = ("walked to", "wrote a letter about", "remembered", "painted", "complained about")
-_OBJECTS = ("the harbour", "the broken clock", "a field of barley", "the winter market", "the bridge")
-_ENDINGS = ("before the rain came", "without a word", "as he did each spring", "and went home early")
+_OBJECTS = (
+    "the harbour",
+    "the broken clock",
+    "a field of barley",
+    "the winter market",
+    "the bridge",
+)
+_ENDINGS = (
+    "before the rain came",
+    "without a word",
+    "as he did each spring",
+    "and went home early",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -83,16 +83,12 @@ def test_eight_long_requests_share_a_pool_of_two(engine, needle, read_metric) ->
     before = _num_records(engine)
     chats = [needle(seed) for seed in range(8)]
     prompts = [_prompt(engine, chat) for chat, _ in chats]
-    outputs, running = _run(
-        engine, prompts, _params(max_tokens=64, ignore_eos=True), read_metric
-    )
+    outputs, running = _run(engine, prompts, _params(max_tokens=64, ignore_eos=True), read_metric)
     dense_blocks = min(len(o.prompt_token_ids) for o in outputs.values()) // 32
     assert 2 * dense_blocks <= NUM_BLOCKS - 1 < 3 * dense_blocks
     # The one that is being prefilled is among the running ones.
     assert max(running) >= 7
-    found = sum(
-        code in outputs[f"r{i}"].outputs[0].text for i, (_, code) in enumerate(chats)
-    )
+    found = sum(code in outputs[f"r{i}"].outputs[0].text for i, (_, code) in enumerate(chats))
     records = _new_records(engine, before)
     assert len(records) == 8
     for record in records:
@@ -157,9 +153,7 @@ def test_abort_in_mid_prefill_and_mid_decode(engine, needle, read_metric) -> Non
             llm_engine.abort_request(["r0"])
             aborted.append("r0")
 
-    outputs, _ = _run(
-        engine, prompts, _params(max_tokens=40, ignore_eos=True), read_metric, abort
-    )
+    outputs, _ = _run(engine, prompts, _params(max_tokens=40, ignore_eos=True), read_metric, abort)
     assert aborted == ["r1", "r0"]
     assert not outputs["r0"].finished
     assert len(outputs["r2"].outputs[0].token_ids) == 40
@@ -169,9 +163,7 @@ def test_abort_in_mid_prefill_and_mid_decode(engine, needle, read_metric) -> Non
 def test_preemption_and_resume_when_tails_outgrow_the_pool(engine, needle, read_metric) -> None:
     before = read_metric(engine, "vllm:num_preemptions")
     prompts = [_prompt(engine, needle(seed)[0]) for seed in range(80, 88)]
-    outputs, running = _run(
-        engine, prompts, _params(max_tokens=300, ignore_eos=True), read_metric
-    )
+    outputs, _ = _run(engine, prompts, _params(max_tokens=300, ignore_eos=True), read_metric)
     assert read_metric(engine, "vllm:num_preemptions") > before
     assert len(outputs) == 8
     assert all(len(o.outputs[0].token_ids) == 300 for o in outputs.values())
@@ -192,7 +184,9 @@ def test_parallel_samples_stop_strings_and_logprobs(engine, needle) -> None:
     assert len({tuple(sample.token_ids) for sample in output.outputs}) > 1
     for sample in output.outputs:
         assert len(sample.logprobs) == 20
-        assert all(token in step for token, step in zip(sample.token_ids, sample.logprobs))
+        assert all(
+            token in step for token, step in zip(sample.token_ids, sample.logprobs, strict=True)
+        )
     records = _new_records(engine, before)
     assert len(records) == 3
     assert {r["request_id"] for r in records} == {output.request_id}

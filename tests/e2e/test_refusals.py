@@ -191,8 +191,14 @@ def test_flags_and_additional_config_merge() -> None:
     [
         (["--kv-compress-budget", "99"], "--kv-compress-budget needs --kv-compress METHOD"),
         (
-            ["--kv-compress", "snapkv", "--additional-config", '{"kv_compress": {"window": 16}}']
-            + ["--kv-compress-window", "32"],
+            [
+                "--kv-compress",
+                "snapkv",
+                "--additional-config",
+                '{"kv_compress": {"window": 16}}',
+                "--kv-compress-window",
+                "32",
+            ],
             "window is given twice: 16 and 32",
         ),
     ],
@@ -204,8 +210,10 @@ def test_flags_that_contradict(flags, message) -> None:
 
 def test_serve_stops_with_one_last_line(model) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
-        + ["--kv-compress", "snapkv", "--kv-compress-budget", "40"],
+        [
+            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
+            *("--kv-compress", "snapkv", "--kv-compress-budget", "40"),
+        ],
         capture_output=True,
         text=True,
         timeout=240,

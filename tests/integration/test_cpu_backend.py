@@ -163,7 +163,7 @@ class Rig:
             self.impl.forward(
                 layer, query, key, value, self.layer_views[layer.layer_name], metadata, output
             )
-            for i, (request, count) in enumerate(chunks):
+            for i, (request, _) in enumerate(chunks):
                 self._check(
                     request,
                     index,

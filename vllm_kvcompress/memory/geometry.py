@@ -111,6 +111,7 @@ class Geometry:
         self.config = config
         self.block_size = block_size
         self.of = functools.lru_cache(maxsize=4096)(self._of)
+        self.max_region_blocks = functools.lru_cache(maxsize=4096)(self._max_region_blocks)
 
     def _of(self, prompt_len: int) -> RequestGeometry:
         dense = RequestGeometry(prompt_len, self.block_size, 0, 0)
@@ -136,10 +137,11 @@ class Geometry:
         assert self.config.budget is not None
         return self.config.budget
 
-    def max_region_blocks(self, max_model_len: int) -> int:
-        """Most region blocks that any prompt of at most `max_model_len` tokens takes."""
-        first = max(1, max_model_len - 2 * self.block_size - self.config.window)
-        return max(self._of(n).num_region_blocks for n in range(first, max_model_len + 1))
+    def _max_region_blocks(self, max_len: int) -> int:
+        # Most region blocks that any prompt of at most `max_len` tokens takes. The region grows
+        # with the prompt but for rounding, whose period is one block.
+        first = max(1, max_len - 2 * self.block_size - self.config.window)
+        return max(self._of(n).num_region_blocks for n in range(first, max_len + 1))
 
     def max_request_blocks(self, max_model_len: int) -> int:
         """Most blocks that one request of at most `max_model_len` tokens holds at once."""

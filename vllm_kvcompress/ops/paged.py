@@ -61,9 +61,7 @@ def copy_pages(pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -
     pool.index_copy_(0, target, pool.index_select(0, source))
 
 
-def unpack_pages(
-    pool: torch.Tensor, page_ids: torch.Tensor, offsets: torch.Tensor
-) -> torch.Tensor:
+def unpack_pages(pool: torch.Tensor, page_ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Read the keys (or the values) of pages in token order.
 
     Args:

@@ -23,8 +23,6 @@ class StreamingLLM(Scorer):
     def score(self, inputs: ScoreInputs) -> torch.Tensor:
         """[H, num_candidates]: the token's position, +inf for the sinks."""
         num_heads = inputs.key.shape[0]
-        scores = torch.arange(
-            inputs.num_candidates, dtype=torch.float32, device=inputs.key.device
-        )
+        scores = torch.arange(inputs.num_candidates, dtype=torch.float32, device=inputs.key.device)
         scores[: self.num_sinks] = float("inf")
         return scores.expand(num_heads, -1)

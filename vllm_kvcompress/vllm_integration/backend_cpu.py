@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_kvcompress.vllm_integration.batch import RequestState, StepRows
+from vllm_kvcompress.vllm_integration.batch import StepRows
 from vllm_kvcompress.vllm_integration.engine import WorkerEngine
 
 
@@ -107,9 +107,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             dense = super().build(common_prefix_len, common, fast_build)
             return KVCompressCPUMetadata(common.slot_mapping, dense)
         rows = self.engine.classify(common)
-        metadata = KVCompressCPUMetadata(
-            rows.slot_mapping, None, rows=rows, engine=self.engine
-        )
+        metadata = KVCompressCPUMetadata(rows.slot_mapping, None, rows=rows, engine=self.engine)
         if rows.compressed_rows:
             metadata.compressed = self._build_compressed(common, rows)
         if rows.dense_rows:
@@ -128,7 +126,8 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         starts = common.query_start_loc_cpu
         seq_lens = common.seq_lens
         tables, key = [], []
-        lens = torch.empty(shape.num_layers, len(rows.compressed_rows), num_heads, dtype=torch.int32)
+        num_rows = len(rows.compressed_rows)
+        lens = torch.empty(shape.num_layers, num_rows, num_heads, dtype=torch.int32)
         for i, (row, state) in enumerate(
             zip(rows.compressed_rows, rows.compressed_states, strict=True)
         ):
@@ -207,9 +206,7 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
             else:
                 tokens = metadata.dense_tokens
                 part = torch.empty_like(output[: len(tokens)])
-                super().forward(
-                    layer, query[tokens], key, value, kv_cache, metadata.dense, part
-                )
+                super().forward(layer, query[tokens], key, value, kv_cache, metadata.dense, part)
                 output[tokens] = part
         engine = metadata.engine
         if engine is None:
@@ -308,6 +305,3 @@ def _stack_tables(tables: list[torch.Tensor], num_layers: int, num_heads: int) -
     for i, table in enumerate(tables):
         out[:, i, :, : table.shape[1]] = table.view(num_layers, num_heads, -1)
     return out.view(num_layers, len(tables) * num_heads, width)
-
-
-__all__ = ["KVCompressCPUBackend", "RequestState"]

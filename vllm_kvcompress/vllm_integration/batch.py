@@ -221,9 +221,7 @@ def _correct_slots(
     positions = torch.arange(first, seq_len)
     blocks = row[positions // block_size + geometry.num_region_blocks].long()
     start = row_start + first - num_computed
-    rows.slot_mapping[start : start + len(positions)] = (
-        blocks * block_size + positions % block_size
-    )
+    rows.slot_mapping[start : start + len(positions)] = blocks * block_size + positions % block_size
 
 
 def _cut_region(

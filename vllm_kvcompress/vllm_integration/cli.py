@@ -114,7 +114,8 @@ def _checked(kind: Callable[[str], Any], key: str) -> Callable[[str], Any]:
         try:
             value = kind(text)
         except ValueError:
-            raise KVCompressConfigError(f"KV-compression {key} must be a number, got {text!r}") from None
+            message = f"KV-compression {key} must be a number, got {text!r}"
+            raise KVCompressConfigError(message) from None
         KVCompressConfig(method=next(iter(RECIPES)), **{key: value})
         return value
 

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry, RequestGeometry
+from vllm_kvcompress.memory import Geometry, cdiv
 
 
 @functools.cache
@@ -74,13 +74,20 @@ class KVCompressManager(FullAttentionManager):
         self._geometry = kv_cache_spec.geometry
         self._prompt_lens: dict[str, int] = {}
 
-    def _geometry_of(self, request_id: str, default_prompt_len: int = 0) -> RequestGeometry:
-        return self._geometry.of(self._prompt_lens.get(request_id, default_prompt_len))
-
-    def _row_tokens(self, request_id: str, num_tokens: int, prompt_len: int = 0) -> int:
+    def _row_tokens(self, request_id: str, num_tokens: int) -> int:
         # vLLM's own allocation counts in tokens; the region enters it as whole blocks of them.
-        geometry = self._geometry_of(request_id, prompt_len)
+        geometry = self._geometry.of(self._prompt_lens[request_id])
         return geometry.num_row_blocks(num_tokens) * self.block_size
+
+    def _admission_tokens(self, num_tokens: int, prefill_end: int) -> int:
+        # The admission check comes before vLLM tells us the prompt's length.
+        if prefill_end == num_tokens:
+            # A new request: this is its prompt.
+            return self._geometry.of(num_tokens).num_row_blocks(num_tokens) * self.block_size
+        # A resumed one, or vLLM did not say: room for the largest region of a shorter prompt.
+        num_blocks = cdiv(num_tokens, self.block_size)
+        num_blocks += self._geometry.max_region_blocks(num_tokens)
+        return num_blocks * self.block_size
 
     def get_num_blocks_to_allocate(
         self,
@@ -93,15 +100,14 @@ class KVCompressManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks missing from the request's row, its region included.
-
-        At a waiting request's admission check the prompt length may not be known yet; then
-        `prefill_end` stands in, which is the prompt length of a new request and an upper
-        bound of it for a resumed one.
-        """
+        """Blocks missing from the request's row, its region included."""
+        if request_id in self._prompt_lens:
+            row_tokens = self._row_tokens(request_id, num_tokens)
+        else:
+            row_tokens = self._admission_tokens(num_tokens, prefill_end)
         return super().get_num_blocks_to_allocate(
             request_id,
-            self._row_tokens(request_id, num_tokens, prefill_end),
+            row_tokens,
             new_computed_blocks,
             total_computed_tokens,
             num_local_computed_tokens,

@@ -79,9 +79,9 @@ class CompressionStats:
     def snapshot(self) -> dict[str, Any]:
         """Plain data: `totals`, and `requests` oldest first (the last 10,000).
 
-        Each request has request_id (the caller's), internal_id (vLLM's), prompt_len, compressed, kept_tokens and evicted_tokens
-        (mean over layers and heads), blocks_returned, region_blocks, and kept_per_head as
-        [layer][head] token counts (None for a dense one).
+        Each request has request_id (the caller's), internal_id (vLLM's), prompt_len, compressed,
+        kept_tokens and evicted_tokens (mean over layers and heads), blocks_returned,
+        region_blocks, and kept_per_head as [layer][head] token counts (None for a dense one).
         """
         with self._lock:
             requests = [dict(record) for record in self._requests]

@@ -91,9 +91,7 @@ class KVCompressCPUWorker(CPUWorker):
         self._engine = WorkerEngine(
             config=self._config,
             shape=shape,
-            layer_views={
-                name: layer.kv_cache for name, layer in zip(names, layers, strict=True)
-            },
+            layer_views={name: layer.kv_cache for name, layer in zip(names, layers, strict=True)},
             order=order,
             scales=[layer.impl.scale for layer in layers],
             input_batch=runner.input_batch,

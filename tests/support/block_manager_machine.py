@@ -1,0 +1,689 @@
+"""A scheduler and a worker around vLLM's KVCacheManager with our block manager in it.
+
+`Machine` plays vLLM's scheduler (v1/core/sched/scheduler.py, FCFS) and a worker that records
+what is in every slot. `Machine.check` holds the invariants and runs after every operation.
+A failing random run prints its setup, seed and the log of operations.
+"""
+
+import random
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.utils import check_stop
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.vllm_integration.kv_cache import KVCompressManager, KVCompressSpec
+
+# A token id no family of prompts uses; ids from here on are handed out once.
+FIRST_UNIQUE_TOKEN = 10_000_000
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One engine configuration.
+
+    Attributes:
+        num_spare_blocks: usable blocks of the pool beyond what the largest request needs.
+        depth: steps that may be in flight while the next one is scheduled; 0 = sync.
+        full_sequence_must_fit: vLLM's `scheduler_reserve_full_isl`.
+        retention: vLLM's `prefix_cache_retention_interval`.
+    """
+
+    block_size: int = 16
+    window: int = 16
+    budget: int | None = None
+    ratio: float | None = None
+    max_model_len: int = 256
+    num_spare_blocks: int = 8
+    caching: bool = True
+    depth: int = 0
+    full_sequence_must_fit: bool = True
+    watermark: float = 0.0
+    retention: int | None = 0
+
+    def spec(self) -> KVCompressSpec:
+        config = KVCompressConfig(
+            method="snapkv", budget=self.budget, ratio=self.ratio, window=self.window
+        )
+        stock = FullAttentionSpec(
+            block_size=self.block_size, num_kv_heads=1, head_size=8, dtype=torch.float32
+        )
+        return KVCompressSpec.from_full_attention(stock, config)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request and what the simulated worker knows of it.
+
+    Attributes:
+        tokens: prompt and every sampled token, those still in flight included.
+        labels: what slot of position p holds, one per token (see `Machine.relabel`).
+        row: the worker's block-table row; it keeps the ids of blocks nulled later.
+        num_slots: tokens that have a slot, all of them written.
+        finish_step: step that computed the last prompt token, None before.
+        is_compacted: the manager has been told that `finish_step` has settled.
+        has_region: the region has been written.
+    """
+
+    request: Request
+    family: int | None
+    tokens: list[int]
+    labels: list[Any] = field(default_factory=list)
+    exact_labels: list[Any] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
+    num_slots: int = 0
+    finish_step: int | None = None
+    is_compacted: bool = False
+    has_region: bool = False
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def prompt_len(self) -> int:
+        return self.request.num_prompt_tokens
+
+
+@dataclass
+class Chunk:
+    """Tokens [start, end) of a sequence in one step; `sampled` is its output, if any."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    sampled: int | None = None
+
+
+class Machine:
+    """Scheduler and worker around one real KVCacheManager."""
+
+    def __init__(self, setup: Setup, seed: int = 0) -> None:
+        init_none_hash(sha256)
+        self.setup, self.rng = setup, random.Random(seed)
+        self.bs = setup.block_size
+        spec = setup.spec()
+        self.geometry = spec.geometry
+        self.max_request_blocks = self.geometry.max_request_blocks(setup.max_model_len)
+        self.num_usable_blocks = self.max_request_blocks + setup.num_spare_blocks
+        self.kv = KVCacheManager(
+            KVCacheConfig(
+                num_blocks=self.num_usable_blocks + 1,
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+                prefix_cache_retention_interval=setup.retention,
+            ),
+            max_model_len=setup.max_model_len,
+            scheduler_block_size=self.bs,
+            hash_block_size=self.bs,
+            enable_caching=setup.caching,
+            watermark=setup.watermark,
+        )
+        self.pool = self.kv.block_pool
+        (self.manager,) = self.kv.coordinator.single_type_managers
+        assert type(self.manager) is KVCompressManager
+        self.hasher = get_request_block_hasher(self.bs, sha256) if setup.caching else None
+        self.slots: list[list[Any]] = [[None] * self.bs for _ in self.pool.blocks]
+        self.content_of_hash: dict[bytes, list[Any]] = {}
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.step: list[Chunk] = []
+        self.in_flight: deque[tuple[int, list[Chunk]]] = deque()
+        self.launched_step = self.settled_step = 0
+        self.num_added = self.num_ops = 0
+        self.next_unique_token = FIRST_UNIQUE_TOKEN
+        self.seen: Counter[str] = Counter()
+        self.log: list[str] = []
+
+    # What the tests below read.
+
+    @property
+    def num_free(self) -> int:
+        return self.pool.get_num_free_blocks()
+
+    def blocks(self, sequence: Sequence) -> list[Any]:
+        return self.manager.req_to_blocks[sequence.id]
+
+    def nulls(self, sequence: Sequence) -> list[int]:
+        return [i for i, block in enumerate(self.blocks(sequence)) if block.is_null]
+
+    def unique_token(self) -> int:
+        self.next_unique_token += 1
+        return self.next_unique_token
+
+    def hit(self, prompt: list[int]) -> int:
+        """Tokens that a new request with this prompt would find in the prefix cache."""
+        return self.kv.get_computed_blocks(self._request("probe", prompt, 1))[1]
+
+    # The layout, derived here once more so that the geometry is not its own judge.
+
+    def geometry_of(self, sequence: Sequence) -> Any:
+        return self.geometry.of(sequence.prompt_len)
+
+    def row_len(self, sequence: Sequence, num_tokens: int) -> int:
+        prompt_len, num_region = sequence.prompt_len, self.geometry_of(sequence).num_region_blocks
+        in_full_prompt_blocks = num_tokens <= prompt_len // self.bs * self.bs
+        has_region = num_tokens >= prompt_len or not in_full_prompt_blocks
+        return -(-num_tokens // self.bs) + (num_region if has_region else 0)
+
+    def block_at(self, sequence: Sequence, position: int) -> int:
+        index, boundary = position // self.bs, sequence.prompt_len // self.bs
+        if index >= boundary:
+            index += self.geometry_of(sequence).num_region_blocks
+        return sequence.row[index]
+
+    def region(self, sequence: Sequence) -> list[int]:
+        first = sequence.prompt_len // self.bs
+        return sequence.row[first : first + self.geometry_of(sequence).num_region_blocks]
+
+    def region_content(self, sequence: Sequence, index: int) -> list[Any]:
+        attempt = sequence.request.num_preemptions
+        return [("region", sequence.id, attempt, index, slot) for slot in range(self.bs)]
+
+    # Operations.
+
+    def _request(self, request_id: str, prompt: list[int], max_tokens: int) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        return Request(request_id, list(prompt), params, None, block_hasher=self.hasher)
+
+    def add(self, prompt: list[int], max_tokens: int = 1000, family: int | None = None) -> Sequence:
+        request = self._request(f"r{self.num_added}", prompt, max_tokens)
+        self.num_added += 1
+        sequence = Sequence(request, family, list(prompt))
+        self.relabel(sequence)
+        self.waiting.append(sequence)
+        self.done(f"add {sequence.id} prompt {len(prompt)} max_tokens {max_tokens}")
+        return sequence
+
+    def relabel(self, sequence: Sequence) -> None:
+        """Label slots: K and V of exact attention are named by all tokens up to theirs.
+
+        Tokens after a compressed prompt depend on what was evicted, so nobody else may read
+        theirs; the label names the request and how often it had been preempted.
+        """
+        exact, tokens = sequence.exact_labels, sequence.tokens
+        del exact[len(tokens) :]
+        while len(exact) < len(tokens):
+            exact.append(hash((exact[-1] if exact else 0, tokens[len(exact)])))
+        sequence.labels = list(exact)
+        if self.geometry_of(sequence).is_compressed:
+            attempt = sequence.request.num_preemptions
+            for position in range(sequence.prompt_len, len(tokens)):
+                sequence.labels[position] = ("lossy", sequence.id, attempt, position)
+        for i, block_hash in enumerate(sequence.request.block_hashes):
+            self.content_of_hash[block_hash] = exact[i * self.bs : (i + 1) * self.bs]
+
+    def admit(self, sequence: Sequence, pick: Any) -> bool:
+        """Schedule a waiting request; `pick(hit)` is the size of its first chunk."""
+        request, setup = sequence.request, self.setup
+        assert list(request.all_token_ids) == sequence.tokens
+        blocks, hit, request.shared_prefix_boundary = self.kv.get_computed_blocks(request)
+        self.check_hit(sequence, hit, blocks.blocks[0])
+        num_new = pick(hit)
+        free = self.num_free
+        others = any(self.manager.req_to_blocks.values())
+        num_evictable = sum(block.ref_cnt == 0 for block in blocks.blocks[0])
+        headroom = self.kv.watermark_blocks if self.running else 0
+        base = headroom + num_evictable - hit // self.bs
+        chunk_need = base + self.row_len(sequence, hit + num_new)
+        full_need = base + self.row_len(sequence, request.num_tokens)
+        new = self.kv.allocate_slots(
+            request,
+            num_new,
+            num_new_computed_tokens=hit,
+            new_computed_blocks=blocks,
+            full_sequence_must_fit=setup.full_sequence_must_fit,
+            has_scheduled_reqs=bool(self.running),
+        )
+        # Otherwise vLLM does not tell the manager where the prompt ends.
+        gate_is_known = setup.retention == 0
+        what = f"admit {sequence.id} hit {hit} new {num_new} of {request.num_tokens}"
+        if new is None:
+            assert others, f"{sequence.id} refused although the pool is empty otherwise"
+            if gate_is_known and not request.num_output_tokens:
+                need = full_need if setup.full_sequence_must_fit else chunk_need
+                assert need > free, f"refused {need} blocks with {free} free"
+            assert sequence.id not in self.manager.req_to_blocks
+            self.seen["refused"] += 1
+            self.done(what + ": refused")
+            return False
+        if gate_is_known and setup.full_sequence_must_fit and not request.num_output_tokens:
+            assert full_need <= free, f"admitted {full_need} blocks with {free} free"
+        assert chunk_need <= free
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        sequence.row = self.kv.get_block_ids(sequence.id)[0]
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = hit
+        self.seen["hit"] += hit > 0
+        self.seen["resumed past the prompt"] += (
+            hit + num_new > sequence.prompt_len and self.geometry_of(sequence).is_compressed
+        )
+        self._write(sequence, hit, hit + num_new)
+        self.done(what)
+        return True
+
+    def advance(self, sequence: Sequence, num_new: int) -> bool:
+        """Schedule the next chunk or decode step of a running request."""
+        request = sequence.request
+        start = request.num_computed_tokens
+        settled = sequence.finish_step is not None and sequence.finish_step <= self.settled_step
+        compacts = (
+            settled and not sequence.is_compacted and self.geometry_of(sequence).is_compressed
+        )
+        returned = self.blocks(sequence)[: self.geometry_of(sequence).first_kept_block]
+        hashes = [block.block_hash for block in returned]
+        self.seen["scheduled before the compaction settled"] += (
+            self.geometry_of(sequence).is_compressed
+            and sequence.finish_step is not None
+            and not settled
+        )
+        new = self.kv.allocate_slots(request, num_new)
+        if compacts and (request.num_stale_output_tokens == 0 or self.blocks(sequence)[0].is_null):
+            sequence.is_compacted = True
+            self.seen["compacted"] += 1
+            taken = set() if new is None else set(new.get_block_ids()[0])
+            for block, block_hash in zip(returned, hashes, strict=True):
+                if block.block_id not in taken:
+                    assert block.block_hash == block_hash, f"block {block.block_id} lost its hash"
+        what = f"advance {sequence.id} from {start} by {num_new}"
+        if new is None:
+            rows = self.manager.req_to_blocks
+            assert any(rows[rid] for rid in rows if rid != sequence.id), (
+                f"{sequence.id} refused although it owns every block in use"
+            )
+            self.seen["refused"] += 1
+            self.done(what + ": refused")
+            return False
+        sequence.row.extend(new.get_block_ids()[0])
+        self._write(sequence, start, start + num_new)
+        self.done(what)
+        return True
+
+    def _write(self, sequence: Sequence, start: int, end: int) -> None:
+        """What the worker writes for tokens [start, end), in the step now being scheduled."""
+        prompt_len, boundary = sequence.prompt_len, sequence.prompt_len // self.bs * self.bs
+        for position in range(start, end):
+            block = self.pool.blocks[self.block_at(sequence, position)]
+            label = sequence.labels[position]
+            assert not block.is_null, f"position {position} of {sequence.id} is in the null block"
+            assert block.ref_cnt == 1, f"write to shared block {block.block_id}"
+            if block.block_hash is not None:
+                cached = self.content_of_hash[get_block_hash(block.block_hash)]
+                assert cached[position % self.bs] == label, f"block {block.block_id} is cached"
+            self.slots[block.block_id][position % self.bs] = label
+        sequence.num_slots = end
+        self.step.append(Chunk(sequence, start, end))
+        if self.geometry_of(sequence).is_compressed and start < prompt_len:
+            self.seen["chunk ends in the last partial block"] += boundary < end < prompt_len
+            self.seen["last chunk below the window"] += (
+                end >= prompt_len and prompt_len - start < self.setup.window
+            )
+            self.seen["prompt of whole blocks"] += end >= prompt_len == boundary
+
+    def launch(self) -> None:
+        """Close the step: compact, sample, count the step's tokens as in flight."""
+        self.launched_step += 1
+        for chunk in self.step:
+            sequence, request = chunk.sequence, chunk.sequence.request
+            prompt_len = sequence.prompt_len
+            if chunk.start < prompt_len <= chunk.end:
+                sequence.finish_step = self.launched_step
+                if self.geometry_of(sequence).is_compressed:
+                    self._compact(sequence)
+            request.num_computed_tokens += chunk.end - chunk.start
+            request.num_in_flight_tokens += chunk.end - chunk.start
+            if chunk.end == len(sequence.tokens):
+                chunk.sampled = self._sample(sequence)
+                sequence.tokens.append(chunk.sampled)
+                self.relabel(sequence)
+                if self.setup.depth:
+                    request.num_output_placeholders += 1
+        self.in_flight.append((self.launched_step, self.step))
+        ids = [chunk.sequence.id for chunk in self.step]
+        self.step = []
+        self.done(f"launch step {self.launched_step} with {ids}")
+
+    def _compact(self, sequence: Sequence) -> None:
+        self.check_prompt_blocks(sequence, 0)
+        for index, block_id in enumerate(self.region(sequence)):
+            block = self.pool.blocks[block_id]
+            assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null
+            self.slots[block_id] = self.region_content(sequence, index)
+        sequence.has_region = True
+
+    def _sample(self, sequence: Sequence) -> int:
+        # Mostly what a longer prompt of the family says, so that outputs occur in prompts.
+        if sequence.family is not None and self.rng.random() < 0.9:
+            return family_token(sequence.family, len(sequence.tokens))
+        sequence.family = None
+        return self.unique_token()
+
+    def settle(self) -> None:
+        """Process the output of the oldest step in flight, as `update_from_output` does."""
+        self.settled_step, chunks = self.in_flight.popleft()
+        for chunk in chunks:
+            sequence, request = chunk.sequence, chunk.sequence.request
+            num_tokens = chunk.end - chunk.start
+            request.num_in_flight_tokens -= num_tokens
+            is_stale = request.num_stale_output_tokens > 0
+            if is_stale:
+                request.num_stale_output_tokens -= num_tokens
+                assert request.num_stale_output_tokens >= 0
+            is_dropped = is_stale and request.drop_stale_output
+            if request.is_finished() or is_dropped or chunk.sampled is None:
+                continue
+            was_running = request.status == RequestStatus.RUNNING
+            request.append_output_token_ids(chunk.sampled)
+            self.relabel(sequence)
+            is_stopped = check_stop(request, self.setup.max_model_len)
+            if self.setup.depth:
+                if not is_stale:
+                    request.num_output_placeholders -= 1
+                if was_running:
+                    known = request.num_computed_tokens - request.num_output_placeholders
+                    self.kv.cache_blocks(request, known)
+            if is_stopped:
+                self._drop(sequence)
+                self.seen["finished"] += 1
+        self.done(f"settle step {self.settled_step}")
+
+    def _drop(self, sequence: Sequence) -> None:
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.kv.free(sequence.request)
+
+    def abort(self, sequence: Sequence) -> None:
+        if sequence in self.running:
+            mid_prefill = sequence.request.num_computed_tokens < sequence.prompt_len
+            self.seen[f"aborted mid {'prefill' if mid_prefill else 'decode'}"] += 1
+        sequence.request.status = RequestStatus.FINISHED_ABORTED
+        self._drop(sequence)
+        self.done(f"abort {sequence.id}")
+
+    def preempt(self, sequence: Sequence, drop_stale: bool = False) -> None:
+        """Free and start over, as `_preempt_request` does."""
+        request = sequence.request
+        if self.geometry_of(sequence).is_compressed:
+            mid_prefill = request.num_computed_tokens < sequence.prompt_len
+            self.seen[f"preempted mid {'prefill' if mid_prefill else 'decode'}"] += 1
+        self.running.remove(sequence)
+        self.kv.free(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.drop_stale_output = drop_stale or (
+            request.drop_stale_output and request.num_stale_output_tokens > 0
+        )
+        request.num_stale_output_tokens = request.num_in_flight_tokens
+        request.num_output_placeholders = 0
+        request.num_preemptions += 1
+        if request.drop_stale_output:
+            sequence.tokens = list(request.all_token_ids)
+        sequence.row, sequence.num_slots = [], 0
+        sequence.finish_step, sequence.is_compacted, sequence.has_region = None, False, False
+        self.relabel(sequence)
+        self.waiting.insert(0, sequence)
+        self.done(f"preempt {sequence.id}{' and drop its output' if drop_stale else ''}")
+
+    def reset_prefix_cache(self) -> None:
+        while self.running:
+            self.preempt(self.running[-1], drop_stale=True)
+        assert self.kv.reset_prefix_cache()
+        assert not any(block.block_hash for block in self.pool.blocks)
+        self.seen["reset"] += 1
+        self.done("reset the prefix cache")
+
+    def run(self, *chunks: tuple[Sequence, int]) -> None:
+        """One step of the given (sequence, tokens) chunks, launched and not yet settled."""
+        for sequence, num_new in chunks:
+            if sequence in self.running:
+                assert self.advance(sequence, num_new)
+            else:
+                assert self.admit(sequence, lambda _, num_new=num_new: num_new)
+        self.launch()
+
+    def run_and_settle(self, *chunks: tuple[Sequence, int]) -> None:
+        self.run(*chunks)
+        while self.in_flight:
+            self.settle()
+
+    # Invariants.
+
+    def done(self, what: str) -> None:
+        self.num_ops += 1
+        self.log.append(what)
+        self.check()
+
+    def check(self) -> None:
+        """Everything that must hold after every operation."""
+        rows = self.manager.req_to_blocks
+        assert set(rows) == {sequence.id for sequence in self.running}
+        assert set(self.manager.num_cached_block) <= set(rows)
+        live = set(rows) | {sequence.id for sequence in self.waiting}
+        assert set(self.manager._prompt_lens) <= live
+        self.check_pool(rows)
+        for sequence in self.running:
+            self.check_row(sequence)
+            first_kept = self.geometry_of(sequence).first_kept_block
+            self.check_prompt_blocks(sequence, first_kept if sequence.is_compacted else 0)
+            if sequence.has_region:
+                for index, block_id in enumerate(self.region(sequence)):
+                    expected = self.region_content(sequence, index)
+                    assert self.slots[block_id] == expected, f"region of {sequence.id}"
+        for block in self.pool.blocks:
+            if block.block_hash is not None:
+                cached = self.content_of_hash[get_block_hash(block.block_hash)]
+                assert self.slots[block.block_id] == cached, (
+                    f"block {block.block_id} does not hold what its hash says"
+                )
+
+    def check_pool(self, rows: dict[str, list[Any]]) -> None:
+        owners: Counter[int] = Counter()
+        for request_id, row in rows.items():
+            ids = [block.block_id for block in row if not block.is_null]
+            assert len(ids) == len(set(ids)), f"{request_id} holds a block twice: {ids}"
+            assert len(ids) <= self.max_request_blocks
+            owners.update(ids)
+        for block in self.pool.blocks[1:]:
+            num_owners = owners[block.block_id]
+            assert block.ref_cnt == num_owners, f"{block} has {num_owners} owners"
+            if num_owners > 1:
+                assert block.block_hash is not None, f"{block} has {num_owners} owners"
+                self.seen["shared block"] += 1
+        free = [block.block_id for block in self.pool.free_block_queue.get_all_free_blocks()]
+        assert len(free) == len(set(free)) == self.num_free
+        assert not set(free) & set(owners)
+        assert self.num_free + len(owners) == self.num_usable_blocks
+
+    def check_row(self, sequence: Sequence) -> None:
+        request, geometry = sequence.request, self.geometry_of(sequence)
+        row = self.blocks(sequence)
+        assert len(row) == len(sequence.row) == self.row_len(sequence, sequence.num_slots)
+        num_null = geometry.first_kept_block if sequence.is_compacted else 0
+        assert [block.is_null for block in row] == [i < num_null for i in range(len(row))]
+        assert [b.block_id for b in row[num_null:]] == sequence.row[num_null:]
+        # Blocks that may be offered to other requests, and those that must be.
+        num_cacheable = len(request.block_hashes)
+        if geometry.is_compressed:
+            num_cacheable = min(num_cacheable, sequence.prompt_len // self.bs)
+        num_cached = min(sequence.prompt_len, sequence.num_slots) // self.bs
+        for i, block in enumerate(row[num_null:], start=num_null):
+            if block.block_hash is not None:
+                assert i < num_cacheable, f"block {i} of {sequence.id} is in the prefix cache"
+                assert get_block_hash(block.block_hash) == request.block_hashes[i]
+            else:
+                assert i >= num_cached or not self.setup.caching, f"block {i} is not cached"
+
+    def check_prompt_blocks(self, sequence: Sequence, first_block: int) -> None:
+        """Every slot from `first_block` on holds what this sequence must read there."""
+        for start in range(first_block * self.bs, sequence.num_slots, self.bs):
+            expected = sequence.labels[start : min(start + self.bs, sequence.num_slots)]
+            block_id = self.block_at(sequence, start)
+            assert self.slots[block_id][: len(expected)] == expected, (
+                f"block {block_id}, position {start} of {sequence.id}, was overwritten"
+            )
+
+    def check_hit(self, sequence: Sequence, hit: int, blocks: list[Any]) -> None:
+        """A hit is the longest cached run that may be used, found here by looking at blocks."""
+        request = sequence.request
+        assert hit == len(blocks) * self.bs
+        cached = {
+            get_block_hash(block.block_hash)
+            for block in self.pool.blocks
+            if block.block_hash is not None
+        }
+        run = 0
+        while run < len(request.block_hashes) and request.block_hashes[run] in cached:
+            run += 1
+        is_compressed = self.geometry_of(sequence).is_compressed
+        if is_compressed:
+            # The window's queries score the rest, so they have to be computed.
+            assert sequence.prompt_len - hit >= self.setup.window
+        if not request.num_output_tokens and not request.skip_reading_prefix_cache:
+            most = request.num_tokens - (self.setup.window if is_compressed else 1)
+            assert hit == min(run, most // self.bs) * self.bs
+        assert hit <= min(run * self.bs, request.num_tokens - 1)
+
+    def check_empty(self) -> None:
+        """Nothing is left of any request."""
+        assert not self.running and not self.waiting and not self.in_flight
+        assert self.num_free == self.num_usable_blocks
+        manager = self.manager
+        assert not manager.req_to_blocks
+        assert not manager.num_cached_block
+        assert not manager._prompt_lens
+
+
+def family_token(family: int, position: int) -> int:
+    return family * 10_000 + position
+
+
+def prompt_of(family: int, length: int) -> list[int]:
+    return [family_token(family, position) for position in range(length)]
+
+
+class Driver:
+    """Draws operations for a Machine from a seed."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.rng = machine, machine.rng
+        self.past_prompts: list[list[int]] = []
+
+    def run(self, num_ops: int) -> None:
+        machine, rng = self.machine, self.rng
+        while machine.num_ops < num_ops:
+            self._between_steps()
+            self._step()
+            while len(machine.in_flight) > (0 if rng.random() < 0.1 else machine.setup.depth):
+                machine.settle()
+        # Left alone, everything still running or waiting must come to its end.
+        for _ in range(200 * (len(machine.running) + len(machine.waiting) + 1)):
+            if not machine.running and not machine.waiting:
+                break
+            self._step()
+            while len(machine.in_flight) > machine.setup.depth:
+                machine.settle()
+        assert not machine.running and not machine.waiting, "no progress"
+        while machine.in_flight:
+            machine.settle()
+        machine.check_empty()
+
+    def _between_steps(self) -> None:
+        machine, rng = self.machine, self.rng
+        live = machine.running + machine.waiting
+        if len(live) < 7 and rng.random() < 0.35:
+            self._add()
+        if live and rng.random() < 0.05:
+            mid_prefill = [s for s in machine.running if s.num_slots < s.prompt_len]
+            machine.abort(rng.choice(rng.choice((mid_prefill, live)) or live))
+        if machine.running and rng.random() < 0.04:
+            machine.preempt(rng.choice(machine.running))
+        if rng.random() < 0.01:
+            machine.reset_prefix_cache()
+
+    def _add(self) -> None:
+        rng, setup, bs = self.rng, self.machine.setup, self.machine.bs
+        longest = setup.max_model_len - 1
+        family = rng.randrange(3)
+        if self.past_prompts and rng.random() < 0.25:
+            prompt, family = list(rng.choice(self.past_prompts)), None
+        else:
+            length = rng.choice(
+                (
+                    rng.randint(1, longest),
+                    rng.randint(longest // 2, longest),
+                    rng.randint(1, longest // bs) * bs,
+                    rng.randint(1, longest // bs) * bs + rng.choice((-1, 1)),
+                    rng.randint(1, setup.budget or setup.window),
+                )
+            )
+            prompt = prompt_of(family, min(length, longest))
+            if rng.random() < 0.25:
+                family = None
+                num_shared = rng.randrange(len(prompt))
+                prompt[num_shared:] = [self.machine.unique_token() for _ in prompt[num_shared:]]
+        self.past_prompts.append(prompt)
+        self.machine.add(prompt, max_tokens=rng.randint(1, 2 * bs), family=family)
+
+    def _step(self) -> None:
+        """One schedule() call: running requests first, then waiting ones in order."""
+        machine = self.machine
+        has_preempted = False
+        for sequence in list(machine.running):
+            if has_preempted and sequence not in machine.running:
+                break
+            num_new = self._next_chunk(sequence)
+            while num_new and not machine.advance(sequence, num_new):
+                victim = machine.running[-1]
+                machine.preempt(victim)
+                has_preempted = True
+                if victim is sequence:
+                    break
+        for sequence in [] if has_preempted else list(machine.waiting):
+            request = sequence.request
+            if request.num_stale_output_tokens and not request.drop_stale_output:
+                continue
+            if len(machine.running) == 5 or self.rng.random() < 0.1:
+                break
+            if not machine.admit(sequence, lambda hit, s=sequence: self._chunk(s, hit)):
+                break
+        if machine.step:
+            machine.launch()
+        elif machine.in_flight:
+            machine.settle()
+
+    def _next_chunk(self, sequence: Sequence) -> int:
+        """Tokens of a running request's next chunk; 0 leaves it out of the step."""
+        request, max_model_len = sequence.request, self.machine.setup.max_model_len
+        pending, computed = request.num_output_placeholders, request.num_computed_tokens
+        assert request.num_tokens + pending == len(sequence.tokens)
+        if pending and computed + 2 - pending >= sequence.prompt_len + request.max_tokens:
+            return 0
+        # The step's token budget may be spent before this request's turn.
+        if len(sequence.tokens) == computed or self.rng.random() < 0.1:
+            return 0
+        return min(self._chunk(sequence, computed), max_model_len - computed - 1)
+
+    def _chunk(self, sequence: Sequence, start: int) -> int:
+        rng, bs, prompt_len = self.rng, self.machine.bs, sequence.prompt_len
+        remaining = len(sequence.tokens) - start
+        boundary = prompt_len // bs * bs
+        end = rng.choice(
+            (
+                start + remaining,
+                start + remaining,
+                start + rng.randint(1, 3),
+                start + rng.randint(1, remaining),
+                (start // bs + rng.randint(1, 4)) * bs,
+                prompt_len - rng.randint(1, self.machine.setup.window),
+                rng.randint(boundary, prompt_len),
+            )
+        )
+        return max(1, min(end - start, remaining))
