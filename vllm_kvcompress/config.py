@@ -119,7 +119,7 @@ class KVCompressConfig:
             raise KVCompressConfigError(f"kv_compress needs a method; known: {', '.join(RECIPES)}")
         if not isinstance(raw["method"], str):
             raise KVCompressConfigError(f"kv_compress method must be a name, got {raw['method']!r}")
-        options = raw.get("options") or {}
+        options = {} if raw.get("options") is None else raw["options"]
         if not isinstance(options, Mapping):
             raise KVCompressConfigError(f"kv_compress options must be a mapping, got {options!r}")
         flat = {key: value for key, value in raw.items() if key not in _CONFIG_KEYS}
@@ -146,7 +146,8 @@ def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
     """
     merged = dict(first)
     for key, value in second.items():
-        if key == "options" and isinstance(merged.get(key), Mapping):
+        both_map = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        if key == "options" and both_map:
             merged[key] = merge_settings(merged[key], value)
         elif key in merged and merged[key] != value:
             raise KVCompressConfigError(
@@ -168,10 +169,10 @@ def parse_options_json(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise KVCompressConfigError(
             f"KV-compression options are not valid JSON ({error.msg} at character "
-            f"{error.pos}): {text}"
+            f"{error.pos}): {text!r}"
         ) from None
     if not isinstance(value, dict):
-        raise KVCompressConfigError(f"KV-compression options must be a JSON object, got {text}")
+        raise KVCompressConfigError(f"KV-compression options must be a JSON object, got {text!r}")
     return value
 
 

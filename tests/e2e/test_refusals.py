@@ -152,7 +152,7 @@ def test_settings_that_are_fine_reach_the_engine_config(model) -> None:
 
 def _parse_serve(flags: list[str]):
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(flags)

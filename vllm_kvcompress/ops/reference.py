@@ -51,8 +51,8 @@ def joint_top_counts(scores: torch.Tensor, total: int, guaranteed: int) -> torch
     contenders = []
     for row in range(num_rows):
         ranked = sorted(scores[row].tolist(), reverse=True)
-        contenders += [(-score, row, rank) for rank, score in enumerate(ranked[guaranteed:])]
-    for _, row, _ in sorted(contenders)[: total - num_rows * guaranteed]:
+        contenders += [(-score, rank, row) for rank, score in enumerate(ranked[guaranteed:])]
+    for _, _, row in sorted(contenders)[: total - num_rows * guaranteed]:
         counts[row] += 1
     return torch.tensor(counts, dtype=torch.int64)
 

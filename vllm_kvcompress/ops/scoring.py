@@ -129,7 +129,8 @@ def joint_top_counts(
         backend: 'torch' or 'reference'.
 
     Returns:
-        [R] int64 summing to total. Equal scores: the lower row, then the lower index, first.
+        [R] int64 summing to total. Equal scores: the entry that ranks higher in its row, then
+        the lower row, first, so that rows with equal scores share evenly.
 
     Raises:
         ValueError: if the numbers do not fit.
@@ -142,12 +143,10 @@ def joint_top_counts(
     if _is_reference(backend):
         return reference.joint_top_counts(scores, total, guaranteed)
     by_rank = scores.sort(dim=1, descending=True, stable=True).values
-    rest = by_rank[:, guaranteed:].flatten()
+    # Rank by rank, so that a stable sort prefers the higher rank, then the lower row.
+    rest = by_rank[:, guaranteed:].t().flatten()
     winners = rest.sort(descending=True, stable=True).indices[: total - num_rows * guaranteed]
-    if num_entries == guaranteed:
-        return torch.full((num_rows,), guaranteed, dtype=torch.int64, device=scores.device)
-    rows = torch.div(winners, num_entries - guaranteed, rounding_mode="floor")
-    return torch.bincount(rows, minlength=num_rows) + guaranteed
+    return torch.bincount(winners % num_rows, minlength=num_rows) + guaranteed
 
 
 def select_top(scores: torch.Tensor, counts: torch.Tensor, backend: str = "torch") -> torch.Tensor:

@@ -53,10 +53,10 @@ def layer_pages(
     """Pages per KV head for each layer.
 
     'pyramid' is PyramidKV (arXiv 2406.02069, eq. 3-4): linear from `2 * mean - mean / beta`
-    in the first layer to `mean / beta` in the last; where the top exceeds `max_pages` it is
-    clamped and the bottom raised so that the mean stays. Prompts shorter than twice the mean
-    are shared uniformly, as the authors do. The authors' code floors its step and overspends
-    (L=80 at 128 tokens: +27 %); here the sum is exact.
+    in the first layer to `mean / beta` in the last. Where a head has fewer pages to choose from
+    than twice the mean, the layers share uniformly, as the authors do for prompts shorter than
+    that. The authors' code floors its step and overspends (L=80 at 128 tokens: +27 %); here the
+    sum is exact.
 
     Args:
         schedule: 'uniform' or 'pyramid'.
@@ -73,9 +73,6 @@ def layer_pages(
     assert schedule == "pyramid"
     low = mean_pages / beta
     high = 2 * mean_pages - low
-    if high > max_pages:
-        high = float(max_pages)
-        low = 2 * mean_pages - high
     step = (high - low) / (num_layers - 1)
     ideal = [high - step * layer for layer in range(num_layers)]
     return apportion(ideal, mean_pages * num_layers, 1, max_pages)

@@ -5,6 +5,7 @@ Standard library only; the scorers themselves live in the neighbouring files.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class OptionSpec:
             right_type = isinstance(value, self.kind)
         if not right_type:
             return f"must be of type {self.kind.__name__}"
+        if self.kind is float and not math.isfinite(value):
+            return "must be finite"
         if self.choices is not None and value not in self.choices:
             return f"must be one of {', '.join(map(str, self.choices))}"
         if self.minimum is not None and value < self.minimum:
@@ -90,7 +93,7 @@ SCORER_OPTIONS: dict[str, dict[str, OptionSpec]] = {
         "num_sinks": OptionSpec(4, int, "first tokens always kept", minimum=0),
     },
     "knorm": {},
-    "random": {"seed": OptionSpec(0, int, "seed of the scores", minimum=0)},
+    "random": {"seed": OptionSpec(0, int, "seed of the scores", minimum=0, maximum=2**32 - 1)},
 }
 SCHEDULE_OPTIONS: dict[str, dict[str, OptionSpec]] = {
     "uniform": {},

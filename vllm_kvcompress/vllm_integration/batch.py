@@ -111,8 +111,8 @@ class StepRows:
     """How each row of a step is to be attended.
 
     Attributes:
-        block_table: [R, width] int32; rows that own a region have it cut out, so that
-            position p is at block p // block_size again.
+        block_table: [R, width] int32; dense rows that own a region (a prompt that ends in this
+            step) have it cut out, so that position p is at block p // block_size again.
         slot_mapping: [T] int64, cache slot of every token.
         dense_rows, compressed_rows: row numbers, together all rows.
         compressed_states: one per compressed row.

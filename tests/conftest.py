@@ -1,0 +1,37 @@
+"""Shared by all tests; the poisoning below touches the unit tests only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+UNIT_TESTS = Path(__file__).parent / "unit"
+POISONED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# A slow machine is no failure, and a test run leaves nothing in the tree.
+settings.register_profile("kvcompress", deadline=None, database=None, print_blob=True)
+settings.load_profile("kvcompress")
+
+
+def _poisoned(allocate):
+    def allocate_nan(*args, **kwargs):
+        tensor = allocate(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.dtype in POISONED_DTYPES else tensor
+
+    return allocate_nan
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(request, monkeypatch):
+    """Uninitialised floats are NaN, so that an output nobody wrote cannot look right."""
+    if not request.path.is_relative_to(UNIT_TESTS):
+        return
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch.Tensor, "new_empty"),
+    ):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -1,0 +1,374 @@
+"""classify_rows on hand-made steps, and the page tables of decoding requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.policies.selection import Selection
+from vllm_kvcompress.vllm_integration.batch import RequestStates, classify_rows
+
+BLOCK_SIZE = 16
+WINDOW = 8
+NUM_LAYERS = 2
+NUM_HEADS = 2
+WIDTH = 16
+# A prompt of 100: 5 candidate blocks, 2 region blocks at row index 6, 4 tokens behind them.
+CONFIG = KVCompressConfig("snapkv", budget=64, window=WINDOW)
+
+
+@pytest.fixture
+def states():
+    return RequestStates(Geometry(CONFIG, BLOCK_SIZE), NUM_LAYERS)
+
+
+@dataclass
+class Row:
+    """One request's part of a step. Its i-th token block is block `100 * id + i`."""
+
+    id: int
+    prompt_len: int
+    num_computed: int
+    seq_len: int
+
+    @property
+    def name(self):
+        return f"request-{self.id}"
+
+    @property
+    def geometry(self):
+        return Geometry(CONFIG, BLOCK_SIZE).of(self.prompt_len)
+
+    def token_blocks(self, num_blocks):
+        return [100 * self.id + i for i in range(num_blocks)]
+
+    @property
+    def region(self):
+        return [100 * self.id + 50 + i for i in range(self.geometry.num_region_blocks)]
+
+    @property
+    def blocks(self):
+        """The block-table row as the scheduler lays it out."""
+        num_blocks = -(-self.seq_len // BLOCK_SIZE)
+        length = self.geometry.num_row_blocks(self.seq_len)
+        tokens = self.token_blocks(num_blocks)
+        if length == num_blocks:
+            return tokens
+        boundary = self.prompt_len // BLOCK_SIZE
+        return tokens[:boundary] + self.region + tokens[boundary:]
+
+    @property
+    def slots(self):
+        """Where each of the step's tokens really goes."""
+        blocks = self.token_blocks(-(-self.seq_len // BLOCK_SIZE))
+        positions = range(self.num_computed, self.seq_len)
+        return [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in positions]
+
+    @property
+    def stock_slots(self):
+        """Where vLLM, which does not know the region, would put them."""
+        row = self.blocks + [-1] * WIDTH
+        positions = range(self.num_computed, self.seq_len)
+        return [row[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in positions]
+
+
+class Step:
+    """One classified step, checked for what must hold in every one."""
+
+    def __init__(self, states, *rows):
+        self.table = torch.full((len(rows), WIDTH), -7, dtype=torch.int32)
+        for i, row in enumerate(rows):
+            self.table[i, : len(row.blocks)] = torch.tensor(row.blocks, dtype=torch.int32)
+        self.slots = torch.tensor([slot for row in rows for slot in row.stock_slots])
+        lens = [row.seq_len - row.num_computed for row in rows]
+        table_before, slots_before = self.table.clone(), self.slots.clone()
+        self.result = classify_rows(
+            states,
+            WINDOW,
+            [row.name for row in rows],
+            np.array([row.prompt_len for row in rows], dtype=np.int32),
+            np.cumsum([0, *lens]).astype(np.int32),
+            np.array([row.seq_len for row in rows], dtype=np.int32),
+            self.table,
+            self.slots,
+        )
+        assert torch.equal(self.table, table_before)
+        assert torch.equal(self.slots, slots_before)
+        assert self.result.slot_mapping.dtype == torch.int64
+        assert self.result.slot_mapping.tolist() == [slot for row in rows for slot in row.slots]
+        numbers = self.result.dense_rows + self.result.compressed_rows
+        assert sorted(numbers) == list(range(len(rows)))
+        for i in self.result.dense_rows:
+            blocks = rows[i].token_blocks(-(-rows[i].seq_len // BLOCK_SIZE))
+            assert self.result.block_table[i, : len(blocks)].tolist() == blocks
+        for i in self.result.compressed_rows:
+            assert self.result.block_table[i, : len(rows[i].blocks)].tolist() == rows[i].blocks
+
+    @property
+    def keeps_block_table(self):
+        return self.result.block_table is self.table
+
+    @property
+    def keeps_slot_mapping(self):
+        return self.result.slot_mapping is self.slots
+
+
+def keep(states, row, num_pages=None, seed=0):
+    """Mark a request as compacted; pages per (layer, head) default to a ragged choice."""
+    state = states.get_or_create(row.name, row.prompt_len)
+    num_pages = num_pages or [[3, 1], [1, 3]]
+    total = row.geometry.num_region_blocks * NUM_LAYERS * NUM_HEADS
+    assert sum(map(sum, num_pages)) == total
+    generator = torch.Generator().manual_seed(seed)
+    candidates = row.geometry.first_kept_block
+    chosen = [
+        torch.randperm(candidates, generator=generator)[:count].sort().values
+        for layer in num_pages
+        for count in layer
+    ]
+    state.selection = Selection(torch.tensor(num_pages), torch.cat(chosen), "page")
+    return state
+
+
+def test_geometry_that_the_cases_below_assume():
+    geometry = Row(1, 100, 0, 100).geometry
+    assert (geometry.first_kept_block, geometry.boundary_block) == (5, 6)
+    assert geometry.num_region_blocks == 2
+    assert Row(1, 100, 0, 100).blocks == [100, 101, 102, 103, 104, 105, 150, 151, 106]
+    geometry = Row(1, 96, 0, 96).geometry
+    assert (geometry.first_kept_block, geometry.boundary_block) == (5, 6)
+    assert geometry.num_region_blocks == 3
+    assert not Row(1, 64, 0, 64).geometry.is_compressed
+
+
+def test_dense_rows_get_the_given_tensors_back(states):
+    step = Step(states, Row(1, 64, 0, 64), Row(2, 40, 39, 40), Row(3, 40, 55, 56))
+    assert step.keeps_block_table
+    assert step.keeps_slot_mapping
+    assert step.result.dense_rows == [0, 1, 2]
+    assert step.result.prefill_rows == []
+    assert step.result.compressed_states == []
+    assert [name for name, _ in step.result.finished_prompts] == ["request-1", "request-2"]
+    assert not any(geometry.is_compressed for _, geometry in step.result.finished_prompts)
+    assert len(states) == 0
+
+
+def test_early_chunk_of_a_long_prompt_is_left_alone(states):
+    step = Step(states, Row(1, 100, 0, 64), Row(2, 300, 128, 192))
+    assert step.keeps_block_table
+    assert step.keeps_slot_mapping
+    assert step.result.dense_rows == [0, 1]
+    assert step.result.prefill_rows == []
+    assert step.result.finished_prompts == []
+    assert len(states) == 0
+
+
+def test_whole_prompt_in_one_step(states):
+    row = Row(1, 100, 0, 100)
+    step = Step(states, row)
+    assert not step.keeps_block_table
+    assert not step.keeps_slot_mapping
+    assert step.result.dense_rows == [0]
+    assert step.result.finished_prompts == [("request-1", row.geometry)]
+    (prefill,) = step.result.prefill_rows
+    assert prefill.request_id == "request-1"
+    assert prefill.finishes
+    assert (prefill.token_start, prefill.token_end) == (92, 100)
+    assert prefill.first_window_token == 0
+    assert prefill.prompt_blocks.dtype == prefill.region_blocks.dtype == torch.int64
+    assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105, 106]
+    assert prefill.region_blocks.tolist() == [150, 151]
+    assert prefill.state is states.get_or_create("request-1", 100)
+    assert prefill.state.prompt.geometry == row.geometry
+    assert prefill.state.selection is None
+
+
+def test_prompt_of_whole_blocks(states):
+    row = Row(1, 96, 64, 96)
+    step = Step(states, row)
+    # No prompt token lies behind the region.
+    assert step.keeps_slot_mapping
+    assert step.result.dense_rows == [0]
+    (prefill,) = step.result.prefill_rows
+    assert prefill.finishes
+    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (24, 32, 0)
+    assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105]
+    assert prefill.region_blocks.tolist() == [150, 151, 152]
+
+    keep(states, row, [[4, 2], [3, 3]])
+    decode = Step(states, Row(1, 96, 96, 97))
+    assert decode.result.compressed_rows == [0]
+    assert decode.result.slot_mapping.tolist() == [106 * BLOCK_SIZE]
+    assert decode.keeps_block_table
+
+
+def test_window_chunk_before_the_last_partial_block(states):
+    # Ends one token into the window, inside the prompt's full blocks: no region yet.
+    step = Step(states, Row(1, 100, 80, 93))
+    assert step.keeps_block_table
+    assert step.keeps_slot_mapping
+    (prefill,) = step.result.prefill_rows
+    assert not prefill.finishes
+    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (12, 13, 0)
+
+
+def test_chunks_inside_the_last_partial_block(states):
+    step = Step(states, Row(1, 100, 80, 98))
+    assert not step.keeps_block_table
+    assert not step.keeps_slot_mapping
+    assert step.result.finished_prompts == []
+    (prefill,) = step.result.prefill_rows
+    assert not prefill.finishes
+    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (12, 18, 0)
+    state = prefill.state
+
+    # The last chunk is shorter than the window and belongs to the same request.
+    step = Step(states, Row(1, 100, 98, 100))
+    assert step.result.dense_rows == [0]
+    (prefill,) = step.result.prefill_rows
+    assert prefill.finishes
+    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (0, 2, 6)
+    assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105, 106]
+    assert prefill.region_blocks.tolist() == [150, 151]
+    assert prefill.state is state
+
+
+def test_resumed_request_runs_past_the_end_of_its_prompt(states):
+    step = Step(states, Row(1, 100, 32, 130))
+    assert step.result.dense_rows == [0]
+    assert [name for name, _ in step.result.finished_prompts] == ["request-1"]
+    (prefill,) = step.result.prefill_rows
+    assert prefill.finishes
+    assert (prefill.token_start, prefill.token_end) == (60, 68)
+    assert prefill.first_window_token == 0
+    assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105, 106]
+    assert prefill.region_blocks.tolist() == [150, 151]
+
+
+def test_decode_rows_among_all_others(states):
+    first, second = Row(3, 100, 117, 118), Row(5, 96, 130, 131)
+    first_state = keep(states, first)
+    second_state = keep(states, second, [[3, 3], [3, 3]])
+    finishing = Row(4, 100, 90, 100)
+    step = Step(
+        states,
+        Row(1, 40, 50, 51),
+        Row(2, 300, 0, 64),
+        first,
+        finishing,
+        second,
+        Row(6, 64, 60, 64),
+    )
+    result = step.result
+    assert result.dense_rows == [0, 1, 3, 5]
+    assert result.compressed_rows == [2, 4]
+    found_first, found_second = result.compressed_states
+    assert found_first is first_state
+    assert found_second is second_state
+    assert result.finished_prompts == [
+        ("request-4", finishing.geometry),
+        ("request-6", Row(6, 64, 60, 64).geometry),
+    ]
+    (prefill,) = result.prefill_rows
+    # Behind 1 + 64 + 1 tokens of the rows before it, two before the window.
+    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (68, 76, 0)
+    assert prefill.prompt_blocks.tolist() == [400, 401, 402, 403, 404, 405, 406]
+    assert prefill.region_blocks.tolist() == [450, 451]
+
+
+def test_decode_in_the_prompts_last_partial_block(states):
+    keep(states, Row(1, 100, 0, 100))
+    step = Step(states, Row(1, 100, 100, 101))
+    assert step.result.slot_mapping.tolist() == [106 * BLOCK_SIZE + 4]
+    assert step.result.compressed_rows == [0]
+    assert step.keeps_block_table
+
+
+def test_decode_of_a_request_that_was_never_compacted_is_noticed(states):
+    with pytest.raises(AssertionError, match="request-1 decodes at 100 of prompt 100"):
+        Step(states, Row(1, 100, 100, 101))
+
+
+def test_states_are_kept_by_id_and_prompt_length(states):
+    state = states.get_or_create("a", 100)
+    assert states.get_or_create("a", 100) is state
+    assert states.get_or_create("b", 100) is not state
+    assert len(states) == 2
+    renewed = states.get_or_create("a", 200)
+    assert renewed is not state
+    assert renewed.prompt.geometry.prompt_len == 200
+    assert len(states) == 2
+    states.forget("a")
+    states.forget("a")
+    states.forget("never seen")
+    assert len(states) == 1
+    assert states.get_or_create("a", 200) is not renewed
+
+
+def decode_row(row):
+    return np.array(row.blocks + [-7] * (WIDTH - len(row.blocks)), dtype=np.int32)
+
+
+def expected_table(row, num_pages):
+    """By loops: region pages in stream order, then this stream's page of each tail block."""
+    pages_per_block = NUM_LAYERS * NUM_HEADS
+    region = iter(
+        block * pages_per_block + slot for block in row.region for slot in range(pages_per_block)
+    )
+    num_blocks = -(-row.seq_len // BLOCK_SIZE)
+    tail = row.token_blocks(num_blocks)[row.geometry.first_kept_block :]
+    table = []
+    for stream, count in enumerate(np.array(num_pages).flatten()):
+        pages = [next(region) for _ in range(count)]
+        table.append(pages + [block * pages_per_block + stream for block in tail])
+    return table
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "num_pages"),
+    [(100, [[3, 1], [1, 3]]), (96, [[5, 1], [2, 4]])],
+    ids=["partial_last_block", "whole_blocks"],
+)
+def test_page_table_of_a_decoding_request(states, prompt_len, num_pages):
+    state = keep(states, Row(1, prompt_len, 0, prompt_len), num_pages)
+    for seq_len in (prompt_len, prompt_len + 1, 112, 113, 150):
+        row = Row(1, prompt_len, seq_len - 1, seq_len)
+        expected = expected_table(row, num_pages)
+        num_tail_blocks = -(-seq_len // BLOCK_SIZE) - row.geometry.first_kept_block
+        table = state.page_table(decode_row(row), num_tail_blocks)
+        assert table.dtype == torch.int32
+        assert table.shape == (NUM_LAYERS * NUM_HEADS, max(map(len, expected)))
+        for actual, pages in zip(table.tolist(), expected, strict=True):
+            assert actual[: len(pages)] == pages
+
+
+def test_page_table_is_made_once_per_set_of_blocks(states):
+    row = Row(1, 100, 100, 101)
+    state = keep(states, row)
+    table = state.page_table(decode_row(row), 2)
+    same_blocks = decode_row(Row(1, 100, 111, 112))
+    # What lies behind the row's end is not read.
+    same_blocks[9:] = 99
+    assert state.page_table(same_blocks, 2) is table
+
+    longer = state.page_table(decode_row(Row(1, 100, 112, 113)), 3)
+    assert longer is not table
+    assert longer.shape[1] == table.shape[1] + 1
+
+
+@pytest.mark.parametrize("index", [5, 6, 7, 8], ids=["dense", "region_0", "region_1", "tail"])
+def test_page_table_follows_other_blocks(states, index):
+    row = Row(1, 100, 100, 101)
+    state = keep(states, row)
+    before = state.page_table(decode_row(row), 2).clone()
+    moved = decode_row(row)
+    moved[index] = 77
+    after = state.page_table(moved, 2)
+    pages = set(range(77 * 4, 78 * 4))
+    assert not pages & set(before.flatten().tolist())
+    assert pages <= set(after.flatten().tolist())

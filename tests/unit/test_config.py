@@ -1,0 +1,362 @@
+"""Parsing and refusing settings: messages of one line, with the values in them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.config import (
+    DEFAULT_BUDGET,
+    DEFAULT_WINDOW,
+    merge_settings,
+    parse_options_json,
+)
+from vllm_kvcompress.policies.recipes import RECIPES
+
+
+def refusal(call, *args, **kwargs):
+    """The message of the KVCompressConfigError that `call` raises; one line."""
+    with pytest.raises(KVCompressConfigError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert message
+    assert "\n" not in message
+    return message
+
+
+def test_defaults():
+    config = KVCompressConfig("snapkv")
+    assert (config.budget, config.ratio, config.window) == (DEFAULT_BUDGET, None, DEFAULT_WINDOW)
+    assert config.granularity == config.option("granularity") == "page"
+    assert config.option("pool_kernel") == 7
+    assert config.recipe is RECIPES["snapkv"]
+    with pytest.raises(KeyError):
+        config.option("alpha")
+
+
+def test_ratio_leaves_the_budget_unset():
+    config = KVCompressConfig("snapkv", ratio=0)
+    assert config.budget is None
+    assert config.ratio == 0.0
+    assert isinstance(config.ratio, float)
+
+
+def test_errors_are_value_errors():
+    assert issubclass(KVCompressConfigError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [KVCompressConfig, lambda method: KVCompressConfig.from_dict({"method": method})],
+    ids=["constructor", "from_dict"],
+)
+def test_unknown_method_lists_the_known(make):
+    message = refusal(make, "snapkw")
+    assert "'snapkw'" in message
+    for name in RECIPES:
+        assert name in message
+
+
+def test_budget_and_ratio_contradict():
+    message = refusal(KVCompressConfig, "snapkv", budget=1024, ratio=0.25)
+    assert "1024" in message
+    assert "0.25" in message
+
+
+@pytest.mark.parametrize("value", [0, -5, 1.5, 100.0, "128", True])
+def test_bad_budget(value):
+    message = refusal(KVCompressConfig, "snapkv", budget=value)
+    assert message == f"KV-compression budget must be a whole number >= 1, got {value!r}"
+
+
+@pytest.mark.parametrize("value", [0, -5, 1.5, "8", None, False])
+def test_bad_window(value):
+    message = refusal(KVCompressConfig, "snapkv", window=value)
+    assert message == f"KV-compression window must be a whole number >= 1, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    "value", [1, 1.0, -0.1, 75, "0.5", False, float("nan"), float("inf"), -float("inf")]
+)
+def test_bad_ratio(value):
+    message = refusal(KVCompressConfig, "snapkv", ratio=value)
+    assert message == f"KV-compression ratio must be in [0, 1) (fraction removed), got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("budget", "window", "block_size", "fits"),
+    [(47, 32, 16, False), (48, 32, 16, True), (159, 32, 128, False), (160, 32, 128, True)],
+)
+def test_budget_must_hold_the_window_and_a_page(budget, window, block_size, fits):
+    config = KVCompressConfig("snapkv", budget=budget, window=window)
+    if fits:
+        config.check_block_size(block_size)
+        return
+    message = refusal(config.check_block_size, block_size)
+    assert f"budget {budget} " in message
+    assert f"{window} + {block_size} = {window + block_size} tokens" in message
+
+
+def test_ratio_fits_any_block_size():
+    KVCompressConfig("snapkv", ratio=0.99).check_block_size(128)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "value", "complaint"),
+    [
+        ("snapkv", "pool_kernel", 4, "must be one of 1, 3, 5"),
+        ("snapkv", "pool_kernel", 65, "must be one of 1, 3, 5"),
+        ("snapkv", "pool_kernel", "7", "must be of type int"),
+        ("snapkv", "pool_kernel", True, "must be of type int"),
+        ("snapkv", "pool_kernel", 7.0, "must be of type int"),
+        ("snapkv", "pool_kind", "min", "must be one of max, avg"),
+        ("snapkv", "pool_kind", None, "must be of type str"),
+        ("snapkv", "group_reduce", "sum", "must be one of mean, max"),
+        ("knorm", "granularity", "block", "must be one of page, token"),
+        ("streamingllm", "num_sinks", -1, "must be at least 0"),
+        ("random", "seed", -1, "must be at least 0"),
+        ("random", "seed", [1], "must be of type int"),
+        ("pyramidkv", "beta", 0.5, "must be at least 1"),
+        ("pyramidkv", "beta", "20", "must be of type float"),
+        ("ada-snapkv", "alpha", -0.01, "must be at least 0"),
+        ("ada-snapkv", "alpha", 1.01, "must be at most 1"),
+        ("ada-snapkv", "alpha", False, "must be of type float"),
+    ],
+)
+def test_bad_option_value(method, name, value, complaint):
+    message = refusal(KVCompressConfig, method, options=((name, value),))
+    assert message.startswith(f"KV-compression option {name!r} {complaint}")
+    assert message.endswith(f", got {value!r}")
+
+
+# Python's json reads NaN and Infinity.
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [("ada-snapkv", '{"alpha": NaN}'), ("pyramidkv", '{"beta": NaN}')],
+)
+def test_options_are_numbers(method, text):
+    options = parse_options_json(text)
+    message = refusal(KVCompressConfig.from_dict, {"method": method, "options": options})
+    assert message.endswith("got nan")
+
+
+@pytest.mark.parametrize("value", [0, 1, 0.0, 1.0])
+def test_bounds_of_an_option_are_allowed_and_an_int_passes_for_a_float(value):
+    assert KVCompressConfig("ada-snapkv", options=(("alpha", value),)).option("alpha") == value
+
+
+def test_unknown_options_are_named_with_the_known():
+    message = refusal(KVCompressConfig, "knorm", options=(("zeta", 1), ("alpha", 0.5)))
+    assert "'alpha', 'zeta'" in message
+    assert "'knorm'" in message
+    assert message.endswith("it takes: granularity")
+
+
+def test_option_of_another_method_is_unknown():
+    assert "'alpha'" in refusal(KVCompressConfig, "snapkv", options=(("alpha", 0.5),))
+    KVCompressConfig("ada-snapkv", options=(("alpha", 0.5),))
+
+
+def test_options_may_be_flat_nested_or_both():
+    flat = {"method": "snapkv", "pool_kernel": 5, "granularity": "token"}
+    nested = {"method": "snapkv", "options": {"pool_kernel": 5, "granularity": "token"}}
+    mixed = {"method": "snapkv", "pool_kernel": 5, "options": {"granularity": "token"}}
+    agreeing = {**nested, "pool_kernel": 5}
+    configs = {KVCompressConfig.from_dict(raw) for raw in (flat, nested, mixed, agreeing)}
+    assert configs == {
+        KVCompressConfig("snapkv", options=(("pool_kernel", 5), ("granularity", "token")))
+    }
+
+
+def test_flat_and_nested_options_contradict():
+    raw = {"method": "snapkv", "pool_kernel": 5, "options": {"pool_kernel": 3}}
+    message = refusal(KVCompressConfig.from_dict, raw)
+    assert "'pool_kernel'" in message
+    assert "5 and 3" in message
+
+
+def test_misspelt_key_is_an_unknown_option():
+    message = refusal(KVCompressConfig.from_dict, {"method": "snapkv", "budgte": 100})
+    assert "'budgte'" in message
+    assert "pool_kernel" in message
+
+
+@pytest.mark.parametrize(
+    ("raw", "parts"),
+    [
+        pytest.param("snapkv", ("mapping", "str", "'snapkv'"), id="a_string"),
+        pytest.param(None, ("mapping", "NoneType"), id="none"),
+        pytest.param(["snapkv"], ("mapping", "list"), id="a_list"),
+        pytest.param({}, ("needs a method", "snapkv"), id="empty"),
+        pytest.param({"method": None, "budget": 5}, ("needs a method",), id="no_method"),
+        pytest.param({"method": 3}, ("must be a name", "3"), id="method_is_a_number"),
+        pytest.param({"method": ["knorm"]}, ("must be a name", "['knorm']"), id="method_list"),
+        pytest.param({"method": "knorm", "options": [1]}, ("mapping", "[1]"), id="list"),
+        pytest.param({"method": "knorm", "options": []}, ("mapping", "[]"), id="empty_list"),
+        pytest.param({"method": "knorm", "options": False}, ("mapping", "False"), id="false"),
+    ],
+)
+def test_malformed_mapping(raw, parts):
+    message = refusal(KVCompressConfig.from_dict, raw)
+    for part in parts:
+        assert part in message
+
+
+def test_none_stands_for_not_given():
+    raw = {"method": "knorm", "budget": None, "ratio": None, "window": None, "options": None}
+    assert KVCompressConfig.from_dict(raw) == KVCompressConfig("knorm")
+
+
+SETTINGS = {
+    "default": {"method": "snapkv"},
+    "budget": {"method": "pyramidkv", "budget": 512, "window": 8, "beta": 7},
+    "ratio": {"method": "ada-snapkv", "ratio": 0.75, "options": {"alpha": 0.5}},
+    "ratio_0": {"method": "knorm", "ratio": 0},
+    "token": {"method": "streamingllm", "granularity": "token", "num_sinks": 0},
+}
+
+
+@pytest.mark.parametrize("raw", SETTINGS.values(), ids=SETTINGS)
+def test_round_trip(raw):
+    before = copy.deepcopy(raw)
+    config = KVCompressConfig.from_dict(raw)
+    assert raw == before
+    as_dict = config.to_dict()
+    assert KVCompressConfig.from_dict(as_dict) == config
+    # The mapping travels through --additional-config as JSON.
+    assert KVCompressConfig.from_dict(json.loads(json.dumps(as_dict))) == config
+    for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert copied == config
+        assert hash(copied) == hash(config)
+
+
+def test_settings_that_differ_are_unequal():
+    configs = [KVCompressConfig.from_dict(raw) for raw in SETTINGS.values()]
+    assert len(set(configs)) == len(configs)
+    assert KVCompressConfig("snapkv", window=31) != KVCompressConfig("snapkv", window=32)
+
+
+def test_spelt_out_defaults_and_order_make_no_difference():
+    short = KVCompressConfig("ada-pyramidkv", options=(("beta", 3.0), ("alpha", 0.5)))
+    long = KVCompressConfig(
+        "ada-pyramidkv",
+        budget=DEFAULT_BUDGET,
+        window=DEFAULT_WINDOW,
+        options=(("alpha", 0.5), ("beta", 3), ("granularity", "page")),
+    )
+    assert short == long
+    assert hash(short) == hash(long)
+
+
+def test_config_is_frozen():
+    config = KVCompressConfig("snapkv")
+    with pytest.raises(AttributeError):
+        config.budget = 5
+
+
+def test_merge_settings():
+    first = {"method": "snapkv", "options": {"pool_kernel": 5}}
+    second = {"budget": 64, "method": "snapkv", "options": {"pool_kind": "avg"}}
+    before = copy.deepcopy((first, second))
+    assert merge_settings(first, second) == {
+        "method": "snapkv",
+        "budget": 64,
+        "options": {"pool_kernel": 5, "pool_kind": "avg"},
+    }
+    assert (first, second) == before
+    assert merge_settings({}, second) == second
+    assert merge_settings(first, {}) == first
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "parts"),
+    [
+        ({"budget": 64}, {"budget": 128}, ("budget", "64 and 128")),
+        ({"method": "knorm"}, {"method": "snapkv"}, ("method", "'knorm' and 'snapkv'")),
+        (
+            {"options": {"alpha": 0.5}},
+            {"options": {"alpha": 0.25}},
+            ("alpha", "0.5 and 0.25"),
+        ),
+        ({"options": "x"}, {"options": {"alpha": 0.25}}, ("options", "'x' and {'alpha': 0.25}")),
+        ({"options": {"alpha": 0.25}}, {"options": "x"}, ("options", "{'alpha': 0.25} and 'x'")),
+    ],
+)
+def test_merge_settings_contradict(first, second, parts):
+    message = refusal(merge_settings, first, second)
+    for part in parts:
+        assert part in message
+
+
+def test_parse_options_json():
+    assert parse_options_json('{"granularity": "token", "pool_kernel": 5}') == {
+        "granularity": "token",
+        "pool_kernel": 5,
+    }
+    assert parse_options_json("{}") == {}
+
+
+@pytest.mark.parametrize("text", ["", "{", "{'a': 1}", '{"a": }', "pool_kernel=5", '{"a": 1} x'])
+def test_options_that_are_not_json(text):
+    message = refusal(parse_options_json, text)
+    assert "not valid JSON" in message
+    assert "at character" in message
+    assert text in message
+
+
+def test_options_over_several_lines_are_refused_in_one():
+    assert "not valid JSON" in refusal(parse_options_json, '{\n  "alpha": 0.5,\n}')
+    assert "JSON object" in refusal(parse_options_json, "[\n1\n]")
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '"alpha"', "null", "true"])
+def test_options_that_are_no_object(text):
+    message = refusal(parse_options_json, text)
+    assert "must be a JSON object" in message
+    assert text in message
+
+
+WITHOUT_HEAVY_IMPORTS = """
+    import sys
+
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] in ("torch", "vllm", "numpy"):
+                raise ImportError("blocked: " + name)
+
+    for name in list(sys.modules):
+        assert name.partition(".")[0] not in ("torch", "vllm", "numpy"), name
+    sys.meta_path.insert(0, Blocker())
+    {check}
+"""
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "import vllm_kvcompress.config",
+        "import vllm_kvcompress.policies.recipes",
+        "from vllm_kvcompress import KVCompressConfig as C; C('snapkv', budget=64).to_dict()",
+        "from vllm_kvcompress.memory import Geometry",
+    ],
+)
+def test_settings_are_checked_without_torch(check, tmp_path):
+    script = textwrap.dedent(WITHOUT_HEAVY_IMPORTS).format(check=check)
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_blocker_above_blocks(tmp_path):
+    script = textwrap.dedent(WITHOUT_HEAVY_IMPORTS).format(check="import vllm_kvcompress.ops")
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "blocked: torch" in result.stderr

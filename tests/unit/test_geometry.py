@@ -1,0 +1,208 @@
+"""Where a request's blocks lie in its row, by named cases and by random ones."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.memory import Geometry, cdiv
+
+BLOCK_SIZES = (16, 32, 64, 128)
+
+
+def geometry_of(prompt_len, block_size=16, **setting):
+    return Geometry(KVCompressConfig("snapkv", **setting), block_size).of(prompt_len)
+
+
+@st.composite
+def geometries(draw):
+    block_size = draw(st.sampled_from(BLOCK_SIZES))
+    window = draw(st.integers(1, 100))
+    if draw(st.booleans()):
+        size = {"budget": draw(st.integers(window + block_size, 2000))}
+    else:
+        size = {"ratio": draw(st.floats(0, 1, exclude_max=True))}
+    return Geometry(KVCompressConfig("snapkv", window=window, **size), block_size)
+
+
+requests = st.tuples(geometries(), st.integers(1, 5000))
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "first_kept_block", "num_region_blocks", "boundary_block"),
+    [
+        pytest.param(1000, 60, 13, 62, id="partial_last_block"),
+        pytest.param(1024, 62, 14, 64, id="prompt_of_whole_blocks"),
+        pytest.param(1025, 62, 13, 64, id="one_token_past_whole_blocks"),
+        pytest.param(1023, 61, 13, 63, id="one_token_short_of_whole_blocks"),
+        pytest.param(257, 14, 13, 16, id="one_token_over_the_budget"),
+    ],
+)
+def test_named_geometries(prompt_len, first_kept_block, num_region_blocks, boundary_block):
+    geometry = geometry_of(prompt_len, budget=256, window=32)
+    assert geometry.first_kept_block == first_kept_block
+    assert geometry.num_region_blocks == num_region_blocks
+    assert geometry.boundary_block == boundary_block
+    assert geometry.num_candidate_tokens == first_kept_block * 16
+    assert geometry.num_dense_prompt_tokens == prompt_len - first_kept_block * 16
+    num_evicted_blocks = first_kept_block - num_region_blocks
+    assert geometry.num_kept_tokens == prompt_len - num_evicted_blocks * 16
+    assert geometry.num_returned_blocks == num_evicted_blocks
+
+
+def test_row_of_a_prompt_with_a_partial_last_block():
+    geometry = geometry_of(1000, budget=256, window=32)
+    assert [geometry.num_row_blocks(n) for n in (1, 16, 17, 992)] == [1, 1, 2, 62]
+    # Token 992 is the first behind the region, and is computed before the prompt ends.
+    assert [geometry.num_row_blocks(n) for n in (993, 1000, 1008, 1009)] == [76, 76, 76, 77]
+    assert [geometry.row_index(p) for p in (0, 991, 992, 999, 1008)] == [0, 61, 75, 75, 76]
+    assert geometry.peak_blocks == 76
+
+
+def test_row_of_a_prompt_of_whole_blocks():
+    geometry = geometry_of(1024, budget=256, window=32)
+    assert [geometry.num_row_blocks(n) for n in (1008, 1023, 1024, 1025)] == [63, 64, 78, 79]
+    assert [geometry.row_index(p) for p in (1023, 1024)] == [63, 78]
+    assert geometry.peak_blocks == 78
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "block_size", "setting"),
+    [
+        pytest.param(32, 16, {"budget": 64}, id="prompt_is_the_window"),
+        pytest.param(7, 16, {"ratio": 0.9}, id="prompt_shorter_than_the_window"),
+        pytest.param(1000, 16, {"budget": 1000}, id="budget_equals_the_prompt"),
+        pytest.param(1000, 16, {"budget": 5000}, id="budget_above_the_prompt"),
+        pytest.param(1000, 16, {"ratio": 0}, id="ratio_0"),
+        pytest.param(500, 16, {"ratio": 0.001}, id="ratio_of_less_than_a_token"),
+        pytest.param(200, 128, {"ratio": 0.9}, id="one_candidate_page"),
+    ],
+)
+def test_stays_dense(prompt_len, block_size, setting):
+    geometry = geometry_of(prompt_len, block_size, **setting)
+    assert not geometry.is_compressed
+    assert geometry.num_region_blocks == geometry.first_kept_block == 0
+    assert geometry.num_kept_tokens == geometry.num_dense_prompt_tokens == prompt_len
+    for num_tokens in range(1, prompt_len + 2 * block_size):
+        assert geometry.num_row_blocks(num_tokens) == cdiv(num_tokens, block_size)
+        assert geometry.row_index(num_tokens) == num_tokens // block_size
+
+
+def test_one_token_above_a_dense_prompt_is_compressed():
+    assert not geometry_of(256, budget=256).is_compressed
+    assert geometry_of(257, budget=256).is_compressed
+
+
+def test_budget_below_window_and_one_page_is_refused_with_all_numbers():
+    config = KVCompressConfig("snapkv", budget=47, window=32)
+    with pytest.raises(KVCompressConfigError, match=r"47 .*32 \+ 16 = 48"):
+        Geometry(config, 16)
+    assert Geometry(KVCompressConfig("snapkv", budget=48, window=32), 16).of(1000).is_compressed
+
+
+@given(requests)
+def test_kept_tokens_stay_within_what_was_asked(request):
+    geometries_, prompt_len = request
+    config, block_size = geometries_.config, geometries_.block_size
+    geometry = geometries_.of(prompt_len)
+    if not geometry.is_compressed:
+        return
+    # A ratio removes whole tokens, so up to one token more may be kept.
+    asked = (
+        config.budget if config.budget is not None else (1 - config.ratio) * prompt_len + 1 - 1e-9
+    )
+    kept = geometry.num_kept_tokens
+    if geometry.num_region_blocks > 1:
+        assert kept <= asked
+    else:
+        assert kept < config.window + 2 * block_size
+    # Nor is more than a page of the budget left unused.
+    assert kept > asked - block_size - 1
+    assert kept < prompt_len
+    assert geometry.num_returned_blocks >= 1
+
+
+@given(requests)
+def test_window_is_always_dense(request):
+    geometries_, prompt_len = request
+    geometry = geometries_.of(prompt_len)
+    window = geometries_.config.window
+    assert geometry.num_dense_prompt_tokens >= min(window, prompt_len)
+    if geometry.is_compressed:
+        assert geometry.num_dense_prompt_tokens < window + geometries_.block_size
+
+
+@given(requests)
+def test_every_position_has_its_own_slot_outside_the_region(request):
+    geometries_, prompt_len = request
+    geometry = geometries_.of(prompt_len)
+    boundary = geometry.boundary_block
+    region = range(boundary, boundary + geometry.num_region_blocks)
+    block_size = geometries_.block_size
+    last = prompt_len + 3 * block_size
+    indices = [geometry.row_index(p) for p in range(0, last, block_size)]
+    assert len(set(indices)) == len(indices)
+    assert not set(indices) & set(region)
+    for position in range(last):
+        assert geometry.row_index(position) == indices[position // block_size]
+
+
+@given(requests)
+def test_row_grows_in_order_and_holds_every_position(request):
+    geometries_, prompt_len = request
+    geometry = geometries_.of(prompt_len)
+    boundary, num_region = geometry.boundary_block, geometry.num_region_blocks
+    previous = 0
+    for num_tokens in range(1, prompt_len + 2 * geometries_.block_size):
+        length = geometry.num_row_blocks(num_tokens)
+        assert length >= previous
+        # The row ends with the last token's block, or with the region that follows it.
+        last_index = geometry.row_index(num_tokens - 1)
+        assert length in (last_index + 1, last_index + 1 + num_region)
+        # Anything past the prompt's full blocks implies the whole region.
+        assert length <= boundary or length >= boundary + num_region
+        if num_tokens >= prompt_len:
+            assert length >= boundary + num_region
+        previous = length
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "num_region_blocks"),
+    [
+        pytest.param(256, 0, id="all_dense"),
+        pytest.param(257, 13, id="one_compressed_prompt"),
+        pytest.param(1024, 14, id="largest_region_at_the_end"),
+        pytest.param(1039, 14, id="largest_region_a_block_before_the_end"),
+        pytest.param(1040, 14, id="largest_region_again"),
+    ],
+)
+def test_largest_region(max_model_len, num_region_blocks):
+    geometries_ = Geometry(KVCompressConfig("snapkv", budget=256, window=32), 16)
+    assert geometries_.max_region_blocks(max_model_len) == num_region_blocks
+    num_blocks = cdiv(max_model_len, 16) + num_region_blocks
+    assert geometries_.max_request_blocks(max_model_len) == num_blocks
+
+
+@given(geometries(), st.integers(1, 1200))
+def test_bounds_hold_for_every_prompt_up_to_max_model_len(geometries_, max_model_len):
+    requests_ = [geometries_.of(n) for n in range(1, max_model_len + 1)]
+    largest = max(request.num_region_blocks for request in requests_)
+    assert geometries_.max_region_blocks(max_model_len) == largest
+    bound = geometries_.max_request_blocks(max_model_len)
+    assert bound == cdiv(max_model_len, geometries_.block_size) + largest
+    assert max(request.num_row_blocks(max_model_len) for request in requests_) <= bound
+    assert max(request.peak_blocks for request in requests_) <= bound
+
+
+@given(st.sampled_from(BLOCK_SIZES), st.integers(1, 3000), st.integers(0, 3000))
+def test_budget_above_the_prompt_or_ratio_0_stays_dense(block_size, prompt_len, spare):
+    budget = max(prompt_len + spare, 32 + block_size)
+    assert not geometry_of(prompt_len, block_size, budget=budget).is_compressed
+    assert not geometry_of(prompt_len, block_size, ratio=0.0).is_compressed
+
+
+@pytest.mark.parametrize(("a", "b", "expected"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2)])
+def test_cdiv(a, b, expected):
+    assert cdiv(a, b) == expected
