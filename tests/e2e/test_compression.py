@@ -162,10 +162,15 @@ def test_abort_in_mid_prefill_and_mid_decode(engine, needle, read_metric) -> Non
 
 def test_preemption_and_resume_when_tails_outgrow_the_pool(engine, needle, read_metric) -> None:
     before = read_metric(engine, "vllm:num_preemptions")
+    num_records = _num_records(engine)
     prompts = [_prompt(engine, needle(seed)[0]) for seed in range(80, 88)]
     outputs, _ = _run(engine, prompts, _params(max_tokens=380, ignore_eos=True), read_metric)
     assert read_metric(engine, "vllm:num_preemptions") > before
     assert len(outputs) == 8
+    # The resumed request was compacted twice and counts once.
+    records = _new_records(engine, num_records)
+    assert len(records) == 8
+    assert max(record["num_prefills"] for record in records) > 1
     assert all(len(o.outputs[0].token_ids) == 380 for o in outputs.values())
     # A resumed request goes on with its own text; the tokens that it had generated before may
     # have been computed again in one chunk with the end of the prompt, hence not all of it.

@@ -283,7 +283,10 @@ def test_preempted_request_compacts_again_past_its_prompt_end(granularity: str) 
     # The chunk holds the rest of the prompt and three tokens that were generated before.
     rig.step([(again, 53)])
     rig.step([(again, 1)])
-    assert len(rig.stats.snapshot()["requests"]) == 2
+    snapshot = rig.stats.snapshot()
+    assert [record["num_prefills"] for record in snapshot["requests"]] == [2]
+    assert snapshot["totals"]["prompts"] == 1
+    assert snapshot["totals"]["recomputed_prompts"] == 1
     rig.engine.forget(["a"])
     assert len(rig.engine.states) == 0
 

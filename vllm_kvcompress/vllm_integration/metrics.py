@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import deque
 from typing import Any
 
 import torch
@@ -29,7 +28,8 @@ class CompressionStats:
     """
 
     def __init__(self, log_interval_s: float = LOG_INTERVAL_S, log: bool = True) -> None:
-        self._requests: deque[dict[str, Any]] = deque(maxlen=MAX_REQUEST_RECORDS)
+        # By internal id, in the order in which the prompts were first computed.
+        self._requests: dict[str, dict[str, Any]] = {}
         self._totals = _zero_totals()
         self._interval_totals = _zero_totals()
         self._interval_s = log_interval_s
@@ -79,12 +79,15 @@ class CompressionStats:
     def snapshot(self) -> dict[str, Any]:
         """Plain data: `totals`, and `requests` oldest first (the last 10,000).
 
+        A request counts from the step that computes the end of its prompt, and once only, also
+        if it is preempted and computed again (`num_prefills` and `recomputed_prompts` tell).
         Each request has request_id (the caller's), internal_id (vLLM's), prompt_len, compressed,
         kept_tokens and evicted_tokens (mean over layers and heads), blocks_returned,
-        region_blocks, and kept_per_head as [layer][head] token counts (None for a dense one).
+        region_blocks, num_prefills, and kept_per_head as [layer][head] token counts (None for
+        a dense one).
         """
         with self._lock:
-            requests = [dict(record) for record in self._requests]
+            requests = [dict(record) for record in self._requests.values()]
             totals = dict(self._totals)
         for record in requests:
             if record["kept_per_head"] is not None:
@@ -101,8 +104,15 @@ class CompressionStats:
 
     def _record(self, record: dict[str, Any]) -> None:
         with self._lock:
-            self._requests.append(record)
+            known = self._requests.get(record["request_id"])
+            record["num_prefills"] = 1 if known is None else known["num_prefills"] + 1
+            self._requests[record["request_id"]] = record
+            if len(self._requests) > MAX_REQUEST_RECORDS:
+                del self._requests[next(iter(self._requests))]
             for totals in (self._totals, self._interval_totals):
+                if known is not None:
+                    totals["recomputed_prompts"] += 1
+                    continue
                 totals["prompts"] += 1
                 totals["compressed_prompts"] += record["compressed"]
                 totals["prompt_tokens"] += record["prompt_len"]
@@ -149,6 +159,7 @@ def _zero_totals() -> dict[str, Any]:
     return {
         "prompts": 0,
         "compressed_prompts": 0,
+        "recomputed_prompts": 0,
         "prompt_tokens": 0,
         "kept_tokens": 0.0,
         "evicted_tokens": 0.0,

