@@ -135,9 +135,10 @@ def test_unsupported_vllm_version(model, monkeypatch) -> None:
 
     from vllm_kvcompress.vllm_integration.compat import UnsupportedVLLMError
 
-    monkeypatch.setattr(vllm, "__version__", "0.31.2")
-    with pytest.raises(UnsupportedVLLMError, match=r"<0.33,>=0.32.0; found vLLM 0.31.2"):
-        _engine_config(model, GOOD)
+    for version in ("0.31.2", "0.33.0", "dev"):
+        monkeypatch.setattr(vllm, "__version__", version)
+        with pytest.raises(UnsupportedVLLMError, match=f"<0.33,>=0.32.0; found vLLM {version}"):
+            _engine_config(model, GOOD)
 
 
 def test_settings_that_are_fine_reach_the_engine_config(model) -> None:

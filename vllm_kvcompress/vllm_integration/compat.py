@@ -17,7 +17,7 @@ from __future__ import annotations
 from importlib import metadata
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
 
@@ -36,7 +36,12 @@ def vllm_version() -> str:
 def check_vllm_version(version: str | None = None) -> None:
     """Raise UnsupportedVLLMError unless `version` (default: the installed) is supported."""
     found = vllm_version() if version is None else version
-    if not SUPPORTED_VLLM.contains(Version(found), prereleases=True):
+    try:
+        is_supported = SUPPORTED_VLLM.contains(Version(found), prereleases=True)
+    except InvalidVersion:
+        # A source tree without build metadata calls itself "dev".
+        is_supported = False
+    if not is_supported:
         own = metadata.version("vllm-kvcompress")
         raise UnsupportedVLLMError(
             f"vllm-kvcompress {own} works with vLLM {SUPPORTED_VLLM}; found vLLM {found}"

@@ -83,7 +83,7 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
             cache.cache_dtype not in _CACHE_DTYPES,
             f"KV cache dtype {cache.cache_dtype!r} (use {', '.join(_CACHE_DTYPES)})",
         ),
-        (vllm_config.scheduler_config.async_scheduling, "async scheduling on CPU"),
+        (vllm_config.use_v2_model_runner, "Model Runner V2 (unset VLLM_USE_V2_MODEL_RUNNER)"),
     )
     for is_problem, what in problems:
         if is_problem:

@@ -8,7 +8,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    KVQuantMode,
+)
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvcompress.compaction import CacheShape
@@ -58,10 +63,15 @@ class KVCompressCPUWorker(CPUWorker):
                     f"KV compression needs full attention in every layer; layer {name} has "
                     f"{type(spec).__name__}"
                 )
-            problem = _layer_problem(attention[name])
+            problem = _layer_problem(attention[name], spec)
             if problem:
                 raise KVCompressConfigError(f"KV compression cannot handle layer {name}: {problem}")
             out[name] = KVCompressSpec.from_full_attention(spec, self._config)
+        shapes = {(spec, attention[name].num_heads) for name, spec in out.items()}
+        if len(shapes) > 1:
+            raise KVCompressConfigError(
+                f"KV compression needs the same heads in every layer; found {shapes}"
+            )
         if not out:
             raise KVCompressConfigError("KV compression: this model has no KV cache to compress")
         if self.model_runner.shared_kv_cache_layers:
@@ -136,8 +146,11 @@ class KVCompressCPUWorker(CPUWorker):
         super().shutdown()
 
 
-def _layer_problem(layer: Any) -> str | None:
+def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:
     """Why a full-attention layer cannot be compressed; None if it can."""
+    if spec.kv_quant_mode != KVQuantMode.NONE:
+        # A checkpoint may ask for this itself, whatever --kv-cache-dtype says.
+        return f"its KV cache is quantized ({spec.kv_quant_mode.name})"
     if layer.impl.alibi_slopes is not None:
         return "ALiBi needs every key's position in the cache"
     if layer.impl.sinks is not None:
