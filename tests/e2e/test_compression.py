@@ -138,6 +138,18 @@ def test_short_prompts_beside_long_ones_stay_dense(engine, needle) -> None:
     assert by_id[outputs[1].request_id]["evicted_tokens"] == 0
 
 
+def test_each_prompt_gets_a_budget_for_its_own_length(engine, needle) -> None:
+    before = _num_records(engine)
+    outputs = _chat(engine, [needle(62 + i, sentences=n)[0] for i, n in enumerate((140, 40, 90))])
+    by_id = {r["request_id"]: r for r in _new_records(engine, before)}
+    for output in outputs:
+        record = by_id[output.request_id]
+        asked = record["prompt_len"] - int(RATIO * record["prompt_len"])
+        assert record["prompt_len"] == len(output.prompt_token_ids)
+        assert asked - 32 < record["kept_tokens"] <= asked
+    assert len({by_id[output.request_id]["region_blocks"] for output in outputs}) == 3
+
+
 def test_abort_in_mid_prefill_and_mid_decode(engine, needle, read_metric) -> None:
     prompts = [_prompt(engine, needle(seed)[0]) for seed in (70, 71, 72)]
     alone = _generate(engine, [prompts[2]], max_tokens=40, ignore_eos=True)[0]

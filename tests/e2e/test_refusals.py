@@ -151,64 +151,6 @@ def test_settings_that_are_fine_reach_the_engine_config(model) -> None:
     assert kept.cache_config.block_size == 64
 
 
-def _parse_serve(flags: list[str]):
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    args = make_arg_parser(FlexibleArgumentParser(prog="vllm serve")).parse_args(flags)
-    return AsyncEngineArgs.from_cli_args(args)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--kv-compress", "best"], "argument --kv-compress: unknown KV-compression method 'best'"),
-        (
-            ["--kv-compress", "snapkv", "--kv-compress-ratio", "0.5", "--kv-compress-budget", "99"],
-            "not allowed with argument",
-        ),
-        (["--kv-compress", "snapkv", "--kv-compress-ratio", "1.5"], "must be in [0, 1)"),
-        (["--kv-compress", "snapkv", "--kv-compress-budget", "many"], "must be a number"),
-        (["--kv-compress", "snapkv", "--kv-compress-options", "{pool"], "are not valid JSON"),
-    ],
-)
-def test_bad_flag_is_one_line_of_the_parser(capsys, flags, message) -> None:
-    with pytest.raises(SystemExit):
-        _parse_serve(flags)
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_flags_and_additional_config_merge() -> None:
-    extra = '{"kv_compress": {"pool_kernel": 5, "budget": 512}, "other": 1}'
-    args = _parse_serve(["--kv-compress", "snapkv", "--additional-config", extra])
-    assert args.additional_config["other"] == 1
-    merged = args.additional_config["kv_compress"]
-    assert merged == {"method": "snapkv", "pool_kernel": 5, "budget": 512}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--kv-compress-budget", "99"], "--kv-compress-budget needs --kv-compress METHOD"),
-        (
-            [
-                "--kv-compress",
-                "snapkv",
-                "--additional-config",
-                '{"kv_compress": {"window": 16}}',
-                "--kv-compress-window",
-                "32",
-            ],
-            "window is given twice: 16 and 32",
-        ),
-    ],
-)
-def test_flags_that_contradict(flags, message) -> None:
-    with pytest.raises(KVCompressConfigError, match=message):
-        _parse_serve(flags)
-
-
 def test_serve_stops_with_one_last_line(model) -> None:
     result = subprocess.run(
         [
