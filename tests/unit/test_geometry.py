@@ -49,7 +49,7 @@ def test_named_geometries(prompt_len, first_kept_block, num_region_blocks, bound
     assert geometry.num_dense_prompt_tokens == prompt_len - first_kept_block * 16
     num_evicted_blocks = first_kept_block - num_region_blocks
     assert geometry.num_kept_tokens == prompt_len - num_evicted_blocks * 16
-    assert geometry.num_returned_blocks == num_evicted_blocks
+    assert geometry.first_kept_block - geometry.num_region_blocks == num_evicted_blocks
 
 
 def test_row_of_a_prompt_with_a_partial_last_block():
@@ -58,14 +58,14 @@ def test_row_of_a_prompt_with_a_partial_last_block():
     # Token 992 is the first behind the region, and is computed before the prompt ends.
     assert [geometry.num_row_blocks(n) for n in (993, 1000, 1008, 1009)] == [76, 76, 76, 77]
     assert [geometry.row_index(p) for p in (0, 991, 992, 999, 1008)] == [0, 61, 75, 75, 76]
-    assert geometry.peak_blocks == 76
+    assert geometry.num_row_blocks(geometry.prompt_len) == 76
 
 
 def test_row_of_a_prompt_of_whole_blocks():
     geometry = geometry_of(1024, budget=256, window=32)
     assert [geometry.num_row_blocks(n) for n in (1008, 1023, 1024, 1025)] == [63, 64, 78, 79]
     assert [geometry.row_index(p) for p in (1023, 1024)] == [63, 78]
-    assert geometry.peak_blocks == 78
+    assert geometry.num_row_blocks(geometry.prompt_len) == 78
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_kept_tokens_stay_within_what_was_asked(request):
     # Nor is more than a page of the budget left unused.
     assert kept > asked - block_size - 1
     assert kept < prompt_len
-    assert geometry.num_returned_blocks >= 1
+    assert geometry.first_kept_block - geometry.num_region_blocks >= 1
 
 
 @given(requests)
@@ -193,7 +193,7 @@ def test_bounds_hold_for_every_prompt_up_to_max_model_len(geometries_, max_model
     bound = geometries_.max_request_blocks(max_model_len)
     assert bound == cdiv(max_model_len, geometries_.block_size) + largest
     assert max(request.num_row_blocks(max_model_len) for request in requests_) <= bound
-    assert max(request.peak_blocks for request in requests_) <= bound
+    assert max(r.num_row_blocks(r.prompt_len) for r in requests_) <= bound
 
 
 @given(st.sampled_from(BLOCK_SIZES), st.integers(1, 3000), st.integers(0, 3000))

@@ -39,6 +39,7 @@ def test_counts_of_compressed_and_dense_prompts() -> None:
     compressed, dense = snapshot["requests"]
     # 200 - 11 * 16 = 24 dense prompt tokens beside the pages.
     assert compressed["kept_per_head"] == [[40, 72], [56, 56]]
+    assert compressed["evicted_per_head"] == [[160, 128], [144, 144]]
     assert compressed["kept_tokens"] == 56
     assert compressed["evicted_tokens"] == 144
     assert compressed["blocks_returned"] == 11
@@ -101,4 +102,5 @@ def test_ranks_are_joined_head_by_head() -> None:
         ranks.append(stats.snapshot())
     merged = merge_rank_stats(ranks)
     assert merged["requests"][0]["kept_per_head"] == [[40, 72, 56, 56]]
+    assert merged["requests"][0]["evicted_per_head"] == [[160, 128, 144, 144]]
     assert merged["totals"]["prompts"] == 1

@@ -67,11 +67,6 @@ class RequestGeometry:
         """Prompt tokens kept per KV head and layer on average."""
         return self.num_region_blocks * self.block_size + self.num_dense_prompt_tokens
 
-    @property
-    def num_returned_blocks(self) -> int:
-        """Prompt blocks given back after compaction, less the blocks of the region."""
-        return self.first_kept_block - self.num_region_blocks
-
     def num_row_blocks(self, num_tokens: int) -> int:
         """Length of the block-table row that gives `num_tokens` tokens a slot."""
         blocks = cdiv(num_tokens, self.block_size)
@@ -83,11 +78,6 @@ class RequestGeometry:
         """Index into the block-table row of the block that holds token `position`."""
         block = position // self.block_size
         return block + self.num_region_blocks if block >= self.boundary_block else block
-
-    @property
-    def peak_blocks(self) -> int:
-        """Most non-null blocks held at once up to the end of prefill."""
-        return self.num_row_blocks(self.prompt_len)
 
     def _reaches_tail(self, num_tokens: int) -> bool:
         # The row grows strictly in order, so the region must be there before the first

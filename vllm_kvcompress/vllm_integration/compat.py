@@ -5,7 +5,8 @@ Names of vLLM that the seam relies on, by file:
 * `engine/arg_utils.py`: `EngineArgs.add_cli_args`, `.from_cli_args`, `.create_engine_config`
   (wrapped in `register.py`, which says why), `.additional_config`, `.worker_cls`, `.block_size`.
 * `v1/attention/backends/cpu_attn.py`: the CPU backend, its builder, impl and metadata.
-* `v1/attention/backends/registry.py`: `AttentionBackendEnum`, `register_backend`.
+* `v1/attention/backends/registry.py`: `AttentionBackendEnum`, `register_backend`; the cache of
+  `v1/attention/selector.py`.
 * `v1/kv_cache_interface.py`: `FullAttentionSpec`; `v1/kv_cache_layout.py`: `KVCacheLayout.BLHNC`.
 * `v1/kv_cache_spec_registry.py`: `KVCacheSpecRegistry`.
 * `v1/core/single_type_kv_cache_manager.py`: `FullAttentionManager` and its hooks.
@@ -26,16 +27,12 @@ class UnsupportedVLLMError(RuntimeError):
     """The installed vLLM is outside the range this release was built for."""
 
 
-def vllm_version() -> str:
-    """Version of the installed vLLM, whichever distribution it comes from."""
+def check_vllm_version() -> None:
+    """Raise UnsupportedVLLMError unless the installed vLLM is supported."""
     import vllm
 
-    return vllm.__version__
-
-
-def check_vllm_version(version: str | None = None) -> None:
-    """Raise UnsupportedVLLMError unless `version` (default: the installed) is supported."""
-    found = vllm_version() if version is None else version
+    # Not the distribution's version: that goes by more than one name.
+    found = vllm.__version__
     try:
         is_supported = SUPPORTED_VLLM.contains(Version(found), prereleases=True)
     except InvalidVersion:

@@ -49,6 +49,7 @@ class CompressionStats:
                 "blocks_returned": 0,
                 "region_blocks": 0,
                 "kept_per_head": None,
+                "evicted_per_head": None,
             }
         )
 
@@ -83,15 +84,17 @@ class CompressionStats:
         if it is preempted and computed again (`num_prefills` and `recomputed_prompts` tell).
         Each request has request_id (the caller's), internal_id (vLLM's), prompt_len, compressed,
         kept_tokens and evicted_tokens (mean over layers and heads), blocks_returned,
-        region_blocks, num_prefills, and kept_per_head as [layer][head] token counts (None for
-        a dense one).
+        region_blocks, num_prefills, and kept_per_head and evicted_per_head as [layer][head]
+        token counts (None for a dense one).
         """
         with self._lock:
             requests = [dict(record) for record in self._requests.values()]
             totals = dict(self._totals)
         for record in requests:
             if record["kept_per_head"] is not None:
-                record["kept_per_head"] = record["kept_per_head"].tolist()
+                kept = record["kept_per_head"]
+                record["kept_per_head"] = kept.tolist()
+                record["evicted_per_head"] = (record["prompt_len"] - kept).tolist()
             record["internal_id"] = record["request_id"]
             record["request_id"] = external_request_id(record["internal_id"])
         return {"totals": totals, "requests": requests}
@@ -181,14 +184,12 @@ def merge_rank_stats(ranks: list[dict[str, Any]]) -> dict[str, Any]:
         ranks: `CompressionStats.snapshot()` of each rank, in rank order.
 
     Returns:
-        One snapshot whose `kept_per_head` covers every rank's heads.
+        One snapshot whose counts per head cover every rank's heads.
     """
     merged = {"totals": ranks[0]["totals"], "requests": [dict(r) for r in ranks[0]["requests"]]}
     for other in ranks[1:]:
         for mine, theirs in zip(merged["requests"], other["requests"], strict=True):
-            if mine["kept_per_head"] is not None:
-                mine["kept_per_head"] = [
-                    a + b
-                    for a, b in zip(mine["kept_per_head"], theirs["kept_per_head"], strict=True)
-                ]
+            for key in ("kept_per_head", "evicted_per_head"):
+                if mine[key] is not None:
+                    mine[key] = [a + b for a, b in zip(mine[key], theirs[key], strict=True)]
     return merged

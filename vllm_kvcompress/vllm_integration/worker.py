@@ -7,6 +7,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -46,6 +47,7 @@ class KVCompressCPUWorker(CPUWorker):
         """As the stock worker, with our backend registered before the model is built."""
         # The CPU platform resolves this one name, whatever backend is selected.
         register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_PATH)
+        selector._cached_get_attn_backend.cache_clear()
         super().init_device()
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -142,7 +144,9 @@ class KVCompressCPUWorker(CPUWorker):
     def shutdown(self) -> None:
         """As the stock worker, after a last log line."""
         self._stats.close()
+        # The next engine of this process may be a stock one.
         AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
         super().shutdown()
 
 
