@@ -1,4 +1,4 @@
-"""Compaction of one prompt at the end of its prefill, layer by layer, on the paged pool.
+"""Compaction of one prompt once it is computed, layer by layer, on the paged pool.
 
 Knows pages and scores, not vLLM: the attention backend feeds it queries and block ids. L is
 the number of layers, H of KV heads on this rank, g of query heads per KV head.
@@ -6,16 +6,18 @@ the number of layers, H of KV heads on this rank, g of query heads per KV head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import RequestGeometry
+from vllm_kvcompress.memory import RequestGeometry, cdiv
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.policies import make_scorer
-from vllm_kvcompress.policies.base import ScoreInputs
+from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, Rotary, ScoreInputs
 from vllm_kvcompress.policies.selection import Selection, select
 
 
@@ -35,32 +37,60 @@ class CacheShape:
         return self.num_layers * self.num_kv_heads
 
 
+@dataclass(frozen=True)
+class LayerParameters:
+    """What scoring must know of one attention layer.
+
+    Attributes:
+        scale: factor on query-key products.
+        logits_soft_cap: attention logits are squashed into (-cap, cap); 0 = not.
+        output_weight: [H, g, d, m] of the output projection, if a scorer needs it.
+        rotary: position encoding, if a scorer needs it.
+    """
+
+    scale: float
+    logits_soft_cap: float = 0.0
+    output_weight: torch.Tensor | None = None
+    rotary: Rotary | None = None
+
+
 @dataclass
 class PromptCompaction:
     """What is collected of one prompt until it is compacted.
 
     Attributes:
         geometry: where its pages go.
-        window_query: [L, H, g, w, d] queries of the last w prompt tokens, filled chunk by
-            chunk; None until the first chunk that reaches the window, and after compaction.
+        window_query: [L, H, g, w, d] queries of the last w tokens, filled chunk by chunk;
+            None until the first chunk that reaches the window, and after compaction.
         num_window_queries: [L] how many of them are there, per layer.
-        layer_scores: [H, candidate tokens] float32 per layer, None where not scored yet.
+        observed: [L] what the scorer has made of all queries so far.
+        num_observed: [L] how many queries that were.
+        layer_scores: of the layers scored so far.
     """
 
     geometry: RequestGeometry
     num_layers: int
     window_query: torch.Tensor | None = None
     num_window_queries: list[int] = field(init=False)
-    layer_scores: list[torch.Tensor | None] = field(init=False)
+    observed: list[Any] = field(init=False)
+    num_observed: list[int] = field(init=False)
+    layer_scores: list[LayerScores] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop everything collected."""
+        self.window_query = None
         self.num_window_queries = [0] * self.num_layers
-        self.layer_scores = [None] * self.num_layers
+        self.observed = [None] * self.num_layers
+        self.num_observed = [0] * self.num_layers
+        self.layer_scores = []
 
     @property
     def is_scored(self) -> bool:
         """Whether every layer has been scored."""
-        return all(scores is not None for scores in self.layer_scores)
+        return len(self.layer_scores) == self.num_layers
 
 
 class Compactor:
@@ -70,36 +100,68 @@ class Compactor:
         config: validated setting.
         shape: of the paged cache.
         order: element order of its pages.
+        layers: one per layer; what the method's scorer needs must be there.
+
+    Raises:
+        ValueError: if it is not.
     """
 
-    def __init__(self, config: KVCompressConfig, shape: CacheShape, order: PageOrder) -> None:
+    def __init__(
+        self,
+        config: KVCompressConfig,
+        shape: CacheShape,
+        order: PageOrder,
+        layers: Sequence[LayerParameters],
+    ) -> None:
         self.config = config
         self.shape = shape
         self.order = order
+        self.layers = layers
         self.scorer = make_scorer(config)
+        for need in ("output_weight", "rotary"):
+            if need in self.scorer.needs and any(getattr(x, need) is None for x in layers):
+                raise ValueError(f"method {config.method!r} needs every layer's {need}")
 
-    def save_window_queries(
-        self, prompt: PromptCompaction, layer: int, query: torch.Tensor, first: int
+    def collect(
+        self,
+        prompt: PromptCompaction,
+        layer: int,
+        query: torch.Tensor,
+        first: int,
+        pool: torch.Tensor,
+        prompt_blocks: torch.Tensor,
     ) -> None:
-        """Keep the queries of one chunk's window tokens.
+        """Take in the queries of one chunk, whose keys are in the pool.
 
         Args:
             prompt: the prompt they belong to; written to.
             layer: 0-based index among the compressed layers.
             query: [m, H * g, d], consecutive tokens, not kept by reference.
-            first: index inside the window of the first of them.
+            first: position of the first of them in the prompt.
+            pool: [num_pages, page_elements].
+            prompt_blocks: block ids in token order, at least to the chunk's last token.
         """
-        if not self.scorer.needs_window_queries:
-            return
-        shape, window = self.shape, self.config.window
+        shape = self.shape
+        num_tokens = query.shape[0]
+        grouped = query.view(
+            num_tokens, shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size
+        ).permute(1, 2, 0, 3)
+        if "window_query" in self.scorer.needs:
+            window_start = prompt.geometry.compact_len - self.config.window
+            skipped = max(0, window_start - first)
+            if skipped < num_tokens:
+                in_window = grouped[:, :, skipped:]
+                self._save_window_queries(prompt, layer, in_window, first + skipped - window_start)
+        if "all_queries" in self.scorer.needs:
+            self._observe(prompt, layer, grouped, first, pool, prompt_blocks)
+
+    def _save_window_queries(
+        self, prompt: PromptCompaction, layer: int, query: torch.Tensor, first: int
+    ) -> None:
+        """Keep [H, g, m, d] queries from index `first` of the window on."""
         if prompt.window_query is None:
-            size = (
-                shape.num_layers,
-                shape.num_kv_heads,
-                shape.num_queries_per_kv,
-                window,
-                shape.head_size,
-            )
+            num_heads, group, _, head_size = query.shape
+            size = (self.shape.num_layers, num_heads, group, self.config.window, head_size)
             prompt.window_query = query.new_empty(size)
         if first == 0:
             prompt.num_window_queries[layer] = 0
@@ -107,12 +169,47 @@ class Compactor:
             f"window queries of layer {layer} arrive at {first}, "
             f"expected {prompt.num_window_queries[layer]}"
         )
-        num_tokens = query.shape[0]
-        grouped = query.view(
-            num_tokens, shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size
+        end = first + query.shape[2]
+        prompt.window_query[layer, :, :, first:end] = query
+        prompt.num_window_queries[layer] = end
+
+    def _observe(
+        self,
+        prompt: PromptCompaction,
+        layer: int,
+        query: torch.Tensor,
+        first: int,
+        pool: torch.Tensor,
+        prompt_blocks: torch.Tensor,
+    ) -> None:
+        """Show [H, g, m, d] queries from position `first` on to the scorer."""
+        if first == 0:
+            prompt.observed[layer], prompt.num_observed[layer] = None, 0
+        assert prompt.num_observed[layer] == first, (
+            f"queries of layer {layer} arrive at {first}, expected {prompt.num_observed[layer]}"
         )
-        prompt.window_query[layer, :, :, first : first + num_tokens] = grouped.permute(1, 2, 0, 3)
-        prompt.num_window_queries[layer] = first + num_tokens
+        end = first + query.shape[2]
+        blocks = prompt_blocks[: cdiv(end, self.shape.block_size)]
+        parameters = self.layers[layer]
+        chunk = ChunkInputs(
+            query=query,
+            key=self._read(pool, blocks, layer, self.order.key_offsets)[:, :end],
+            first=first,
+            scale=parameters.scale,
+            logits_soft_cap=parameters.logits_soft_cap,
+            rotary=parameters.rotary,
+        )
+        prompt.observed[layer] = self.scorer.observe(chunk, prompt.observed[layer])
+        prompt.num_observed[layer] = end
+
+    def _read(
+        self, pool: torch.Tensor, blocks: torch.Tensor, layer: int, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """[H, len(blocks) * block_size, d] keys or values of one layer."""
+        shape = self.shape
+        heads = torch.arange(shape.num_kv_heads)[:, None]
+        pages = blocks[None] * shape.pages_per_block + layer * shape.num_kv_heads + heads
+        return ops.unpack_pages(pool, pages, offsets)
 
     def score_layer(
         self,
@@ -120,41 +217,49 @@ class Compactor:
         layer: int,
         pool: torch.Tensor,
         prompt_blocks: torch.Tensor,
-        scale: float,
-        logits_soft_cap: float,
     ) -> None:
-        """Score one layer of a prompt whose keys are all in the pool.
+        """Score one layer of a prompt whose keys are all in the pool; layers in order.
 
         Args:
             prompt: written to.
             layer: 0-based index among the compressed layers.
             pool: [num_pages, page_elements].
-            prompt_blocks: [ceil(n / block_size)] int64 block ids in token order.
-            scale, logits_soft_cap: as in the layer's attention.
+            prompt_blocks: [ceil(compact_len / block_size)] int64 block ids in token order.
         """
-        shape = self.shape
-        heads = torch.arange(shape.num_kv_heads)
-        page_ids = (
-            prompt_blocks[None, :] * shape.pages_per_block
-            + layer * shape.num_kv_heads
-            + heads[:, None]
+        assert layer == len(prompt.layer_scores), (
+            f"layer {layer} is scored after {len(prompt.layer_scores)} others"
         )
-        key = ops.unpack_pages(pool, page_ids, self.order.key_offsets)
-        window_query = None
-        if self.scorer.needs_window_queries:
+        geometry, needs, parameters = prompt.geometry, self.scorer.needs, self.layers[layer]
+        num_tokens = geometry.compact_len
+        window_query = value = None
+        if "window_query" in needs:
             assert prompt.window_query is not None
             assert prompt.num_window_queries[layer] == self.config.window
             window_query = prompt.window_query[layer]
-        prompt.layer_scores[layer] = self.scorer.score(
+        if "all_queries" in needs:
+            assert prompt.num_observed[layer] == num_tokens
+        if "value" in needs:
+            value = self._read(pool, prompt_blocks, layer, self.order.value_offsets)
+            value = value[:, :num_tokens]
+        key = self._read(pool, prompt_blocks, layer, self.order.key_offsets)[:, :num_tokens]
+        scores = self.scorer.score(
             ScoreInputs(
-                key=key[:, : prompt.geometry.prompt_len],
-                num_candidates=prompt.geometry.num_candidate_tokens,
-                scale=scale,
-                window_query=window_query,
-                logits_soft_cap=logits_soft_cap,
+                key=key,
+                num_candidates=geometry.num_candidate_tokens,
+                budget_tokens=geometry.num_region_blocks * geometry.block_size,
+                scale=parameters.scale,
+                logits_soft_cap=parameters.logits_soft_cap,
                 layer=layer,
+                earlier_scores=prompt.layer_scores,
+                window_query=window_query,
+                value=value,
+                output_weight=parameters.output_weight,
+                observed=prompt.observed[layer],
+                rotary=parameters.rotary,
             )
         )
+        prompt.observed[layer] = None
+        prompt.layer_scores.append(scores)
 
     def compact(
         self,
@@ -176,10 +281,14 @@ class Compactor:
         """
         assert prompt.is_scored
         shape, geometry = self.shape, prompt.geometry
-        scores = torch.stack([s for s in prompt.layer_scores if s is not None])
-        prompt.layer_scores = [None] * shape.num_layers
-        prompt.window_query = None
-        selection = select(scores, self.config, geometry.num_region_blocks, geometry.block_size)
+        selection = select(
+            prompt.layer_scores,
+            self.config,
+            geometry.num_region_blocks,
+            geometry.block_size,
+            geometry.num_tail_tokens,
+        )
+        prompt.reset()
         target = ops.region_page_ids(region_blocks, shape.pages_per_block)
         streams = torch.arange(shape.pages_per_block)
         stream_of_page = streams.repeat_interleave(selection.num_pages.reshape(-1))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.policies.recipes import GRANULARITIES, RECIPES, Recipe, option_specs
+from vllm_kvcompress.policies.recipes import RECIPES, Recipe, option_specs, pair_problem
 
 DEFAULT_BUDGET = 2048
 DEFAULT_WINDOW = 32
@@ -193,18 +193,28 @@ def _as_ratio(value: Any) -> float:
 
 
 def _fill_options(recipe: Recipe, given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    budgets = given.get("budgets", recipe.budgets)
     specs = option_specs(recipe)
+    problem = specs["budgets"].problem(budgets)
+    if problem:
+        raise KVCompressConfigError(f"KV-compression option 'budgets' {problem}, got {budgets!r}")
+    problem = pair_problem(recipe.scorer, budgets)
+    if problem:
+        raise KVCompressConfigError(f"KV-compression method {recipe.name!r}: {problem}")
+    specs = option_specs(recipe, budgets)
     unknown = sorted(set(given) - set(specs))
     if unknown:
         raise KVCompressConfigError(
             f"unknown option {', '.join(map(repr, unknown))} for KV-compression method "
-            f"{recipe.name!r}; it takes: {', '.join(sorted(specs))}"
+            f"{recipe.name!r} with budgets {budgets!r}; it takes: {', '.join(sorted(specs))}"
         )
     values = {name: spec.default for name, spec in specs.items()}
     for name, value in given.items():
-        problem = specs[name].problem(value)
+        spec = specs[name]
+        problem = spec.problem(value)
         if problem:
             raise KVCompressConfigError(f"KV-compression option {name!r} {problem}, got {value!r}")
-        values[name] = value
-    assert values["granularity"] in GRANULARITIES
+        values[name] = spec.parse(value) if spec.parse else value
+    if values.get("table", ()) is None:
+        raise KVCompressConfigError("KV-compression budgets 'static' need the option 'table'")
     return tuple(sorted(values.items()))

@@ -6,8 +6,9 @@ A request's block-table row is, in order::
      0 .. boundary_block   num_region_blocks
 
 Before compaction the region is absent and the row is exactly stock vLLM's. The step that
-computes the last prompt token also gets the region blocks; it copies what is kept there and
-the prompt blocks before `first_kept_block` go back to the pool once that step has settled.
+computes the last token before the compaction point (the prompt's end, unless the option
+suffix_tokens moves it) also gets the region blocks; it copies what is kept there and the
+prompt blocks before `first_kept_block` go back to the pool once that step has settled.
 Scheduler and worker derive every number below separately and never talk about it.
 """
 
@@ -35,22 +36,25 @@ class RequestGeometry:
             from it on every prompt token stays dense. Equals the number of candidate
             pages per KV head.
         num_region_blocks: blocks of the compressed region; 0 = this request stays dense.
+        compact_len: tokens [0, compact_len) are compacted once they are all computed; the
+            rest of the prompt is computed after that, over what was kept.
     """
 
     prompt_len: int
     block_size: int
     first_kept_block: int
     num_region_blocks: int
+    compact_len: int
 
     @property
     def is_compressed(self) -> bool:
-        """Whether prefill of this request ends with a compaction."""
+        """Whether this request's prompt is compacted."""
         return self.num_region_blocks > 0
 
     @property
     def boundary_block(self) -> int:
-        """Row index of the first region block: the prompt's full blocks come before it."""
-        return self.prompt_len // self.block_size
+        """Row index of the first region block: the full blocks up to compaction precede it."""
+        return self.compact_len // self.block_size
 
     @property
     def num_candidate_tokens(self) -> int:
@@ -59,8 +63,14 @@ class RequestGeometry:
 
     @property
     def num_dense_prompt_tokens(self) -> int:
-        """Prompt tokens kept in ordinary blocks: the window, rounded out to a block."""
+        """Prompt tokens kept in ordinary blocks: the window, rounded out to a block, and
+        what follows the compaction point."""
         return self.prompt_len - self.num_candidate_tokens
+
+    @property
+    def num_tail_tokens(self) -> int:
+        """Tokens before the compaction point that stay in ordinary blocks."""
+        return self.compact_len - self.num_candidate_tokens
 
     @property
     def num_kept_tokens(self) -> int:
@@ -81,8 +91,8 @@ class RequestGeometry:
 
     def _reaches_tail(self, num_tokens: int) -> bool:
         # The row grows strictly in order, so the region must be there before the first
-        # tail block is, and at the latest in the step that computes the last prompt token.
-        return num_tokens >= min(self.prompt_len, self.boundary_block * self.block_size + 1)
+        # tail block is, and at the latest in the step that ends at the compaction point.
+        return num_tokens >= min(self.compact_len, self.boundary_block * self.block_size + 1)
 
 
 class Geometry:
@@ -104,26 +114,29 @@ class Geometry:
         self.max_region_blocks = functools.lru_cache(maxsize=4096)(self._max_region_blocks)
 
     def _of(self, prompt_len: int) -> RequestGeometry:
-        dense = RequestGeometry(prompt_len, self.block_size, 0, 0)
+        dense = RequestGeometry(prompt_len, self.block_size, 0, 0, prompt_len)
         window = self.config.window
-        if prompt_len <= window:
+        compact_len = prompt_len - self.config.option("suffix_tokens")
+        if compact_len <= window:
             return dense
-        kept_tokens = self.kept_tokens_asked(prompt_len)
-        if kept_tokens >= prompt_len:
+        kept_tokens = self.kept_tokens_asked(compact_len)
+        if kept_tokens >= compact_len:
             return dense
-        first_kept_block = (prompt_len - window) // self.block_size
-        tail_tokens = prompt_len - first_kept_block * self.block_size
+        first_kept_block = (compact_len - window) // self.block_size
+        tail_tokens = compact_len - first_kept_block * self.block_size
         # Rounded down, so a request never holds more than asked, except that every head
         # keeps at least one page.
         num_region_blocks = max(1, (kept_tokens - tail_tokens) // self.block_size)
         if num_region_blocks >= first_kept_block:
             return dense
-        return RequestGeometry(prompt_len, self.block_size, first_kept_block, num_region_blocks)
+        return RequestGeometry(
+            prompt_len, self.block_size, first_kept_block, num_region_blocks, compact_len
+        )
 
-    def kept_tokens_asked(self, prompt_len: int) -> int:
-        """Tokens per KV head and layer, window included, that the config asks to keep."""
+    def kept_tokens_asked(self, compact_len: int) -> int:
+        """Tokens of `compact_len` per KV head and layer, window included, asked to be kept."""
         if self.config.ratio is not None:
-            return prompt_len - int(self.config.ratio * prompt_len)
+            return compact_len - int(self.config.ratio * compact_len)
         assert self.config.budget is not None
         return self.config.budget
 

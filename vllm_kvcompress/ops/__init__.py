@@ -16,6 +16,7 @@ from vllm_kvcompress.ops.scoring import (
     joint_top_counts,
     page_scores,
     pool_scores,
+    projected_value_norm,
     select_top,
     window_attention,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "pack_pages",
     "page_scores",
     "pool_scores",
+    "projected_value_norm",
     "ragged_page_table",
     "region_page_ids",
     "select_top",

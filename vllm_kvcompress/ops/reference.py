@@ -35,6 +35,19 @@ def pool_scores(scores: torch.Tensor, kernel: int, kind: str) -> torch.Tensor:
     return out.float()
 
 
+def projected_value_norm(value: torch.Tensor, output_weight: torch.Tensor) -> torch.Tensor:
+    """See `ops.projected_value_norm`."""
+    num_heads, num_tokens, _ = value.shape
+    group = output_weight.shape[1]
+    out = torch.zeros(num_heads, num_tokens, dtype=torch.float64)
+    for h in range(num_heads):
+        for token in range(num_tokens):
+            for g in range(group):
+                moved = value[h, token].double() @ output_weight[h, g].double()
+                out[h, token] += moved.abs().sum() / group
+    return out.float()
+
+
 def page_scores(scores: torch.Tensor, page_size: int) -> torch.Tensor:
     """See `ops.page_scores`."""
     pages = [

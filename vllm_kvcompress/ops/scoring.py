@@ -93,6 +93,42 @@ def pool_scores(
     return pool(flat, kernel, stride=1, padding=kernel // 2).view(scores.shape)
 
 
+def projected_value_norm(
+    value: torch.Tensor, output_weight: torch.Tensor, backend: str = "torch"
+) -> torch.Tensor:
+    """How much each token's value moves a layer's output: ||Wo v||_1, mean over query heads.
+
+    Source: CriticalKV, arXiv 2502.03805, eq. 6. Costs as much as the output projection itself.
+
+    Args:
+        value: [H, n, d], any float dtype.
+        output_weight: [H, g, d, m], the output projection's columns of each query head.
+        backend: 'torch' or 'reference'.
+
+    Returns:
+        [H, n] float32. No host sync.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+    """
+    _check(
+        value.dim() == 3
+        and output_weight.dim() == 4
+        and (value.shape[0], value.shape[2]) == (output_weight.shape[0], output_weight.shape[2]),
+        f"want value [H, n, d] and output weight [H, g, d, m], got {tuple(value.shape)}, "
+        f"{tuple(output_weight.shape)}",
+    )
+    if _is_reference(backend):
+        return reference.projected_value_norm(value, output_weight)
+    group = output_weight.shape[1]
+    norms = torch.zeros(value.shape[:2], dtype=torch.float32, device=value.device)
+    value = value.float()
+    # One query head at a time bounds memory to H * n * m.
+    for g in range(group):
+        norms += torch.bmm(value, output_weight[:, g].float()).abs().sum(dim=-1)
+    return norms / group
+
+
 def page_scores(scores: torch.Tensor, page_size: int, backend: str = "torch") -> torch.Tensor:
     """Score of a page: that of its best token.
 

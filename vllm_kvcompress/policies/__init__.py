@@ -4,29 +4,50 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_kvcompress.policies.recipes import RECIPES, SCORER_OPTIONS, Recipe
+from vllm_kvcompress.policies.recipes import RECIPES, SCORERS, Recipe
 
 if TYPE_CHECKING:
     from vllm_kvcompress.config import KVCompressConfig
     from vllm_kvcompress.policies.base import Scorer
 
-__all__ = ["RECIPES", "Recipe", "make_scorer"]
+__all__ = ["RECIPES", "Recipe", "make_scorer", "scorer_class"]
 
 
-def make_scorer(config: KVCompressConfig) -> Scorer:
-    """The scorer that `config.method` names, with its options set."""
+def scorer_class(name: str) -> type[Scorer]:
+    """The class behind a key of `recipes.SCORERS`."""
     # Imported here so that the recipes can be read without torch.
+    from vllm_kvcompress.policies.chunkkv import ChunkKV
+    from vllm_kvcompress.policies.criticalkv import CriticalKV
+    from vllm_kvcompress.policies.defensivekv import DefensiveKV
+    from vllm_kvcompress.policies.expected_attention import ExpectedAttention
+    from vllm_kvcompress.policies.h2o import H2O
+    from vllm_kvcompress.policies.keydiff import KeyDiff
     from vllm_kvcompress.policies.knorm import KNorm
     from vllm_kvcompress.policies.random import Random
     from vllm_kvcompress.policies.snapkv import SnapKV
     from vllm_kvcompress.policies.streamingllm import StreamingLLM
+    from vllm_kvcompress.policies.tova import TOVA
 
-    scorers: dict[str, type[Scorer]] = {
-        "snapkv": SnapKV,
-        "streamingllm": StreamingLLM,
+    classes: dict[str, type[Scorer]] = {
+        "chunkkv": ChunkKV,
+        "critical": CriticalKV,
+        "defensive": DefensiveKV,
+        "expected-attention": ExpectedAttention,
+        "h2o": H2O,
+        "keydiff": KeyDiff,
         "knorm": KNorm,
         "random": Random,
+        "snapkv": SnapKV,
+        "streamingllm": StreamingLLM,
+        "tova": TOVA,
     }
+    return classes[name]
+
+
+def make_scorer(config: KVCompressConfig) -> Scorer:
+    """The scorer that `config.method` names, with its options set."""
     name = config.recipe.scorer
     options = dict(config.options)
-    return scorers[name](**{key: options[key] for key in SCORER_OPTIONS[name]})
+    # 'first_stage' is the selection's business: it depends on each head's budget.
+    names = [key for key in SCORERS[name].options if key != "first_stage"]
+    return scorer_class(name)(**{key: options[key] for key in names})

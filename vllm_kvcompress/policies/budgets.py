@@ -5,7 +5,9 @@ All totals are exact in pages. Every head of every layer gets at least one page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -44,13 +46,9 @@ def apportion(ideal: Sequence[float], total: int, lower: int, upper: int) -> lis
 
 
 def layer_pages(
-    schedule: str,
-    mean_pages: int,
-    num_layers: int,
-    max_pages: int,
-    beta: float = 20.0,
+    budgets: str, mean_pages: int, num_layers: int, max_pages: int, options: Mapping[str, Any]
 ) -> list[int]:
-    """Pages per KV head for each layer.
+    """Pages per KV head for each layer, before heads compete.
 
     'pyramid' is PyramidKV (arXiv 2406.02069, eq. 3-4): linear from `2 * mean - mean / beta`
     in the first layer to `mean / beta` in the last. Where a head has fewer pages to choose from
@@ -59,57 +57,122 @@ def layer_pages(
     sum is exact.
 
     Args:
-        schedule: 'uniform' or 'pyramid'.
+        budgets: key into `recipes.BUDGETS`, not 'joint' and not a table per head.
         mean_pages: average over the layers.
         num_layers: layers to share among.
         max_pages: pages a head has to choose from.
-        beta: steepness of the pyramid, >= 1.
+        options: the method's; 'beta' or 'table' is read.
 
     Returns:
         One number per layer, each in [1, max_pages], summing to mean_pages * num_layers.
     """
-    if schedule == "uniform" or num_layers == 1 or max_pages < 2 * mean_pages:
+    total = mean_pages * num_layers
+    if budgets == "static":
+        return apportion(_shares(options["table"], total), total, 1, max_pages)
+    is_pyramid = budgets in ("pyramid", "ada-pyramid")
+    if not is_pyramid or num_layers == 1 or max_pages < 2 * mean_pages:
         return [mean_pages] * num_layers
-    assert schedule == "pyramid"
-    low = mean_pages / beta
+    low = mean_pages / options["beta"]
     high = 2 * mean_pages - low
     step = (high - low) / (num_layers - 1)
     ideal = [high - step * layer for layer in range(num_layers)]
-    return apportion(ideal, mean_pages * num_layers, 1, max_pages)
+    return apportion(ideal, total, 1, max_pages)
 
 
-def head_pages(
-    allocation: str,
+@dataclass(frozen=True)
+class StreamBudgets:
+    """Pages of every (layer, KV head).
+
+    Attributes:
+        num_pages: [L, H] int64, each >= 1.
+        guaranteed: [L] int64, entries (pages or tokens) that each head is assured of.
+    """
+
+    num_pages: torch.Tensor
+    guaranteed: torch.Tensor
+
+
+def stream_budgets(
+    budgets: str,
     scores: torch.Tensor,
     mean_pages: int,
     page_size: int,
-    alpha: float = 0.2,
-) -> list[int]:
-    """Pages for each KV head of one layer.
+    options: Mapping[str, Any],
+) -> StreamBudgets:
+    """Pages for each head of each layer.
 
     'ada' is Ada-KV (arXiv 2407.11550, algorithm 1) in kvpress' form: each head is sure of its
-    best `alpha * mean`, the rest goes to the best scores of all heads together.
+    best `alpha * mean`, the rest goes to the best scores of the layer's heads together. 'joint'
+    is the same over all layers' heads at once (KV-Compress, arXiv 2410.00161, section 3;
+    Layer-DefensiveKV, arXiv 2510.13334), each head being sure of `floor * mean`.
 
     Args:
-        allocation: 'uniform' or 'ada'.
-        scores: [H, N] float32; one entry per page (page_size 1) or per token.
-        mean_pages: the layer's pages per head on average.
+        budgets: key into `recipes.BUDGETS`.
+        scores: [L, H, N] float32; one entry per page (page_size 1) or per token.
+        mean_pages: pages per head on average.
         page_size: entries of `scores` per page.
-        alpha: guaranteed share, in [0, 1].
+        options: the method's.
 
     Returns:
-        One number per head, each >= 1, summing to mean_pages * H.
+        Pages summing to mean_pages * L * H.
+
+    Raises:
+        ValueError: if a table's shape is not the model's.
     """
-    num_heads, num_entries = scores.shape
-    if allocation == "uniform":
-        return [mean_pages] * num_heads
-    assert allocation == "ada"
-    total = mean_pages * num_heads
-    guaranteed = int(alpha * mean_pages * page_size)
-    if page_size == 1:
-        guaranteed = max(1, guaranteed)
+    num_layers, num_heads, num_entries = scores.shape
+    max_pages = num_entries // page_size
+    none = torch.zeros(num_layers, dtype=torch.int64)
+    if budgets == "joint":
+        flat = scores.reshape(num_layers * num_heads, num_entries)
+        guaranteed = _guaranteed(options["floor"], mean_pages, page_size)
+        pages = _compete(flat, mean_pages, page_size, guaranteed)
+        return StreamBudgets(pages.view(num_layers, num_heads), none + guaranteed)
+    if budgets == "static":
+        check_table(options["table"], num_layers, num_heads)
+        if isinstance(options["table"][0], tuple):
+            total = mean_pages * num_layers * num_heads
+            weights = [weight for row in options["table"] for weight in row]
+            pages = torch.tensor(apportion(_shares(weights, total), total, 1, max_pages))
+            return StreamBudgets(pages.view(num_layers, num_heads), none)
+    per_layer = layer_pages(budgets, mean_pages, num_layers, max_pages, options)
+    if budgets in ("ada", "ada-pyramid"):
+        sure = [_guaranteed(options["alpha"], pages, page_size) for pages in per_layer]
+        rows = [
+            _compete(scores[layer], per_layer[layer], page_size, sure[layer])
+            for layer in range(num_layers)
+        ]
+        return StreamBudgets(torch.stack(rows), torch.tensor(sure))
+    return StreamBudgets(torch.tensor(per_layer)[:, None].repeat(1, num_heads), none)
+
+
+def check_table(table: Sequence[Any], num_layers: int, num_heads: int) -> None:
+    """Raise ValueError unless a static table fits a model's layers and (local) KV heads."""
+    rows = [row if isinstance(row, tuple) else None for row in table]
+    if len(rows) != num_layers:
+        raise ValueError(f"the budget table has {len(rows)} layers, the model {num_layers}")
+    if rows[0] is not None and len(rows[0]) != num_heads:
+        raise ValueError(f"the budget table has {len(rows[0])} heads, the model {num_heads}")
+
+
+def _shares(weights: Sequence[float], total: int) -> list[float]:
+    scale = total / sum(weights)
+    return [weight * scale for weight in weights]
+
+
+def _guaranteed(share: float, mean_pages: int, page_size: int) -> int:
+    # A head that is promised anything is promised at least one whole page.
+    guaranteed = int(share * mean_pages * page_size)
+    return max(1, guaranteed) if page_size == 1 else guaranteed
+
+
+def _compete(
+    scores: torch.Tensor, mean_pages: int, page_size: int, guaranteed: int
+) -> torch.Tensor:
+    """[R] pages for R rows that compete for mean_pages * R of them."""
+    num_rows, num_entries = scores.shape
+    total = mean_pages * num_rows
     counts = ops.joint_top_counts(scores, total * page_size, guaranteed)
     if page_size == 1:
-        return counts.tolist()
+        return counts
     ideal = [count / page_size for count in counts.tolist()]
-    return apportion(ideal, total, 1, num_entries // page_size)
+    return torch.tensor(apportion(ideal, total, 1, num_entries // page_size))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from vllm_kvcompress.policies.base import ScoreInputs, Scorer
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
 
 
 class KNorm(Scorer):
@@ -12,9 +10,9 @@ class KNorm(Scorer):
 
     Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
     arXiv 2406.11430, section 3. The authors leave layers 0 and 1 alone; here every layer is
-    compressed, as in kvpress, because budgets are exact per layer.
+    compressed, as in kvpress' KnormPress, the parity target, because budgets are exact.
     """
 
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        """[H, num_candidates] negated key norms in float32."""
-        return -inputs.key[:, : inputs.num_candidates].float().norm(dim=-1)
+    def score(self, inputs: ScoreInputs) -> LayerScores:
+        """Negated key norms."""
+        return LayerScores(-inputs.key[:, : inputs.num_candidates].float().norm(dim=-1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvcompress.policies.base import ScoreInputs, Scorer
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
 
 
 class Random(Scorer):
@@ -19,9 +19,9 @@ class Random(Scorer):
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        """[H, num_candidates] in [0, 1), drawn on the CPU."""
+    def score(self, inputs: ScoreInputs) -> LayerScores:
+        """Numbers in [0, 1), drawn on the CPU."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + inputs.layer)
         num_heads = inputs.key.shape[0]
         scores = torch.rand(num_heads, inputs.num_candidates, generator=generator)
-        return scores.to(inputs.key.device)
+        return LayerScores(scores.to(inputs.key.device))

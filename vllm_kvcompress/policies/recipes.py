@@ -1,15 +1,21 @@
-"""Named methods: which scorer, which layer schedule, which head allocation, which options.
+"""Named methods: which scorer, which budgets, which options.
 
 Standard library only; the scorers themselves live in the neighbouring files.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 GRANULARITIES = ("page", "token")
+# What competes with what, in growing order: a scorer names how far its scores can be compared,
+# a budget how far it compares them.
+SCOPES = ("head", "layer", "model")
 
 
 @dataclass(frozen=True)
@@ -19,9 +25,11 @@ class OptionSpec:
     Attributes:
         default: value when the user gives none.
         kind: type that a value must have (an int passes for float, a bool never for int).
+        help: one line for the user.
         choices: allowed values, or None for any.
         minimum, maximum: inclusive bounds of a number, or None.
-        help: one line for the user.
+        parse: turns a given value into what is stored, raising ValueError with the problem in
+            words; replaces all other checks.
     """
 
     default: Any
@@ -30,9 +38,16 @@ class OptionSpec:
     choices: tuple[Any, ...] | None = None
     minimum: float | None = None
     maximum: float | None = None
+    parse: Callable[[Any], Any] | None = None
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with `value`, as words to follow the option's name; None if fine."""
+        if self.parse is not None:
+            try:
+                self.parse(value)
+            except ValueError as error:
+                return str(error)
+            return None
         if self.kind is float:
             right_type = isinstance(value, int | float) and not isinstance(value, bool)
         elif self.kind is int:
@@ -53,67 +68,195 @@ class OptionSpec:
 
 
 @dataclass(frozen=True)
+class ScorerInfo:
+    """What the rest of the package must know of a scorer without loading torch.
+
+    Attributes:
+        options: its options by name.
+        scope: how far its scores can be compared, of `SCOPES`.
+        why: the reason, where the scope is not the whole model; follows "because".
+    """
+
+    options: dict[str, OptionSpec]
+    scope: str = "model"
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class BudgetInfo:
+    """One way to share a request's pages among layers and heads.
+
+    Attributes:
+        options: its options by name.
+        scope: how far it compares scores, of `SCOPES`.
+        summary: one line for the user.
+    """
+
+    options: dict[str, OptionSpec]
+    scope: str
+    summary: str
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A method the user can name.
 
     Attributes:
         name: the name on the flag.
-        scorer: key into `SCORER_OPTIONS` and `policies.SCORERS`.
-        schedule: how pages are shared among layers, 'uniform' or 'pyramid'.
-        allocation: how a layer's pages are shared among its KV heads, 'uniform' or 'ada'.
+        scorer: key into `SCORERS`.
+        budgets: key into `BUDGETS`; the option 'budgets' overrides it.
         summary: one line for the user.
         paper: where the method comes from.
+        defaults: option defaults of this recipe that differ from its parts' own.
     """
 
     name: str
     scorer: str
-    schedule: str
-    allocation: str
+    budgets: str
     summary: str
     paper: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
+
+def _flag(default: bool, help: str) -> OptionSpec:
+    return OptionSpec(default, bool, help, (True, False))
+
+
+def _share(default: float, help: str) -> OptionSpec:
+    return OptionSpec(default, float, help, minimum=0.0, maximum=1.0)
+
+
+def _kernel(default: int, help: str) -> OptionSpec:
+    return OptionSpec(default, int, help + ", odd; 1 = none", tuple(range(1, 64, 2)))
+
+
+def _table(value: Any) -> tuple[Any, ...]:
+    """A static budget table as nested tuples; a string names a JSON file that holds it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(Path(value).expanduser().read_text())
+        except OSError as error:
+            raise ValueError(f"names a file that cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise ValueError(f"names a file that is not JSON ({error})") from None
+    problem = "must be [weight per layer] or [[weight per head] per layer], all weights > 0"
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(problem)
+    rows = [row if isinstance(row, list | tuple) else [row] for row in value]
+    weights = [weight for row in rows for weight in row]
+    if len({(isinstance(row, list | tuple), len(rows[i])) for i, row in enumerate(value)}) != 1:
+        raise ValueError(f"{problem}, and the same number of heads in every layer")
+    for weight in weights:
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not math.isfinite(weight) or weight <= 0:
+            raise ValueError(problem)
+    if isinstance(value[0], list | tuple):
+        return tuple(tuple(map(float, row)) for row in value)
+    return tuple(map(float, value))
+
+
+_WINDOW_ATTENTION = {
+    "pool_kernel": _kernel(7, "width of the pooling along keys"),
+    "pool_kind": OptionSpec("max", str, "pooling along keys", ("max", "avg")),
+    "window_reduce": OptionSpec(
+        "mean", str, "how the window's queries are joined", ("mean", "sum", "max")
+    ),
+    "group_reduce": OptionSpec(
+        "mean", str, "how the query heads of one KV head are joined", ("mean", "sum", "max")
+    ),
+    "score_power": OptionSpec(1, int, "1 = attention, 2 = squared attention", (1, 2)),
+    "pool_first": _flag(True, "pool each query head before they are joined (else after)"),
+}
+_CHUNK = {
+    "chunk_length": OptionSpec(10, int, "tokens per chunk", minimum=1),
+    "reuse_layers": OptionSpec(2, int, "layers that share the first one's choice", minimum=1),
+}
+_EVERY_HEAD_ALIKE = "it scores all heads of a layer alike, so they cannot compete"
+
+SCORERS: dict[str, ScorerInfo] = {
+    "snapkv": ScorerInfo(_WINDOW_ATTENTION),
+    "defensive": ScorerInfo(
+        {
+            "pool_kernel": _kernel(5, "width of the mean pooling along keys"),
+            "value_norm": _flag(True, "weigh by the norm of the projected values"),
+            "mass_first": _share(0.9, "attention mass whose tokens come first; 0 = none"),
+            "span_kernel": _kernel(1, "width of a last max pooling, so that facts stay whole"),
+        }
+    ),
+    "critical": ScorerInfo(
+        {
+            **_WINDOW_ATTENTION,
+            "epsilon": OptionSpec(1e-4, float, "added to scores before weighing", minimum=0.0),
+            "first_stage": _share(0.5, "share of a head's budget filled by attention alone"),
+        }
+    ),
+    "expected-attention": ScorerInfo(
+        {
+            "num_future": OptionSpec(512, int, "future positions to average over", minimum=1),
+            "num_sinks": OptionSpec(4, int, "first tokens always kept", minimum=0),
+            "covariance": _flag(True, "use the queries' covariance, not their mean alone"),
+            "value_norm": _flag(True, "weigh by the norm of the values"),
+            "epsilon": OptionSpec(0.0, float, "added to scores before weighing", minimum=0.0),
+        }
+    ),
+    "h2o": ScorerInfo(
+        {
+            "recent": _share(0.5, "share of the kept tokens that are simply the latest"),
+            "normalize": _flag(False, "divide by the number of queries that saw the token"),
+        }
+    ),
+    "tova": ScorerInfo({}, "head", _EVERY_HEAD_ALIKE),
+    "keydiff": ScorerInfo({"span_kernel": _kernel(1, "width of a last max pooling")}),
+    "knorm": ScorerInfo({}, "layer", "key norms of different layers have different scales"),
+    "streamingllm": ScorerInfo(
+        {"num_sinks": OptionSpec(4, int, "first tokens always kept", minimum=0)},
+        "head",
+        _EVERY_HEAD_ALIKE,
+    ),
+    "chunkkv": ScorerInfo(_CHUNK, "head", _EVERY_HEAD_ALIKE),
+    "random": ScorerInfo(
+        {"seed": OptionSpec(0, int, "seed of the scores", minimum=0, maximum=2**32 - 1)}
+    ),
+}
+
+_BETA = OptionSpec(20.0, float, "last layer's share is base/beta; 1 = uniform", minimum=1.0)
+_ALPHA = _share(0.2, "share of the mean budget guaranteed to each head")
+BUDGETS: dict[str, BudgetInfo] = {
+    "uniform": BudgetInfo({}, "head", "the same for every layer and head"),
+    "pyramid": BudgetInfo({"beta": _BETA}, "head", "falls linearly from the first to last layer"),
+    "ada": BudgetInfo({"alpha": _ALPHA}, "layer", "heads of a layer compete"),
+    "ada-pyramid": BudgetInfo(
+        {"alpha": _ALPHA, "beta": _BETA}, "layer", "pyramid over layers, heads compete"
+    ),
+    "joint": BudgetInfo(
+        {"floor": _share(0.05, "share of the mean budget guaranteed to each head")},
+        "model",
+        "all heads of all layers compete",
+    ),
+    "static": BudgetInfo(
+        {
+            "table": OptionSpec(
+                None,
+                tuple,
+                "weights per layer, or per layer and head; or a JSON file",
+                parse=_table,
+            )
+        },
+        "head",
+        "fixed weights from a table",
+    ),
+}
 
 _COMMON = {
     "granularity": OptionSpec(
         "page", str, "keep whole pages, or gather kept tokens into pages", GRANULARITIES
-    )
-}
-_SNAPKV = {
-    "pool_kernel": OptionSpec(
-        7, int, "width of the pooling along keys, odd; 1 = none", tuple(range(1, 64, 2))
     ),
-    "pool_kind": OptionSpec("max", str, "pooling along keys", ("max", "avg")),
-    "group_reduce": OptionSpec(
-        "mean", str, "how the query heads of one KV head are joined", ("mean", "max")
+    "suffix_tokens": OptionSpec(
+        0,
+        int,
+        "experimental: compact this many tokens before the prompt's end, compute the rest after",
+        minimum=0,
     ),
-}
-SCORER_OPTIONS: dict[str, dict[str, OptionSpec]] = {
-    "snapkv": _SNAPKV,
-    "streamingllm": {
-        "num_sinks": OptionSpec(4, int, "first tokens always kept", minimum=0),
-    },
-    "knorm": {},
-    "random": {"seed": OptionSpec(0, int, "seed of the scores", minimum=0, maximum=2**32 - 1)},
-}
-SCHEDULE_OPTIONS: dict[str, dict[str, OptionSpec]] = {
-    "uniform": {},
-    "pyramid": {
-        "beta": OptionSpec(
-            20.0, float, "last layer's share is base/beta; 1 = uniform", minimum=1.0
-        ),
-    },
-}
-ALLOCATION_OPTIONS: dict[str, dict[str, OptionSpec]] = {
-    "uniform": {},
-    "ada": {
-        "alpha": OptionSpec(
-            0.2,
-            float,
-            "share of the mean budget guaranteed to each head",
-            minimum=0.0,
-            maximum=1.0,
-        ),
-    },
 }
 
 RECIPES: dict[str, Recipe] = {
@@ -123,7 +266,6 @@ RECIPES: dict[str, Recipe] = {
             "snapkv",
             "snapkv",
             "uniform",
-            "uniform",
             "attention of the last queries, same budget everywhere",
             "SnapKV, arXiv 2404.14469",
         ),
@@ -131,14 +273,12 @@ RECIPES: dict[str, Recipe] = {
             "pyramidkv",
             "snapkv",
             "pyramid",
-            "uniform",
             "SnapKV scores, more budget for low layers",
             "PyramidKV, arXiv 2406.02069",
         ),
         Recipe(
             "ada-snapkv",
             "snapkv",
-            "uniform",
             "ada",
             "SnapKV scores, heads of a layer compete for its budget",
             "Ada-KV, arXiv 2407.11550",
@@ -146,39 +286,127 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "ada-pyramidkv",
             "snapkv",
-            "pyramid",
-            "ada",
+            "ada-pyramid",
             "PyramidKV schedule, heads of a layer compete",
             "Ada-KV, arXiv 2407.11550",
         ),
         Recipe(
-            "streamingllm",
-            "streamingllm",
+            "kvc",
+            "snapkv",
+            "joint",
+            "squared attention, all layers and heads compete",
+            "KV-Compress, arXiv 2410.00161",
+            {"score_power": 2, "window_reduce": "sum", "group_reduce": "sum"},
+        ),
+        Recipe(
+            "defensivekv",
+            "defensive",
+            "ada",
+            "worst case over window and query heads, weighted by value norms",
+            "DefensiveKV, arXiv 2510.13334",
+        ),
+        Recipe(
+            "layer-defensivekv",
+            "defensive",
+            "joint",
+            "DefensiveKV scores, all layers and heads compete",
+            "DefensiveKV, arXiv 2510.13334",
+        ),
+        Recipe(
+            "span",
+            "defensive",
+            "joint",
+            "DefensiveKV scores widened to whole facts, all layers and heads compete",
+            "ours, docs/quality.md",
+            {"mass_first": 0.0, "span_kernel": 7},
+        ),
+        Recipe(
+            "criticalkv",
+            "critical",
             "uniform",
+            "half by attention, half by attention times projected value norm",
+            "CriticalKV, arXiv 2502.03805",
+        ),
+        Recipe(
+            "ada-criticalkv",
+            "critical",
+            "ada",
+            "CriticalKV scores, heads of a layer compete",
+            "CriticalKV, arXiv 2502.03805",
+        ),
+        Recipe(
+            "expected-attention",
+            "expected-attention",
             "uniform",
-            "first tokens and the most recent ones",
-            "StreamingLLM, arXiv 2309.17453",
+            "attention that future queries are expected to pay; blind to the question",
+            "Expected Attention, arXiv 2510.00636",
+        ),
+        Recipe(
+            "h2o",
+            "h2o",
+            "uniform",
+            "attention summed over all queries, half of the budget for recent tokens",
+            "H2O, arXiv 2306.14048",
+        ),
+        Recipe("tova", "tova", "uniform", "attention of the last query", "TOVA, arXiv 2401.06104"),
+        Recipe(
+            "chunkkv",
+            "chunkkv",
+            "uniform",
+            "whole chunks by attention, layers share choices",
+            "ChunkKV, arXiv 2502.00299",
+        ),
+        Recipe(
+            "keydiff",
+            "keydiff",
+            "uniform",
+            "keys least like the mean key; blind to the question",
+            "KeyDiff, arXiv 2504.15364",
         ),
         Recipe(
             "knorm",
             "knorm",
-            "uniform",
             "uniform",
             "keys of small L2 norm",
             "L2-norm compression, arXiv 2406.11430",
         ),
         Recipe(
-            "random", "random", "uniform", "uniform", "seeded random scores, a control", "control"
+            "streamingllm",
+            "streamingllm",
+            "uniform",
+            "first tokens and the most recent ones",
+            "StreamingLLM, arXiv 2309.17453",
         ),
+        Recipe("random", "random", "uniform", "seeded random scores, a control", "control"),
     )
 }
 
 
-def option_specs(recipe: Recipe) -> dict[str, OptionSpec]:
-    """Every option that `recipe` takes, by name."""
-    return {
+def option_specs(recipe: Recipe, budgets: str | None = None) -> dict[str, OptionSpec]:
+    """Every option that `recipe` takes, by name, with the recipe's own defaults.
+
+    Args:
+        recipe: the method.
+        budgets: key into `BUDGETS`; None = the recipe's own.
+    """
+    chosen = budgets or recipe.budgets
+    specs = {
         **_COMMON,
-        **SCORER_OPTIONS[recipe.scorer],
-        **SCHEDULE_OPTIONS[recipe.schedule],
-        **ALLOCATION_OPTIONS[recipe.allocation],
+        "budgets": OptionSpec(
+            recipe.budgets, str, "how pages are shared among layers and heads", tuple(BUDGETS)
+        ),
+        **SCORERS[recipe.scorer].options,
+        **BUDGETS[chosen].options,
     }
+    for name, default in recipe.defaults.items():
+        if name in specs:
+            specs[name] = replace(specs[name], default=default)
+    return specs
+
+
+def pair_problem(scorer: str, budgets: str) -> str | None:
+    """Why a scorer and a budget make no sense together, as one sentence; None if they do."""
+    info = SCORERS[scorer]
+    if SCOPES.index(BUDGETS[budgets].scope) <= SCOPES.index(info.scope):
+        return None
+    return f"scorer {scorer!r} cannot be combined with budgets {budgets!r}, because {info.why}"

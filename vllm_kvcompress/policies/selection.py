@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.policies.budgets import head_pages, layer_pages
+from vllm_kvcompress.policies.base import LayerScores
+from vllm_kvcompress.policies.budgets import StreamBudgets, stream_budgets
 
 
 @dataclass(frozen=True)
@@ -35,47 +37,66 @@ class Selection:
 
 
 def select(
-    scores: torch.Tensor, config: KVCompressConfig, mean_pages: int, block_size: int
+    scores: Sequence[LayerScores],
+    config: KVCompressConfig,
+    mean_pages: int,
+    block_size: int,
+    num_tail_tokens: int = 0,
 ) -> Selection:
     """Choose what each (layer, KV head) keeps.
 
     Args:
-        scores: [L, H, T] float32 on the CPU, T candidate tokens, a multiple of block_size.
-        config: names the schedule, the allocation and the granularity.
+        scores: one per layer, on the CPU; candidates are a multiple of block_size.
+        config: names the budgets and the granularity.
         mean_pages: region pages per stream on average; the total is exact.
         block_size: tokens per page.
+        num_tail_tokens: prompt tokens that are kept beside the region.
 
     Returns:
         The selection; its pages sum to mean_pages * L * H.
     """
-    num_layers, num_heads, num_tokens = scores.shape
+    first = torch.stack([layer.first for layer in scores])
     granularity = config.granularity
+    page_size = block_size if granularity == "token" else 1
     if granularity == "page":
-        scores, page_size = ops.page_scores(scores, block_size), 1
-    else:
-        page_size = block_size
+        first = ops.page_scores(first, block_size)
     options = dict(config.options)
-    per_layer = layer_pages(
-        config.recipe.schedule,
-        mean_pages,
-        num_layers,
-        num_tokens // block_size,
-        **{key: options[key] for key in ("beta",) if key in options},
-    )
-    num_pages = torch.tensor(
-        [
-            head_pages(
-                config.recipe.allocation,
-                scores[layer],
-                per_layer[layer],
-                page_size,
-                **{key: options[key] for key in ("alpha",) if key in options},
-            )
-            for layer in range(num_layers)
-        ],
-        dtype=torch.int64,
-    )
-    assert int(num_pages.sum()) == mean_pages * num_layers * num_heads
-    flat = scores.reshape(num_layers * num_heads, -1)
-    indices = ops.select_top(flat, num_pages.reshape(-1) * page_size)
-    return Selection(num_pages, indices, granularity)
+    budgets = stream_budgets(options["budgets"], first, mean_pages, page_size, options)
+    assert int(budgets.num_pages.sum()) == mean_pages * first.shape[0] * first.shape[1]
+    counts = budgets.num_pages.reshape(-1) * page_size
+    flat = first.flatten(0, 1)
+    if all(layer.second is not None for layer in scores):
+        second = torch.stack([layer.second for layer in scores if layer.second is not None])
+        if granularity == "page":
+            second = ops.page_scores(second, block_size)
+        tokens_per_entry = block_size // page_size
+        flat = _two_stages(
+            flat,
+            second.flatten(0, 1),
+            _first_stage_counts(budgets, counts, options, tokens_per_entry, num_tail_tokens),
+        )
+    return Selection(budgets.num_pages, ops.select_top(flat, counts), granularity)
+
+
+def _first_stage_counts(
+    budgets: StreamBudgets,
+    counts: torch.Tensor,
+    options: dict,
+    tokens_per_entry: int,
+    num_tail_tokens: int,
+) -> torch.Tensor:
+    # As in kvpress, the share is one of all kept tokens, and the window fills it first; what
+    # a head is guaranteed is its own best by the first score.
+    kept = counts * tokens_per_entry + num_tail_tokens
+    in_first = (kept * options["first_stage"]).long() - num_tail_tokens
+    entries = in_first.clamp(min=0) // tokens_per_entry
+    num_heads = budgets.num_pages.shape[1]
+    return entries.maximum(budgets.guaranteed.repeat_interleave(num_heads)).minimum(counts)
+
+
+def _two_stages(first: torch.Tensor, second: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`second`, with each row's best `counts` entries by `first` raised to +inf."""
+    rows = torch.arange(first.shape[0]).repeat_interleave(counts)
+    combined = second.clone()
+    combined[rows, ops.select_top(first, counts)] = float("inf")
+    return combined

@@ -7,38 +7,69 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.policies.base import ScoreInputs, Scorer
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
 
 
 class SnapKV(Scorer):
-    """Attention of the window's queries, averaged and pooled along keys.
+    """Attention of the window's queries, joined over the window and pooled along keys.
 
     Source: SnapKV, arXiv 2404.14469, section 4. Softmax over all n keys in float32, causal
-    inside the window; mean over the window; 1-D pooling over the keys before the window;
-    the query heads of one KV head are joined after pooling (kvpress' order; the Ada-KV code
-    joins first, which differs for max pooling).
+    inside the window; joined over the window; 1-D pooling over the keys before the window;
+    joined over the query heads of a KV head. Parity target: kvpress' SnapKVPress with
+    pool_kind 'avg' and its window (64) and kernel (5); the Ada-KV code is pool_first False,
+    which differs for max pooling. Squared and summed (score_power 2, both reductions 'sum',
+    max 7) it is the metric of KV-Compress, arXiv 2410.00161, section 3.2.
 
     Args:
         pool_kernel: odd width of the pooling, stride 1, same length; 1 = none.
         pool_kind: 'max' (LongBench configs of the authors) or 'avg' (kvpress).
-        group_reduce: 'mean' or 'max' over the query heads of a KV head.
+        window_reduce: 'mean', 'sum' or 'max' over the window's queries.
+        group_reduce: 'mean', 'sum' or 'max' over the query heads of a KV head.
+        score_power: exponent of the attention weights before anything is joined.
+        pool_first: pool every query head by itself, then join the group.
     """
 
-    needs_window_queries: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"window_query"})
 
-    def __init__(self, pool_kernel: int = 7, pool_kind: str = "max", group_reduce: str = "mean"):
+    def __init__(
+        self,
+        pool_kernel: int = 7,
+        pool_kind: str = "max",
+        window_reduce: str = "mean",
+        group_reduce: str = "mean",
+        score_power: int = 1,
+        pool_first: bool = True,
+    ):
         self.pool_kernel = pool_kernel
         self.pool_kind = pool_kind
+        self.window_reduce = window_reduce
         self.group_reduce = group_reduce
+        self.score_power = score_power
+        self.pool_first = pool_first
 
-    def score(self, inputs: ScoreInputs) -> torch.Tensor:
-        """[H, num_candidates] pooled mean attention; see the base class."""
+    def score(self, inputs: ScoreInputs) -> LayerScores:
+        """Pooled window attention."""
+        return LayerScores(self.pooled_attention(inputs))
+
+    def pooled_attention(self, inputs: ScoreInputs) -> torch.Tensor:
+        """[H, num_candidates] float32."""
         assert inputs.window_query is not None
         window = inputs.window_query.shape[2]
         attention = ops.window_attention(
             inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap
-        )
-        before_window = attention.mean(dim=2)[..., : inputs.key.shape[1] - window]
-        pooled = ops.pool_scores(before_window, self.pool_kernel, self.pool_kind)
-        joined = pooled.amax(dim=1) if self.group_reduce == "max" else pooled.mean(dim=1)
-        return joined[:, : inputs.num_candidates]
+        )[..., : inputs.key.shape[1] - window]
+        if self.score_power != 1:
+            attention = attention**self.score_power
+        scores = _reduce(attention, 2, self.window_reduce)
+        if self.pool_first:
+            scores = ops.pool_scores(scores, self.pool_kernel, self.pool_kind)
+        scores = _reduce(scores, 1, self.group_reduce)
+        if not self.pool_first:
+            scores = ops.pool_scores(scores, self.pool_kernel, self.pool_kind)
+        return scores[:, : inputs.num_candidates]
+
+
+def _reduce(scores: torch.Tensor, dim: int, how: str) -> torch.Tensor:
+    if how == "max":
+        return scores.amax(dim)
+    return scores.mean(dim) if how == "mean" else scores.sum(dim)

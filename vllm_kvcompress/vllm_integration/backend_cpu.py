@@ -216,9 +216,7 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         if metadata.compressed is not None:
             self._attend_compressed(layer, query, metadata.compressed, output, engine, layer_index)
         for row in metadata.rows.prefill_rows:
-            engine.collect(
-                row, layer_index, query[row.token_start : row.token_end], self.logits_soft_cap
-            )
+            engine.collect(row, layer_index, query[row.token_start : row.token_end])
         return output
 
     def _attend_compressed(

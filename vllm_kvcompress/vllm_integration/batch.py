@@ -84,23 +84,24 @@ class RequestStates:
 
 @dataclass(frozen=True)
 class PrefillRow:
-    """A row of this step whose tokens reach its prompt's window.
+    """A row of this step whose queries have a say in what its prompt keeps.
 
     Attributes:
         request_id: vLLM's internal id.
         state: of the request; its prompt collects queries and scores.
-        token_start, token_end: its window tokens in the step's flat token order.
-        first_window_token: index inside the window of the token at `token_start`.
-        finishes: whether the last prompt token is among them.
-        prompt_blocks: [ceil(n / block_size)] int64, only read when it finishes.
-        region_blocks: [num_region_blocks] int64, likewise.
+        token_start, token_end: the tokens to collect, in the step's flat token order.
+        first: position in the prompt of the token at `token_start`.
+        finishes: whether the last token before the compaction point is among them.
+        prompt_blocks: [ceil(compact_len / block_size)] int64; entries past this step's last
+            token mean nothing.
+        region_blocks: [num_region_blocks] int64, only read when it finishes.
     """
 
     request_id: str
     state: RequestState
     token_start: int
     token_end: int
-    first_window_token: int
+    first: int
     finishes: bool
     prompt_blocks: torch.Tensor
     region_blocks: torch.Tensor
@@ -116,7 +117,7 @@ class StepRows:
         slot_mapping: [T] int64, cache slot of every token.
         dense_rows, compressed_rows: row numbers, together all rows.
         compressed_states: one per compressed row.
-        prefill_rows: rows with window tokens.
+        prefill_rows: rows with tokens to collect.
         finished_prompts: (request id, geometry) of all prompts that end here, compressed
             or not.
     """
@@ -139,6 +140,7 @@ def classify_rows(
     seq_lens: np.ndarray,
     block_table: torch.Tensor,
     slot_mapping: torch.Tensor,
+    collect_all: bool = False,
 ) -> StepRows:
     """Sort a step's rows into stock and compressed ones.
 
@@ -150,6 +152,7 @@ def classify_rows(
         seq_lens: [R] tokens of each row after this step.
         block_table: [R, width] int32, vLLM's rows; not written to.
         slot_mapping: [T] int64, vLLM's, right for rows without a region; not written to.
+        collect_all: collect all prompt tokens, not the window's only.
 
     Returns:
         The rows; `block_table` and `slot_mapping` are the given tensors where nothing had
@@ -161,7 +164,8 @@ def classify_rows(
         prompt_len, seq_len = int(prompt_lens[i]), int(seq_lens[i])
         geometry = states.geometry.of(prompt_len)
         num_computed = seq_len - (starts[i + 1] - starts[i])
-        finishes = num_computed < prompt_len <= seq_len
+        compact_len = geometry.compact_len
+        finishes = num_computed < compact_len <= seq_len
         if finishes:
             rows.finished_prompts.append((request_id, geometry))
         if not geometry.is_compressed:
@@ -169,10 +173,10 @@ def classify_rows(
             continue
         row = block_table[i]
         _correct_slots(rows, slot_mapping, row, geometry, starts[i], num_computed, seq_len)
-        if num_computed >= prompt_len:
+        if num_computed >= compact_len:
             state = states.get_or_create(request_id, prompt_len)
             assert state.selection is not None, (
-                f"request {request_id} decodes at {num_computed} of prompt {prompt_len} "
+                f"request {request_id} goes on at {num_computed} of {compact_len} tokens "
                 "but was never compacted here"
             )
             rows.compressed_rows.append(i)
@@ -181,8 +185,8 @@ def classify_rows(
         rows.dense_rows.append(i)
         if geometry.num_row_blocks(seq_len) > cdiv(seq_len, geometry.block_size):
             _cut_region(rows, block_table, i, geometry)
-        window_start = prompt_len - window
-        first, last = max(num_computed, window_start), min(seq_len, prompt_len)
+        first = num_computed if collect_all else max(num_computed, compact_len - window)
+        last = min(seq_len, compact_len)
         if first < last:
             boundary = geometry.boundary_block
             rows.prefill_rows.append(
@@ -191,10 +195,10 @@ def classify_rows(
                     state=states.get_or_create(request_id, prompt_len),
                     token_start=starts[i] + first - num_computed,
                     token_end=starts[i] + last - num_computed,
-                    first_window_token=first - window_start,
+                    first=first,
                     finishes=finishes,
                     prompt_blocks=rows.block_table[
-                        i, : cdiv(prompt_len, geometry.block_size)
+                        i, : cdiv(compact_len, geometry.block_size)
                     ].long(),
                     region_blocks=row[boundary : boundary + geometry.num_region_blocks].long(),
                 )

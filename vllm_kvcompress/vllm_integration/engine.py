@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_kvcompress.compaction import CacheShape, Compactor
+from vllm_kvcompress.compaction import CacheShape, Compactor, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.ops import PageOrder
@@ -28,7 +28,7 @@ class WorkerEngine:
         layer_views: layer name to its [block, H, block_size, 2 * d] view of the one pool, in
             layer order.
         order: element order of a page.
-        scales: attention scale of each layer, in layer order.
+        layers: what scoring must know of each layer, in layer order.
         input_batch: the model runner's batch (V1), read at every step.
         stats: where finished prompts are recorded.
 
@@ -42,21 +42,25 @@ class WorkerEngine:
         shape: CacheShape,
         layer_views: dict[str, torch.Tensor],
         order: PageOrder,
-        scales: list[float],
+        layers: list[LayerParameters],
         input_batch: Any,
         stats: CompressionStats,
     ) -> None:
-        self.config = config
         self.shape = shape
         self.layer_index = {name: i for i, name in enumerate(layer_views)}
         self.pool = flat_pool(list(layer_views.values()), shape)
         pages = self.pool.view(-1, 1, 2 * shape.block_size, shape.head_size)
         self.kernel_pages = pages.chunk(2, dim=2)
-        self.states = RequestStates(Geometry(config, shape.block_size), shape.num_layers)
-        self.compactor = Compactor(config, shape, order)
         self.stats = stats
-        self._scales = scales
+        self._order = order
         self._input_batch = input_batch
+        self.configure(config, layers)
+
+    def configure(self, config: KVCompressConfig, layers: list[LayerParameters]) -> None:
+        """Use a setting from now on; no request of an earlier one may go on."""
+        self.config = config
+        self.states = RequestStates(Geometry(config, self.shape.block_size), self.shape.num_layers)
+        self.compactor = Compactor(config, self.shape, self._order, layers)
 
     def classify(self, common: Any) -> StepRows:
         """Tell the rows of a step apart; `common` is vLLM's CommonAttentionMetadata."""
@@ -70,30 +74,26 @@ class WorkerEngine:
             common.seq_lens.numpy(),
             common.block_table_tensor,
             common.slot_mapping,
+            collect_all="all_queries" in self.compactor.scorer.needs,
         )
         for request_id, geometry in rows.finished_prompts:
             if not geometry.is_compressed:
                 self.stats.record_dense(request_id, geometry.prompt_len)
         return rows
 
-    def collect(
-        self, row: PrefillRow, layer: int, query: torch.Tensor, logits_soft_cap: float
-    ) -> None:
-        """Take one layer's window queries; at a prompt's last layer, compact it.
+    def collect(self, row: PrefillRow, layer: int, query: torch.Tensor) -> None:
+        """Take one layer's queries; at a prompt's last layer, compact it.
 
         Args:
             row: a prefill row of this step.
             layer: 0-based index among the compressed layers.
-            query: [m, H * g, d] of the row's window tokens.
-            logits_soft_cap: of this layer, 0 = none.
+            query: [m, H * g, d] of the row's tokens to collect.
         """
         prompt = row.state.prompt
-        self.compactor.save_window_queries(prompt, layer, query, row.first_window_token)
+        self.compactor.collect(prompt, layer, query, row.first, self.pool, row.prompt_blocks)
         if not row.finishes:
             return
-        self.compactor.score_layer(
-            prompt, layer, self.pool, row.prompt_blocks, self._scales[layer], logits_soft_cap
-        )
+        self.compactor.score_layer(prompt, layer, self.pool, row.prompt_blocks)
         if prompt.is_scored:
             row.state.selection = self.compactor.compact(
                 prompt, self.pool, row.prompt_blocks, row.region_blocks

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, cdiv
+from vllm_kvcompress.policies import scorer_class
 
 
 @functools.cache
@@ -65,28 +66,44 @@ class KVCompressManager(FullAttentionManager):
     """Block manager that adds a region to each compressed request and frees its prompt blocks.
 
     Everything is derived from (tokens, prompt length, config), so it needs no message from
-    the workers: a request is compressed by the step that computes its last prompt token, and
+    the workers: a request is compressed by the step that reaches its compaction point, and
     `remove_skipped_blocks` is called with settled token counts only.
     """
 
     def __init__(self, kv_cache_spec: KVCompressSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._geometry = kv_cache_spec.geometry
         self._prompt_lens: dict[str, int] = {}
+
+    @property
+    def geometry(self) -> Geometry:
+        """Geometry of requests under the spec."""
+        return self.kv_cache_spec.geometry
+
+    def reconfigure(self, config: KVCompressConfig) -> None:
+        """Use another setting from now on.
+
+        The spec, which vLLM's coordinator shares, is changed in place.
+
+        Raises:
+            RuntimeError: if a request still holds blocks.
+        """
+        if self._prompt_lens:
+            raise RuntimeError(f"{len(self._prompt_lens)} requests still run under the old setting")
+        object.__setattr__(self.kv_cache_spec, "kv_compress", config)
 
     def _row_tokens(self, request_id: str, num_tokens: int) -> int:
         # vLLM's own allocation counts in tokens; the region enters it as whole blocks of them.
-        geometry = self._geometry.of(self._prompt_lens[request_id])
+        geometry = self.geometry.of(self._prompt_lens[request_id])
         return geometry.num_row_blocks(num_tokens) * self.block_size
 
     def _admission_tokens(self, num_tokens: int, prefill_end: int) -> int:
         # The admission check comes before vLLM tells us the prompt's length.
         if prefill_end == num_tokens:
             # A new request: this is its prompt.
-            return self._geometry.of(num_tokens).num_row_blocks(num_tokens) * self.block_size
+            return self.geometry.of(num_tokens).num_row_blocks(num_tokens) * self.block_size
         # A resumed one, or vLLM did not say: room for the largest region of a shorter prompt.
         num_blocks = cdiv(num_tokens, self.block_size)
-        num_blocks += self._geometry.max_region_blocks(num_tokens)
+        num_blocks += self.geometry.max_region_blocks(num_tokens)
         return num_blocks * self.block_size
 
     def get_num_blocks_to_allocate(
@@ -139,8 +156,8 @@ class KVCompressManager(FullAttentionManager):
                 f"prompt of request {request_id} grew from {known} to {num_prompt_tokens} tokens; "
                 "KV compression does not support resumable (streaming-input) requests"
             )
-        geometry = self._geometry.of(num_prompt_tokens)
-        if geometry.is_compressed and processed_computed_tokens >= num_prompt_tokens:
+        geometry = self.geometry.of(num_prompt_tokens)
+        if geometry.is_compressed and processed_computed_tokens >= geometry.compact_len:
             self._remove_blocks_in_range(request_id, 0, geometry.first_kept_block)
 
     def cache_blocks(
@@ -151,18 +168,18 @@ class KVCompressManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Offer full prompt blocks to the prefix cache, never generated tokens.
+        """Offer full prompt blocks to the prefix cache, never tokens after compaction.
 
-        The K and V of tokens generated over a compressed prompt depend on what was evicted.
+        The K and V of tokens computed over a compressed prompt depend on what was evicted.
         """
-        prompt_len = request.num_prompt_tokens
-        if self._geometry.of(prompt_len).is_compressed:
-            if num_tokens >= prompt_len:
+        geometry = self.geometry.of(request.num_prompt_tokens)
+        if geometry.is_compressed:
+            if num_tokens >= geometry.compact_len:
                 # After a preemption the lookup would start from prompt plus output and could
                 # hit past the window (another prompt may contain our output), so that the
                 # window's queries would never be computed.
                 request.skip_reading_prefix_cache = True
-            num_tokens = min(num_tokens, prompt_len // self.block_size * self.block_size)
+            num_tokens = min(num_tokens, geometry.boundary_block * self.block_size)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
@@ -185,10 +202,14 @@ class KVCompressManager(FullAttentionManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Longest hit that leaves the window to be computed, since its queries score the rest."""
-        prompt_len = max_length + 1
-        if kv_cache_spec.geometry.of(prompt_len).is_compressed:
-            max_length = prompt_len - kv_cache_spec.kv_compress.window
+        """Longest hit that leaves those tokens to be computed whose queries score the rest."""
+        geometry = kv_cache_spec.geometry.of(max_length + 1)
+        if geometry.is_compressed:
+            config = kv_cache_spec.kv_compress
+            if "all_queries" in scorer_class(config.recipe.scorer).needs:
+                max_length = 0
+            else:
+                max_length = geometry.compact_len - config.window
         return super().find_longest_cache_hit(
             block_hashes,
             max_length,

@@ -8,6 +8,7 @@ from typing import Any
 import vllm
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError, merge_settings
+from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 from vllm_kvcompress.vllm_integration.metrics import merge_rank_stats
 from vllm_kvcompress.vllm_integration.register import register
@@ -58,6 +59,47 @@ class LLM(vllm.LLM):
             additional["kv_compress"] = settings
         super().__init__(model=model, additional_config=additional, **kwargs)
 
+    def kv_compress_reconfigure(self, **settings: Any) -> None:
+        """Compress the prompts to come by another setting, without a new engine (experimental).
+
+        For comparing methods: the prefix cache stays, so a prompt that was computed under one
+        method is only computed from its window on under the next.
+
+        Args:
+            settings: method, budget or ratio, window, options, as in `KVCompressConfig`.
+
+        Raises:
+            KVCompressConfigError: if a setting cannot work, or needs what this engine was not
+                started with: the engine must run in this process (environment variable
+                VLLM_ENABLE_V1_MULTIPROCESSING=0), with a region at least as large, and with
+                suffix_tokens > 0 if the new setting has it.
+            RuntimeError: if requests are still running.
+        """
+        self._require_compression()
+        config = KVCompressConfig.from_dict(settings)
+        core = getattr(self.llm_engine.engine_core, "engine_core", None)
+        if core is None:
+            raise KVCompressConfigError(
+                "kv_compress_reconfigure needs the engine in this process: set "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0"
+            )
+        (manager,) = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        geometry = Geometry(config, manager.block_size)
+        max_len = self.llm_engine.vllm_config.model_config.max_model_len
+        at_start = KVCompressConfig.from_dict(
+            self.llm_engine.vllm_config.additional_config["kv_compress"]
+        )
+        room = Geometry(at_start, manager.block_size).max_request_blocks(max_len)
+        if geometry.max_request_blocks(max_len) > room:
+            raise KVCompressConfigError(
+                f"the new setting needs rows of {geometry.max_request_blocks(max_len)} blocks, "
+                f"the engine was started with {room}; start it with a larger budget"
+            )
+        if config.option("suffix_tokens") > 0 and at_start.option("suffix_tokens") == 0:
+            raise KVCompressConfigError("the engine was started without suffix_tokens")
+        manager.reconfigure(config)
+        self.collective_rpc("kv_compress_reconfigure", args=(config.to_dict(),))
+
     def kv_compress_stats(self) -> dict[str, Any]:
         """What was kept and evicted so far.
 
@@ -67,6 +109,9 @@ class LLM(vllm.LLM):
         Raises:
             KVCompressConfigError: if this engine runs without compression.
         """
+        self._require_compression()
+        return merge_rank_stats(self.collective_rpc("kv_compress_stats"))
+
+    def _require_compression(self) -> None:
         if "kv_compress" not in self.llm_engine.vllm_config.additional_config:
             raise KVCompressConfigError("this engine runs without KV compression")
-        return merge_rank_stats(self.collective_rpc("kv_compress_stats"))

@@ -88,3 +88,19 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
     for is_problem, what in problems:
         if is_problem:
             raise KVCompressConfigError(f"KV compression does not support {what}")
+    if config.option("suffix_tokens") > 0:
+        _use_own_scheduler(vllm_config.scheduler_config)
+
+
+def _use_own_scheduler(scheduler_config: Any) -> None:
+    """Name the scheduler that ends a chunk at the compaction point."""
+    name = (
+        "KVCompressAsyncScheduler" if scheduler_config.async_scheduling else "KVCompressScheduler"
+    )
+    path = f"vllm_kvcompress.vllm_integration.scheduler.{name}"
+    if scheduler_config.scheduler_cls not in (None, path):
+        raise KVCompressConfigError(
+            "KV-compression option suffix_tokens brings its own scheduler class and cannot use "
+            f"{scheduler_config.scheduler_cls!r}"
+        )
+    scheduler_config.scheduler_cls = path

@@ -17,11 +17,14 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.policies.budgets import check_table
 from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
 from vllm_kvcompress.vllm_integration.engine import WorkerEngine
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
+from vllm_kvcompress.vllm_integration.layers import layer_parameters
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
@@ -91,6 +94,7 @@ class KVCompressCPUWorker(CPUWorker):
         (group,) = runner.kv_cache_config.kv_cache_groups
         spec = group.kv_cache_spec
         names = sorted(group.layer_names, key=extract_layer_index)
+        self._layer_names = names
         layers: list[Attention] = [context[name] for name in names]
         shape = CacheShape(
             num_layers=len(layers),
@@ -99,13 +103,14 @@ class KVCompressCPUWorker(CPUWorker):
             head_size=spec.head_size,
             block_size=spec.block_size,
         )
+        check_table_shape(self._config, shape)
         order = find_page_order(layers[0].isa, spec.block_size, spec.head_size, spec.dtype)
         self._engine = WorkerEngine(
             config=self._config,
             shape=shape,
             layer_views={name: layer.kv_cache for name, layer in zip(names, layers, strict=True)},
             order=order,
-            scales=[layer.impl.scale for layer in layers],
+            layers=self._layer_parameters(scorer_class(self._config.recipe.scorer).needs),
             input_batch=runner.input_batch,
             stats=self._stats,
         )
@@ -130,6 +135,20 @@ class KVCompressCPUWorker(CPUWorker):
                 shape.num_kv_heads,
             )
 
+    def _layer_parameters(self, needs: frozenset[str]) -> list[LayerParameters]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        model = self.model_runner.get_model()
+        return [layer_parameters(model, name, context[name], needs) for name in self._layer_names]
+
+    def kv_compress_reconfigure(self, raw: dict[str, Any]) -> None:
+        """Use another setting from now on; see `LLM.kv_compress_reconfigure`."""
+        assert self._engine is not None
+        config = KVCompressConfig.from_dict(raw)
+        check_table_shape(config, self._engine.shape)
+        needs = scorer_class(config.recipe.scorer).needs
+        self._engine.configure(config, self._layer_parameters(needs))
+        self._config = config
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """As the stock worker, after dropping requests that have left."""
         if self._engine is not None:
@@ -148,6 +167,17 @@ class KVCompressCPUWorker(CPUWorker):
         AttentionBackendEnum.CPU_ATTN.clear_override()
         selector._cached_get_attn_backend.cache_clear()
         super().shutdown()
+
+
+def check_table_shape(config: KVCompressConfig, shape: CacheShape) -> None:
+    """Raise KVCompressConfigError if a static budget table does not fit the model."""
+    table = dict(config.options).get("table")
+    if table is None:
+        return
+    try:
+        check_table(table, shape.num_layers, shape.num_kv_heads)
+    except ValueError as error:
+        raise KVCompressConfigError(f"KV compression: {error}") from None
 
 
 def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:

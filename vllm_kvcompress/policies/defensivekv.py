@@ -1,0 +1,87 @@
+"""DefensiveKV: guard against the worst case instead of the mean; and our wider spans."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vllm_kvcompress import ops
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+
+
+class DefensiveKV(Scorer):
+    """Largest attention over window and query heads, weighted by projected value norms.
+
+    Source: "Taming the Fragility of KV Cache Eviction in LLM Inference", arXiv 2510.13334,
+    algorithm 1, and the authors' code: each query's attention before the window is mean-pooled
+    and brought back to its old sum; maximum over the query heads, then over the window; raised
+    to at least the head's mean; times ||Wo v||_1, divided by its sum over the KV heads; the
+    tokens that hold the first `mass_first - b` of the mean attention come before all others,
+    at most the budget. b is, as in the code, the attention on the w keys before the window.
+    Parity target: that code (kvpress has no such press), except that a rank of tensor
+    parallelism normalises over its own heads.
+
+    `span_kernel` is our addition: a max pooling of the finished scores, which keeps the
+    neighbours of an important token, so that a fact of several tokens stays whole.
+
+    Args:
+        pool_kernel: odd width of the mean pooling.
+        value_norm: whether to weigh by the projected values' norms.
+        mass_first: attention mass whose tokens come first, in [0, 1]; 0 = none.
+        span_kernel: odd width of the last max pooling; 1 = none.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"window_query", "value", "output_weight"})
+
+    def __init__(
+        self,
+        pool_kernel: int = 5,
+        value_norm: bool = True,
+        mass_first: float = 0.9,
+        span_kernel: int = 1,
+    ):
+        self.pool_kernel = pool_kernel
+        self.value_norm = value_norm
+        self.mass_first = mass_first
+        self.span_kernel = span_kernel
+
+    def score(self, inputs: ScoreInputs) -> LayerScores:
+        """Worst-case scores; see the class."""
+        assert inputs.window_query is not None and inputs.value is not None
+        assert inputs.output_weight is not None
+        window = inputs.window_query.shape[2]
+        attention = ops.window_attention(
+            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap
+        )[..., : inputs.key.shape[1] - window]
+        pooled = ops.pool_scores(attention, self.pool_kernel, "avg")
+        old_sum = attention.sum(dim=-1, keepdim=True)
+        # A row that sees nothing before the window has nothing to bring back.
+        new_sum = pooled.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        worst = (pooled / new_sum * old_sum).amax(dim=(1, 2))
+        scores = worst.clamp(min=worst.mean(dim=-1, keepdim=True))
+        if self.value_norm:
+            norms = ops.projected_value_norm(
+                inputs.value[:, : scores.shape[1]], inputs.output_weight
+            )
+            scores = scores * norms / norms.sum(dim=0, keepdim=True)
+        if self.mass_first > 0:
+            scores = self._lift_mass(scores, attention, window, inputs.budget_tokens)
+        if self.span_kernel > 1:
+            scores = ops.pool_scores(scores, self.span_kernel, "max")
+        return LayerScores(scores[:, : inputs.num_candidates])
+
+    def _lift_mass(
+        self, scores: torch.Tensor, attention: torch.Tensor, window: int, budget_tokens: int
+    ) -> torch.Tensor:
+        threshold = self.mass_first - float(attention[..., -window:].sum(dim=-1).mean())
+        mean = attention.mean(dim=(1, 2))
+        share = mean / mean.sum(dim=-1, keepdim=True)
+        order = share.sort(dim=-1, descending=True, stable=True)
+        reaches = order.values.cumsum(dim=-1) >= threshold
+        # Tokens before the one that reaches it; none if rounding keeps the sum below.
+        counts = reaches.int().argmax(dim=-1).clamp(max=budget_tokens)
+        ranks = torch.arange(share.shape[-1], device=share.device)
+        is_first = torch.zeros_like(share, dtype=torch.bool)
+        is_first.scatter_(1, order.indices, ranks < counts[:, None])
+        return torch.where(is_first, scores.max(), scores)

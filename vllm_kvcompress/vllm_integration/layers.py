@@ -1,0 +1,73 @@
+"""What a model's attention layers can tell a scorer beyond keys and queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+
+from vllm_kvcompress.compaction import LayerParameters
+from vllm_kvcompress.config import KVCompressConfigError
+from vllm_kvcompress.policies.base import Rotary
+
+
+def layer_parameters(
+    model: torch.nn.Module, name: str, layer: Any, needs: frozenset[str]
+) -> LayerParameters:
+    """Parameters of one attention layer.
+
+    Args:
+        model: the whole model on this rank, weights loaded.
+        name: of the layer, e.g. "model.layers.0.self_attn.attn".
+        layer: vLLM's `Attention` of that name.
+        needs: what the scorer declares; only that is looked for.
+
+    Raises:
+        KVCompressConfigError: if the model's layer does not have it in a known form.
+    """
+    # The module that owns the projections around the attention.
+    owner = model.get_submodule(name.rpartition(".")[0])
+    output_weight = rotary = None
+    if "output_weight" in needs:
+        output_weight = _output_weight(owner, name, layer)
+    if "rotary" in needs:
+        rotary = _rotary(owner, name)
+    return LayerParameters(
+        scale=layer.impl.scale,
+        logits_soft_cap=layer.impl.logits_soft_cap or 0.0,
+        output_weight=output_weight,
+        rotary=rotary,
+    )
+
+
+def _output_weight(owner: torch.nn.Module, name: str, layer: Any) -> torch.Tensor:
+    """[H, g, d, m] columns of the output projection for each query head of this rank."""
+    size = layer.num_heads * layer.head_size
+    found = [
+        child
+        for child in owner.children()
+        if isinstance(child, RowParallelLinear) and child.input_size_per_partition == size
+    ]
+    if len(found) != 1:
+        raise KVCompressConfigError(
+            f"this method needs the output projection of layer {name}, and {len(found)} "
+            f"candidates are there; methods that need none: see `vllm-kvcompress methods`"
+        )
+    # The weight itself may be packed or quantized; what it does to unit vectors is not.
+    projection = found[0]
+    unit = torch.eye(size, dtype=layer.dtype, device=layer.kv_cache.device)
+    weight = projection.quant_method.apply(projection, unit, bias=None)
+    group = layer.num_heads // layer.num_kv_heads
+    return weight.view(layer.num_kv_heads, group, layer.head_size, -1)
+
+
+def _rotary(owner: torch.nn.Module, name: str) -> Rotary:
+    found = [child for child in owner.children() if isinstance(child, RotaryEmbeddingBase)]
+    if len(found) != 1 or getattr(found[0], "cos_sin_cache", None) is None:
+        raise KVCompressConfigError(
+            f"this method needs the rotary position encoding of layer {name}, and none of a "
+            "known form is there"
+        )
+    return Rotary(found[0].cos_sin_cache, found[0].is_neox_style)

@@ -1,0 +1,38 @@
+"""Schedulers that end a chunk at the compaction point (option suffix_tokens, experimental).
+
+Without the option stock schedulers serve: the compaction point is then the prompt's end, where
+a chunk ends anyway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+
+class _EndAtCompactionPoint:
+    """Mixin for vLLM's schedulers."""
+
+    def _reserve_prefill_lookahead(
+        self, request: Any, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        # vLLM asks this for every chunk of running and waiting requests alike.
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        geometry = manager.geometry.of(request.num_prompt_tokens)
+        missing = geometry.compact_len - num_computed_tokens
+        if geometry.is_compressed and 0 < missing < num_new_tokens:
+            return missing
+        return num_new_tokens
+
+
+class KVCompressScheduler(_EndAtCompactionPoint, Scheduler):
+    """vLLM's scheduler, chunks ending at the compaction point."""
+
+
+class KVCompressAsyncScheduler(_EndAtCompactionPoint, AsyncScheduler):
+    """vLLM's asynchronous scheduler, chunks ending at the compaction point."""
