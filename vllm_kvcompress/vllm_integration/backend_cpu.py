@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from vllm import _custom_ops as vllm_ops
 from vllm import envs
+from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -36,6 +37,11 @@ class KVCompressCPUBackend(CPUAttentionBackend):
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Each (block, layer, head) must be one contiguous page."""
         return (KVCacheLayout.BLHNC,)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        """Pages of 16 tokens too: vLLM's slower 'vec16' kernel takes them."""
+        return [MultipleOf(16)]
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
