@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from vllm_kvcompress.ops import reference
 
 _BACKENDS = ("torch", "reference")
+# Tokens whose projected values are held at once: little memory, and cache-sized on a CPU.
+_TOKENS_AT_ONCE = 256
 
 
 def _check(condition: bool, message: str) -> None:
@@ -120,12 +122,15 @@ def projected_value_norm(
     )
     if _is_reference(backend):
         return reference.projected_value_norm(value, output_weight)
-    group = output_weight.shape[1]
-    norms = torch.zeros(value.shape[:2], dtype=torch.float32, device=value.device)
-    value = value.float()
-    # One query head at a time bounds memory to H * n * m.
-    for g in range(group):
-        norms += torch.bmm(value, output_weight[:, g].float()).abs().sum(dim=-1)
+    num_heads, group, head_size, _ = output_weight.shape
+    norms = torch.empty(value.shape[:2], dtype=torch.float32, device=value.device)
+    for head in range(num_heads):
+        # [d, g * m]: all query heads in one product.
+        weight = output_weight[head].float().transpose(0, 1).reshape(head_size, -1)
+        for part, out in zip(
+            value[head].split(_TOKENS_AT_ONCE), norms[head].split(_TOKENS_AT_ONCE), strict=True
+        ):
+            torch.sum((part.float() @ weight).abs_(), dim=-1, out=out)
     return norms / group
 
 
