@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 
 UNIT_TESTS = Path(__file__).parent / "unit"
+ENGINE_TESTS = Path(__file__).parent / "e2e"
 POISONED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # A slow machine is no failure, and a test run leaves nothing in the tree.
@@ -35,3 +36,15 @@ def poison_empty(request, monkeypatch):
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Small tensors: more threads would only wait for each other."""
+    if request.path.is_relative_to(ENGINE_TESTS):
+        yield
+        return
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)

@@ -129,6 +129,56 @@ def test_pool_scores_of_a_view_and_of_nothing(generator):
     assert ops.pool_scores(torch.zeros(2, 0), 5, "max").shape == (2, 0)
 
 
+# Projected value norm: H, g, n, d, m.
+NORM_SHAPES = {
+    "gqa_1_to_1": (4, 1, 9, 8, 32),
+    "gqa_3_to_1_odd_lengths": (3, 3, 61, 12, 35),
+    "gqa_4_to_1": (2, 4, 17, 16, 128),
+    "gqa_8_to_1": (1, 8, 5, 4, 30),
+    "one_token": (2, 2, 1, 8, 16),
+    "no_token": (2, 2, 0, 8, 16),
+}
+
+
+def norm_inputs(shape, dtype, generator):
+    """Value and output weight as the engine hands them over: views, token axis outermost."""
+    num_heads, group, num_tokens, head_size, hidden_size = shape
+    value = torch.randn(num_tokens, num_heads, head_size, generator=generator).to(dtype)
+    weight = torch.randn(hidden_size, num_heads, group, head_size, generator=generator).to(dtype)
+    return value.transpose(0, 1), weight.permute(1, 2, 3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES.values(), ids=NORM_SHAPES)
+def test_projected_value_norm(shape, dtype, generator):
+    value, weight = norm_inputs(shape, dtype, generator)
+    value_before, weight_before = value.clone(), weight.clone()
+    expected = ops.projected_value_norm(value, weight, backend="reference")
+    actual = ops.projected_value_norm(value, weight)
+    assert actual.dtype == torch.float32
+    assert actual.shape == (shape[0], shape[2])
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
+    assert torch.equal(value, value_before)
+    assert torch.equal(weight, weight_before)
+
+
+def test_projected_value_norm_by_hand():
+    value = torch.tensor([[[1.0, -2.0], [0.0, 0.0]]])
+    # Two query heads: one passes the value on, the other adds its elements and triples them.
+    weight = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [3.0, 0.0]]]])
+    for backend in ("torch", "reference"):
+        # |1| + |-2| = 3 and |-3| = 3.
+        norms = ops.projected_value_norm(value, weight, backend=backend)
+        assert norms.tolist() == [[3.0, 0.0]]
+
+
+def test_projected_value_norm_follows_each_query_head(generator):
+    value, weight = norm_inputs((2, 3, 7, 8, 20), torch.float32, generator)
+    per_head = [ops.projected_value_norm(value, weight[:, g : g + 1]) for g in range(3)]
+    torch.testing.assert_close(ops.projected_value_norm(value, weight), sum(per_head) / 3)
+
+
 @pytest.mark.parametrize("shape", [(16,), (3, 48), (2, 3, 32), (2, 0)], ids=str)
 def test_page_scores(shape, generator):
     scores = torch.randn(shape, generator=generator)
@@ -355,6 +405,13 @@ ZEROS = torch.zeros
         (lambda: ops.pool_scores(ZEROS(4), 0, "max"), "odd and positive, got 0"),
         (lambda: ops.pool_scores(ZEROS(4), -3, "max"), "odd and positive, got -3"),
         (lambda: ops.pool_scores(ZEROS(4), 3, "min"), "'min'"),
+        (lambda: ops.projected_value_norm(ZEROS(9, 8), ZEROS(2, 1, 8, 4)), r"\(9, 8\)"),
+        (lambda: ops.projected_value_norm(ZEROS(2, 9, 8), ZEROS(2, 8, 4)), r"\(2, 8, 4\)"),
+        (
+            lambda: ops.projected_value_norm(ZEROS(2, 9, 8), ZEROS(3, 1, 8, 4)),
+            r"\(2, 9, 8\), \(3, 1, 8, 4\)",
+        ),
+        (lambda: ops.projected_value_norm(ZEROS(2, 9, 8), ZEROS(2, 1, 6, 4)), r"\(2, 1, 6, 4\)"),
         (lambda: ops.page_scores(ZEROS(2, 33), 16), "33 .*16"),
         (lambda: ops.joint_top_counts(ZEROS(2, 3), 7, 0), "7 of 2 x 3"),
         (lambda: ops.joint_top_counts(ZEROS(2, 3), 3, 2), "3 of 2 x 3 entries, 2 sure"),
@@ -413,11 +470,21 @@ def test_page_order_must_be_a_permutation(key_offsets, value_offsets):
             ZEROS(1, 1, 1, 2), ZEROS(1, 1, 2), 1.0, backend=backend
         ),
         lambda backend: ops.pool_scores(ZEROS(4), 3, "max", backend=backend),
+        lambda backend: ops.projected_value_norm(
+            ZEROS(1, 1, 2), ZEROS(1, 1, 2, 3), backend=backend
+        ),
         lambda backend: ops.page_scores(ZEROS(4), 2, backend=backend),
         lambda backend: ops.joint_top_counts(ZEROS(1, 2), 1, 0, backend=backend),
         lambda backend: ops.select_top(ZEROS(1, 2), torch.tensor([1]), backend=backend),
     ],
-    ids=["window_attention", "pool_scores", "page_scores", "joint_top_counts", "select_top"],
+    ids=[
+        "window_attention",
+        "pool_scores",
+        "projected_value_norm",
+        "page_scores",
+        "joint_top_counts",
+        "select_top",
+    ],
 )
 def test_unknown_backend_is_refused_with_the_known_ones(call):
     with pytest.raises(ValueError, match=r"'gpu'; known: torch, reference"):

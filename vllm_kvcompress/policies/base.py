@@ -26,7 +26,7 @@ class Rotary:
     is_neox_style: bool = True
 
     def unrotate(self, query: torch.Tensor, first: int) -> torch.Tensor:
-        """Undo the rotation of queries at positions first, first + 1, ...
+        """Undo the rotation (and scaling) of queries at positions first, first + 1, ...
 
         Args:
             query: [..., m, d], rotated.
@@ -37,7 +37,9 @@ class Rotary:
         """
         cos_sin = self.cos_sin[first : first + query.shape[-2]].float()
         cos, sin = cos_sin.chunk(2, dim=-1)
-        return self._rotate(query.float(), cos, -sin)
+        # 1, unless the encoding also scales, as YaRN's does.
+        size = cos**2 + sin**2
+        return self._rotate(query.float(), cos / size, -sin / size)
 
     def mean_rotation(self, first: int, count: int, head_size: int) -> torch.Tensor:
         """Mean of the rotation matrices at positions first .. first + count - 1.

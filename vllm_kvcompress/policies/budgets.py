@@ -54,7 +54,8 @@ def layer_pages(
     in the first layer to `mean / beta` in the last. Where a head has fewer pages to choose from
     than twice the mean, the layers share uniformly, as the authors do for prompts shorter than
     that. The authors' code floors its step and overspends (L=80 at 128 tokens: +27 %); here the
-    sum is exact.
+    sum is exact. kvpress' PyramidKVPress counts the window inside a layer's number and clamps
+    where this goes uniform.
 
     Args:
         budgets: key into `recipes.BUDGETS`, not 'joint' and not a table per head.

@@ -19,8 +19,9 @@ class DefensiveKV(Scorer):
     to at least the head's mean; times ||Wo v||_1, divided by its sum over the KV heads; the
     tokens that hold the first `mass_first - b` of the mean attention come before all others,
     at most the budget. b is, as in the code, the attention on the w keys before the window.
-    Parity target: that code (kvpress has no such press), except that a rank of tensor
-    parallelism normalises over its own heads.
+    Parity target: that code (kvpress has no such press), which guarantees heads nothing: budgets
+    'ada' with alpha 0, 'joint' with floor 0. A rank of tensor parallelism normalises over its
+    own heads.
 
     `span_kernel` is our addition: a max pooling of the finished scores, which keeps the
     neighbours of an important token, so that a fact of several tokens stays whole.

@@ -6,7 +6,7 @@ Standard library only; the scorers themselves live in the neighbouring files.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,7 +56,7 @@ class OptionSpec:
             right_type = isinstance(value, self.kind)
         if not right_type:
             return f"must be of type {self.kind.__name__}"
-        if self.kind is float and not math.isfinite(value):
+        if self.kind is float and not abs(value) <= sys.float_info.max:
             return "must be finite"
         if self.choices is not None and value not in self.choices:
             return f"must be one of {', '.join(map(str, self.choices))}"
@@ -140,7 +140,7 @@ def _table(value: Any) -> tuple[Any, ...]:
         except ValueError as error:
             raise ValueError(f"names a file that is not JSON ({error})") from None
     problem = "must be [weight per layer] or [[weight per head] per layer], all weights > 0"
-    if not isinstance(value, list | tuple) or not value:
+    if not isinstance(value, list | tuple) or not value or value[0] in ([], ()):
         raise ValueError(problem)
     rows = [row if isinstance(row, list | tuple) else [row] for row in value]
     weights = [weight for row in rows for weight in row]
@@ -148,7 +148,7 @@ def _table(value: Any) -> tuple[Any, ...]:
         raise ValueError(f"{problem}, and the same number of heads in every layer")
     for weight in weights:
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not math.isfinite(weight) or weight <= 0:
+        if not is_number or not 0 < weight <= sys.float_info.max:
             raise ValueError(problem)
     if isinstance(value[0], list | tuple):
         return tuple(tuple(map(float, row)) for row in value)
