@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_kvcompress.policies.recipes import RECIPES, Recipe, option_specs, pair_problem
 
+DEFAULT_METHOD = "span"
 DEFAULT_BUDGET = 2048
 DEFAULT_WINDOW = 32
 _CONFIG_KEYS = ("method", "budget", "ratio", "window", "options")

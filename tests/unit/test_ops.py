@@ -187,6 +187,25 @@ def test_page_scores(shape, generator):
     assert torch.equal(actual, ops.page_scores(scores, 16, backend="reference"))
 
 
+@pytest.mark.parametrize("reduce", ["mean", "rms"])
+def test_page_scores_reduced(reduce, generator):
+    scores = torch.rand(2, 3, 48, generator=generator)
+    scores[0, 0, :16] = 0
+    # Squares of these are zero in float32.
+    scores[0, 1] *= 1e-30
+    scores[1, 2, 5] = INF
+    actual = ops.page_scores(scores, 16, reduce)
+    expected = ops.page_scores(scores, 16, reduce, backend="reference")
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+    assert (actual[0, 1] > 0).all()
+
+
+def test_page_scores_reduced_by_hand():
+    scores = torch.tensor([3.0, 4, 1, 1])
+    assert ops.page_scores(scores, 2, "mean").tolist() == [3.5, 1]
+    assert ops.page_scores(scores, 2, "rms").tolist() == pytest.approx([12.5**0.5, 1])
+
+
 def test_page_scores_by_hand():
     scores = torch.tensor([[-5.0, -1.0, 2.0, INF], [0.0, 0.0, -INF, -INF]])
     assert ops.page_scores(scores, 2).tolist() == [[-1, INF], [0, -INF]]
@@ -413,6 +432,7 @@ ZEROS = torch.zeros
         ),
         (lambda: ops.projected_value_norm(ZEROS(2, 9, 8), ZEROS(2, 1, 6, 4)), r"\(2, 1, 6, 4\)"),
         (lambda: ops.page_scores(ZEROS(2, 33), 16), "33 .*16"),
+        (lambda: ops.page_scores(ZEROS(2, 32), 16, "sum"), "page reduction 'sum'"),
         (lambda: ops.joint_top_counts(ZEROS(2, 3), 7, 0), "7 of 2 x 3"),
         (lambda: ops.joint_top_counts(ZEROS(2, 3), 3, 2), "3 of 2 x 3 entries, 2 sure"),
         (lambda: ops.joint_top_counts(ZEROS(2, 3), 6, 4), "4 sure"),

@@ -164,7 +164,7 @@ def test_parts_of_a_recipe_take_options_of_different_names():
     for recipe in RECIPES.values():
         for budgets in BUDGETS:
             names = [
-                *("granularity", "suffix_tokens", "budgets"),
+                *("granularity", "page_reduce", "suffix_tokens", "budgets"),
                 *SCORERS[recipe.scorer].options,
                 *BUDGETS[budgets].options,
             ]
@@ -176,7 +176,7 @@ def test_parts_of_a_recipe_take_options_of_different_names():
     ("method", "expected"),
     [
         ("kvc", {"score_power": 2, "window_reduce": "sum", "group_reduce": "sum"}),
-        ("span", {"mass_first": 0.0, "span_kernel": 7, "pool_kernel": 5, "floor": 0.05}),
+        ("span", {"mass_first": 0.0, "span_kernel": 7, "page_reduce": "rms", "floor": 0.05}),
         ("defensivekv", {"mass_first": 0.9, "span_kernel": 1, "value_norm": True, "alpha": 0.2}),
         ("snapkv", {"score_power": 1, "window_reduce": "mean", "group_reduce": "mean"}),
         ("ada-pyramidkv", {"alpha": 0.2, "beta": 20.0, "pool_kernel": 7, "pool_kind": "max"}),

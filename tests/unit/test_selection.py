@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies.base import LayerScores
 from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, SCORERS, pair_problem
 from vllm_kvcompress.policies.selection import select
@@ -272,3 +272,19 @@ def test_a_table_of_another_model_is_refused():
         config = config_of("snapkv", budgets="static", table=table)
         with pytest.raises(ValueError, match=message):
             select(scores, config, 2, 4)
+
+
+def test_page_reduction_decides_which_page_counts_more():
+    # Page 0 has the best token, page 1 the best sum, page 2 is second in both.
+    scores = torch.tensor([[9.0, 0, 0, 0, 5, 5, 5, 5, 8, 6, 3, 0]])
+    kept = {
+        reduce: select([LayerScores(scores)], config_of(page_reduce=reduce), 1, 4).indices.tolist()
+        for reduce in ("max", "mean", "rms")
+    }
+    assert kept == {"max": [0], "mean": [1], "rms": [2]}
+
+
+@pytest.mark.parametrize("method", ["keydiff", "knorm"])
+def test_squares_of_negative_scores_are_refused(method):
+    with pytest.raises(KVCompressConfigError, match="page_reduce.*must be one of max, mean"):
+        config_of(method, page_reduce="rms")

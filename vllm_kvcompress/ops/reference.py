@@ -48,13 +48,18 @@ def projected_value_norm(value: torch.Tensor, output_weight: torch.Tensor) -> to
     return out.float()
 
 
-def page_scores(scores: torch.Tensor, page_size: int) -> torch.Tensor:
+def page_scores(scores: torch.Tensor, page_size: int, reduce: str) -> torch.Tensor:
     """See `ops.page_scores`."""
-    pages = [
-        scores[..., start : start + page_size].amax(dim=-1)
-        for start in range(0, scores.shape[-1], page_size)
-    ]
-    return torch.stack(pages, dim=-1) if pages else scores
+    pages = []
+    for start in range(0, scores.shape[-1], page_size):
+        page = scores[..., start : start + page_size].double()
+        if reduce == "max":
+            pages.append(page.amax(dim=-1))
+        elif reduce == "mean":
+            pages.append(page.sum(dim=-1) / page_size)
+        else:
+            pages.append(((page**2).sum(dim=-1) / page_size).sqrt())
+    return torch.stack(pages, dim=-1).float() if pages else scores
 
 
 def joint_top_counts(scores: torch.Tensor, total: int, guaranteed: int) -> torch.Tensor:

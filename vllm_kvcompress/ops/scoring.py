@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from vllm_kvcompress.ops import reference
 
 _BACKENDS = ("torch", "reference")
+PAGE_REDUCTIONS = ("max", "mean", "rms")
 # Tokens whose projected values are held at once: little memory, and cache-sized on a CPU.
 _TOKENS_AT_ONCE = 256
 
@@ -134,28 +135,40 @@ def projected_value_norm(
     return norms / group
 
 
-def page_scores(scores: torch.Tensor, page_size: int, backend: str = "torch") -> torch.Tensor:
-    """Score of a page: that of its best token.
+def page_scores(
+    scores: torch.Tensor, page_size: int, reduce: str = "max", backend: str = "torch"
+) -> torch.Tensor:
+    """Score of a page from its tokens'.
 
     Args:
-        scores: [..., n] float32, n a multiple of page_size.
+        scores: [..., n] float32, n a multiple of page_size; not negative for 'rms'.
         page_size: tokens per page.
+        reduce: 'max' (its best token), 'mean', or 'rms' (root mean square, between the two).
         backend: 'torch' or 'reference'.
 
     Returns:
         [..., n / page_size] float32.
 
     Raises:
-        ValueError: if n is not a multiple of page_size.
+        ValueError: if n is not a multiple of page_size, or on an unknown reduction.
     """
     num_tokens = scores.shape[-1]
     _check(
         num_tokens % page_size == 0,
         f"{num_tokens} scores are not whole pages of {page_size} tokens",
     )
+    _check(reduce in PAGE_REDUCTIONS, f"unknown page reduction {reduce!r}")
     if _is_reference(backend):
-        return reference.page_scores(scores, page_size)
-    return scores.unflatten(-1, (num_tokens // page_size, page_size)).amax(dim=-1)
+        return reference.page_scores(scores, page_size, reduce)
+    pages = scores.unflatten(-1, (num_tokens // page_size, page_size))
+    best = pages.amax(dim=-1)
+    if reduce == "max":
+        return best
+    if reduce == "mean":
+        return pages.mean(dim=-1)
+    # Relative to the best, since squares of small scores would underflow.
+    unit = torch.where((best > 0) & best.isfinite(), best, 1.0)
+    return unit * (pages / unit[..., None]).square().mean(dim=-1).sqrt()
 
 
 def joint_top_counts(

@@ -75,11 +75,13 @@ class ScorerInfo:
         options: its options by name.
         scope: how far its scores can be compared, of `SCOPES`.
         why: the reason, where the scope is not the whole model; follows "because".
+        signed: whether scores can be negative, so that their squares mean nothing.
     """
 
     options: dict[str, OptionSpec]
     scope: str = "model"
     why: str = ""
+    signed: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,10 @@ SCORERS: dict[str, ScorerInfo] = {
         }
     ),
     "tova": ScorerInfo({}, "head", _EVERY_HEAD_ALIKE),
-    "keydiff": ScorerInfo({"span_kernel": _kernel(1, "width of a last max pooling")}),
-    "knorm": ScorerInfo({}, "layer", "key norms of different layers have different scales"),
+    "keydiff": ScorerInfo({"span_kernel": _kernel(1, "width of a last max pooling")}, signed=True),
+    "knorm": ScorerInfo(
+        {}, "layer", "key norms of different layers have different scales", signed=True
+    ),
     "streamingllm": ScorerInfo(
         {"num_sinks": OptionSpec(4, int, "first tokens always kept", minimum=0)},
         "head",
@@ -318,7 +322,7 @@ RECIPES: dict[str, Recipe] = {
             "joint",
             "DefensiveKV scores widened to whole facts, all layers and heads compete",
             "ours, docs/quality.md",
-            {"mass_first": 0.0, "span_kernel": 7},
+            {"mass_first": 0.0, "span_kernel": 7, "page_reduce": "rms"},
         ),
         Recipe(
             "criticalkv",
@@ -390,8 +394,12 @@ def option_specs(recipe: Recipe, budgets: str | None = None) -> dict[str, Option
         budgets: key into `BUDGETS`; None = the recipe's own.
     """
     chosen = budgets or recipe.budgets
+    page_reductions = ("max", "mean") if SCORERS[recipe.scorer].signed else ("max", "mean", "rms")
     specs = {
         **_COMMON,
+        "page_reduce": OptionSpec(
+            "max", str, "a page's score from its tokens', with granularity page", page_reductions
+        ),
         "budgets": OptionSpec(
             recipe.budgets, str, "how pages are shared among layers and heads", tuple(BUDGETS)
         ),

@@ -58,9 +58,9 @@ def select(
     first = torch.stack([layer.first for layer in scores])
     granularity = config.granularity
     page_size = block_size if granularity == "token" else 1
-    if granularity == "page":
-        first = ops.page_scores(first, block_size)
     options = dict(config.options)
+    if granularity == "page":
+        first = ops.page_scores(first, block_size, options["page_reduce"])
     budgets = stream_budgets(options["budgets"], first, mean_pages, page_size, options)
     assert int(budgets.num_pages.sum()) == mean_pages * first.shape[0] * first.shape[1]
     counts = budgets.num_pages.reshape(-1) * page_size
@@ -68,7 +68,7 @@ def select(
     if all(layer.second is not None for layer in scores):
         second = torch.stack([layer.second for layer in scores if layer.second is not None])
         if granularity == "page":
-            second = ops.page_scores(second, block_size)
+            second = ops.page_scores(second, block_size, options["page_reduce"])
         tokens_per_entry = block_size // page_size
         flat = _two_stages(
             flat,

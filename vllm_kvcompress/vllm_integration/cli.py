@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_kvcompress.config import (
     DEFAULT_BUDGET,
+    DEFAULT_METHOD,
     DEFAULT_WINDOW,
     KVCompressConfig,
     KVCompressConfigError,
@@ -31,9 +32,12 @@ def add_flags(parser: Any) -> Any:
         "--kv-compress",
         dest="kv_compress_method",
         metavar="METHOD",
+        nargs="?",
+        const=DEFAULT_METHOD,
         default=None,
         type=_method,
-        help="Compress each prompt's KV cache after prefill. "
+        help="Compress each prompt's KV cache after prefill; without a name by "
+        f"{DEFAULT_METHOD}, the best of them in docs/quality.md. "
         + " ".join(f"{r.name}: {r.summary} ({r.paper})." for r in RECIPES.values()),
     )
     size = group.add_mutually_exclusive_group()
