@@ -10,7 +10,9 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import ScoreInputs
 from vllm_kvcompress.policies.criticalkv import CriticalKV
 from vllm_kvcompress.policies.defensivekv import DefensiveKV
+from vllm_kvcompress.policies.keydiff import KeyDiff
 from vllm_kvcompress.policies.snapkv import SnapKV
+from vllm_kvcompress.policies.span_keydiff import SpanKeyDiff
 
 NUM_HEADS, GROUP, WINDOW, NUM_KEYS, HEAD_SIZE = 2, 2, 4, 64, 8
 NUM_CANDIDATES = 48
@@ -226,3 +228,13 @@ def test_defensivekv_survives_queries_that_see_nothing_before_the_window():
     )
     scores = DefensiveKV().score(score_inputs).first
     assert not scores.isnan().any()
+
+
+def test_span_keydiff_is_span_first_and_keydiff_second():
+    score_inputs, _ = random_inputs(seed=3)
+    scores = SpanKeyDiff().score(score_inputs)
+    span = DefensiveKV(mass_first=0.0, span_kernel=7).score(score_inputs)
+    keydiff = KeyDiff(span_kernel=5).score(score_inputs)
+    assert torch.equal(scores.first, span.first)
+    torch.testing.assert_close(scores.second, keydiff.first + 1)
+    assert (scores.second >= 0).all()

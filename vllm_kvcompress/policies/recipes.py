@@ -185,6 +185,15 @@ SCORERS: dict[str, ScorerInfo] = {
             "span_kernel": _kernel(1, "width of a last max pooling, so that facts stay whole"),
         }
     ),
+    "span-keydiff": ScorerInfo(
+        {
+            "pool_kernel": _kernel(5, "width of the mean pooling along keys"),
+            "value_norm": _flag(True, "weigh by the norm of the projected values"),
+            "span_kernel": _kernel(7, "width of the max pooling of attention scores"),
+            "keydiff_kernel": _kernel(5, "width of the max pooling of KeyDiff scores"),
+            "first_stage": _share(0.25, "share of a head's budget filled by attention"),
+        }
+    ),
     "critical": ScorerInfo(
         {
             **_WINDOW_ATTENTION,
@@ -323,6 +332,13 @@ RECIPES: dict[str, Recipe] = {
             "DefensiveKV scores widened to whole facts, all layers and heads compete",
             "ours, docs/quality.md",
             {"mass_first": 0.0, "span_kernel": 7, "page_reduce": "rms"},
+        ),
+        Recipe(
+            "span-keydiff",
+            "span-keydiff",
+            "joint",
+            "span scores share the budget, KeyDiff fills most of it; for questions not yet seen",
+            "ours, docs/quality.md",
         ),
         Recipe(
             "criticalkv",
