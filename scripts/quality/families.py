@@ -173,23 +173,23 @@ def multiquery(rng: random.Random, place: Place, sample_id: str) -> Sample:
 
 
 def variable_tracking(rng: random.Random, place: Place, sample_id: str) -> Sample:
-    """A value handed on once; the last holder's value is asked for."""
-    value = _code(rng)
-    first, second = rng.sample("ABCDEFGHKLMNPRSTUVW", 2)
-    other_value, other = _code(rng), rng.choice("XYZ")
+    """A value handed on once: who lends it, and what it is, are asked for."""
+    lender, other, borrower = rng.sample(_NAMES, 3)
+    value, other_value = _code(rng), _code(rng)
     facts = [
-        f"The variable {first} is set to {value}.",
-        f"The variable {other} is set to {other_value}.",
-        f"The variable {second} is set to the value of the variable {first}.",
+        f"The locker of {lender} has the number {value}.",
+        f"The locker of {other} has the number {other_value}.",
+        f"{borrower} uses the locker of {lender}.",
     ]
     return Sample(
         "variable_tracking",
         sample_id,
         _with_facts(rng, place, facts, place.depths(rng, 3)),
-        f"What number is the value of the variable {second}? Answer with the number only.",
-        (value,),
+        f"Whose locker does {borrower} use, and what is its number? "
+        "Answer with the name and the number.",
+        (lender, value),
         "contains_all",
-        24,
+        32,
         (("length", place.length),),
     )
 
@@ -200,14 +200,14 @@ def common_words(rng: random.Random, place: Place, sample_id: str) -> Sample:
     rare = [word for word in _WORDS if word not in common]
     words: list[str] = []
     total = 0
-    while total < place.num_tokens - 12:
-        words.append(rng.choice(common) if rng.random() < 0.6 else rng.choice(rare))
+    while total < place.num_tokens - 8:
+        words.append(rng.choice(common) if rng.random() < 0.8 else rng.choice(rare))
         total += place.count_tokens(f" {words[-1]},")
     return Sample(
         "common_words",
         sample_id,
         "Here is a list of words: " + ", ".join(words) + ".",
-        "Which two words appear most often in the list?",
+        "Repeat the list of words. Begin with its two most common words.",
         tuple(common),
         "contains_all",
         32,

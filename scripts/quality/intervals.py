@@ -23,7 +23,9 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     centre = share + _Z**2 / (2 * n)
     spread = _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
     scale = 1 + _Z**2 / n
-    return (centre - spread) / scale, (centre + spread) / scale
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    # Rounding must not put the share itself outside.
+    return min(share, max(0.0, low)), max(share, min(1.0, high))
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:

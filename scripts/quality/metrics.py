@@ -10,6 +10,9 @@ from difflib import SequenceMatcher
 
 Metric = Callable[[str, Sequence[str]], float]
 
+# A minus counts where it cannot be that of a subtraction.
+_NUMBER = r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?"
+
 
 def contains_all(prediction: str, answers: Sequence[str]) -> float:
     """Share of the references that the answer contains (RULER's string_match_all)."""
@@ -23,13 +26,25 @@ def contains_any(prediction: str, answers: Sequence[str]) -> float:
     return float(any(answer.lower() in text for answer in answers))
 
 
+def parse_number(text: str) -> float:
+    """A number that may hold commas between thousands.
+
+    Raises:
+        ValueError: if the text is anything else.
+    """
+    return float(text.replace(",", ""))
+
+
 def number(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the last number in the answer is a reference (GSM8K)."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", prediction)
-    if not found:
-        return 0.0
-    last = float(found[-1].replace(",", ""))
-    return float(any(last == float(answer.replace(",", "")) for answer in answers))
+    """1 if the number that the answer comes to is a reference (GSM8K).
+
+    It is the first number after '####', or the last one where there is no such mark. A model that
+    goes on to ask itself a new 'Question:' is read up to there.
+    """
+    text = prediction.split("\nQuestion:")[0]
+    before, _, after = text.partition("####")
+    found = re.findall(_NUMBER, after)[:1] or re.findall(_NUMBER, before)[-1:]
+    return float(any(parse_number(found[0]) == parse_number(a) for a in answers) if found else 0)
 
 
 def instructions_followed(prediction: str, answers: Sequence[str]) -> float:
@@ -62,7 +77,11 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
-    """Best F of the longest common subsequence of words (ROUGE-L, beta 1)."""
+    """Best F of the longest common subsequence of words (ROUGE-L, beta 1).
+
+    Over the whole text in lower case. LongBench's rouge_score takes the package rouge, which
+    keeps case and joins the subsequences of single sentences, so long summaries differ.
+    """
     return max(_rouge_l(prediction.lower().split(), answer.lower().split()) for answer in answers)
 
 
@@ -76,6 +95,31 @@ def _rouge_l(prediction: list[str], answer: list[str]) -> float:
             diagonal = above
     common = lengths[-1]
     return 2 * common / (len(prediction) + len(answer)) if common else 0.0
+
+
+def classification(prediction: str, answers: Sequence[str]) -> float:
+    """1 / number of classes named in the answer, if the right one is among them (LongBench).
+
+    Args:
+        prediction: the answer.
+        answers: the right class, then all classes. One that is only part of the right one's name
+            does not count as named.
+    """
+    right, *classes = answers
+    named = {
+        name for name in classes if name in prediction and (name not in right or name == right)
+    }
+    return 1 / len(named) if right in named else 0.0
+
+
+def _of_first_line(metric: Metric) -> Metric:
+    """The metric on the answer's first line, for few-shot prompts that models continue."""
+
+    def of_first_line(prediction: str, answers: Sequence[str]) -> float:
+        return metric(prediction.lstrip("\n").split("\n")[0], answers)
+
+    of_first_line.__doc__ = f"{metric.__name__} of the answer's first line."
+    return of_first_line
 
 
 def _numbers(text: str) -> list[str]:
@@ -98,8 +142,8 @@ def retrieval(prediction: str, answers: Sequence[str]) -> float:
 def code_similarity(prediction: str, answers: Sequence[str]) -> float:
     """Likeness of the answer's first line of code to a reference.
 
-    By difflib's ratio; LongBench's code_sim_score uses fuzzywuzzy's, which is the same formula on
-    another matching, so numbers may differ a little.
+    By difflib's ratio. LongBench's code_sim_score uses fuzzywuzzy's: the same formula on another
+    matching, rounded to whole percents, so numbers may differ a little.
     """
     lines = [x for x in prediction.lstrip("\n").split("\n") if not re.search(r"[`#]|//", x)]
     line = lines[0] if lines else ""
@@ -123,6 +167,10 @@ METRICS: dict[str, Metric] = {
     "instructions_followed": instructions_followed,
     "f1": f1,
     "rouge_l": rouge_l,
+    "classification": classification,
+    "first_line_f1": _of_first_line(f1),
+    "first_line_rouge_l": _of_first_line(rouge_l),
+    "first_line_classification": _of_first_line(classification),
     "count": count,
     "retrieval": retrieval,
     "code_similarity": code_similarity,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quality.families import Sample
+from quality.metrics import parse_number
 
 Reader = Callable[[Path, int, int], list[Sample]]
 
@@ -27,11 +28,12 @@ _RULER = {
 # LongBench: metric by data set.
 _LONGBENCH = {
     **dict.fromkeys(
-        ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"),
-        "f1",
+        ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique"), "f1"
     ),
-    **dict.fromkeys(("gov_report", "qmsum", "multi_news", "samsum"), "rouge_l"),
-    "trec": "contains_any",
+    **dict.fromkeys(("gov_report", "qmsum", "multi_news"), "rouge_l"),
+    "triviaqa": "first_line_f1",
+    "samsum": "first_line_rouge_l",
+    "trec": "first_line_classification",
     "passage_retrieval_en": "retrieval",
     "passage_count": "count",
     **dict.fromkeys(("lcc", "repobench-p"), "code_similarity"),
@@ -45,15 +47,28 @@ def _fail(message: str) -> SystemExit:
     return SystemExit(f"eval_quality: {message}")
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _fail(f"{path} is not UTF-8 (byte {error.start})") from None
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line_number, line in enumerate(path.read_text().splitlines(), 1):
+    # Not splitlines(): texts may hold other line separators of Unicode.
+    for line_number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise _fail(f"{path}, line {line_number} is not JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise _fail(f"{path}, line {line_number} is not an object but {line.strip()[:40]!r}")
+        rows.append(row)
+    if not rows:
+        raise _fail(f"{path} is empty")
     return rows
 
 
@@ -63,12 +78,21 @@ def _field(row: dict[str, Any], name: str, path: Path) -> Any:
     return row[name]
 
 
+def _references(row: dict[str, Any], name: str, path: Path) -> tuple[str, ...]:
+    references = _field(row, name, path)
+    if not isinstance(references, list) or not references:
+        raise _fail(f"{path}: field {name!r} is {references!r}, not a list of answers")
+    return tuple(map(str, references))
+
+
 def _some(rows: list[Any], count: int, seed: int) -> list[Any]:
     return random.Random(seed).sample(rows, min(count, len(rows)))
 
 
 def read_ruler(folder: Path, count: int, seed: int) -> list[Sample]:
     """RULER's generated data: TASK/validation.jsonl with index, input, outputs.
+
+    Data made with RULER's template 'base': the model's own chat template is put around it here.
 
     Args:
         folder: that holds one folder per task, e.g. niah_single_1, vt, cwe, qa_1.
@@ -99,7 +123,7 @@ def read_ruler(folder: Path, count: int, seed: int) -> list[Sample]:
                     sample_id=str(_field(row, "index", path)),
                     context=text[:start],
                     question=text[start:] + row.get("answer_prefix", ""),
-                    answers=tuple(map(str, _field(row, "outputs", path))),
+                    answers=_references(row, "outputs", path),
                     metric=metric,
                     max_new_tokens=max_new_tokens,
                     meta=(("length", row.get("length", 0)),),
@@ -135,13 +159,17 @@ def read_longbench(folder: Path, count: int, seed: int) -> list[Sample]:
             raise _fail(f"{folder}/config/dataset2prompt.json: {name!r} has no {{context}}")
         for i, row in enumerate(_some(_read_lines(path), count, seed)):
             question = _field(row, "input", path)
+            answers = _references(row, "answers", path)
+            if name == "trec":
+                # This metric compares the one answer with all classes.
+                answers = answers[:1] + _references(row, "all_classes", path)
             samples.append(
                 Sample(
                     task=f"longbench-{name}",
                     sample_id=str(row.get("_id", i)),
                     context=before.replace("{input}", question) + _field(row, "context", path),
                     question=after.replace("{input}", question),
-                    answers=tuple(_field(row, "answers", path)),
+                    answers=answers,
                     metric=metric,
                     max_new_tokens=lengths[name],
                     meta=(("length", row.get("length", 0)),),
@@ -158,7 +186,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise _fail(f"{path} is missing; it comes with LongBench")
     try:
-        return json.loads(path.read_text())
+        return json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise _fail(f"{path} is not JSON ({error.msg})") from None
 
@@ -189,6 +217,10 @@ def read_gsm8k(folder: Path, count: int, seed: int) -> list[Sample]:
         _, marker, answer = _field(row, "answer", files["test"]).rpartition("####")
         if not marker:
             raise _fail(f"{files['test']}: an answer has no '####' before its number")
+        try:
+            parse_number(answer.strip())
+        except ValueError:
+            raise _fail(f"{files['test']}: no number but {answer.strip()!r} after '####'") from None
         samples.append(
             Sample(
                 task="gsm8k",

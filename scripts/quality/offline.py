@@ -73,7 +73,6 @@ class OfflineEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from quality.likelihood import FollowProbe
-
         from vllm_kvcompress import LLM
 
         self.block_size = block_size
@@ -127,8 +126,9 @@ class OfflineEngine:
         ]
 
     def _probe(self, passages: Any, setting: dict, references: Any) -> tuple[list, list[float]]:
-        from quality.likelihood import PROBE, PROBES, Probe
         from vllm import SamplingParams
+
+        from quality.likelihood import PROBE, PROBES, Probe
 
         PROBES.clear()
         params = []
@@ -152,7 +152,7 @@ class OfflineEngine:
     def _run(self, prompts: Any, params: Any, setting: dict) -> tuple[list, list[float]]:
         self._llm.kv_compress_reconfigure(**setting)
         outputs = self._llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False
+            [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False
         )
         records = self._llm.kv_compress_stats()["requests"][-len(outputs) :]
         by_id = {record["request_id"]: record for record in records}

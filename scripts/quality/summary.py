@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from quality.intervals import mean_interval
+from quality.intervals import bootstrap, mean_interval
 
 GROUP = ("engine", "model", "block_size", "mode", "task", "method", "ratio")
 COLUMNS = (
@@ -73,7 +73,7 @@ def _summary(
     if row["task"] == "prose":
         kl = [r["kl"] for r in group]
         row["kl"] = fmean(kl)
-        row["kl_low"], row["kl_high"] = mean_interval(kl)
+        row["kl_low"], row["kl_high"] = bootstrap(kl)
         row["perplexity"] = _perplexity(group)
         row["full_perplexity"] = _perplexity(full) if full else None
     else:

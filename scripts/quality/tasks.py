@@ -95,18 +95,23 @@ def build_tasks(
 def render(sample: Sample, tokenizer: Any) -> Rendered:
     """Token ids of a sample: one user message, the question last.
 
-    Context and question are tokenised apart, so that no token holds parts of both.
+    Context and question are tokenised apart, so that no token holds parts of both. A model
+    without a chat template gets the bare text, with the token that begins its texts.
     """
     # A character that no text of ours holds.
     marker = "\ue000"
     text = f"{sample.context}{sample.joint}{marker}{sample.question}"
-    if sample.chat:
+    chat = sample.chat and bool(tokenizer.chat_template)
+    if chat:
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
         )
     before, after = text.split(marker)
     head = tokenizer(before, add_special_tokens=False)["input_ids"]
     tail = tokenizer(after, add_special_tokens=False)["input_ids"]
+    # Chat templates write it themselves.
+    if not chat and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        head = [tokenizer.bos_token_id, *head]
     return Rendered((*head, *tail), len(tail))
 
 

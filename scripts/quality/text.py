@@ -48,6 +48,10 @@ _SHAPES = (
 )
 
 
+# About 4,500 tokens, of which a passage may begin anywhere in the first third.
+_ARTICLE_CHARS = 20_000
+
+
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
@@ -88,16 +92,26 @@ def insert(sentences: list[str], facts: list[str], depths: list[float]) -> str:
 
 @cache
 def prose() -> tuple[str, ...]:
-    """Long prose articles: the language topics of this Python's own help, markup stripped."""
+    """Long prose articles: the language topics of this Python's own help, markup stripped.
+
+    The text is part of Python's documentation (Python Software Foundation License, version 2).
+    Topics repeat paragraphs of each other; each paragraph comes once. Neighbouring topics are
+    joined to articles of at least `_ARTICLE_CHARS` characters.
+    """
     from pydoc_data.topics import topics
 
     articles = []
+    seen: set[str] = set()
+    paragraphs: list[str] = []
     for name in sorted(topics):
-        paragraphs = re.split(r"\n\s*\n", topics[name])
-        kept = [" ".join(p.split()) for p in paragraphs if _is_prose(p)]
-        text = re.sub(r"[`*]+|\[\d+\]", "", "\n\n".join(kept))
-        if len(text) > 4000:
-            articles.append(text)
+        for raw in re.split(r"\n\s*\n", topics[name]):
+            paragraph = " ".join(re.sub(r"[`*]+|\[\d+\]", "", raw).split())
+            if _is_prose(raw) and paragraph not in seen:
+                seen.add(paragraph)
+                paragraphs.append(paragraph)
+        if sum(map(len, paragraphs)) >= _ARTICLE_CHARS:
+            articles.append("\n\n".join(paragraphs))
+            paragraphs = []
     return tuple(articles)
 
 
