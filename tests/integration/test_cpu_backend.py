@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.ops import reference
+from vllm_kvcompress.policies.base import Rotary
 
 vllm = pytest.importorskip("vllm")
 
@@ -67,7 +67,7 @@ class Rig:
             shape,
             self.layer_views,
             find_page_order(isa, shape.block_size, shape.head_size, dtype),
-            [SCALE] * shape.num_layers,
+            [self._layer_parameters() for _ in range(shape.num_layers)],
             self.batch,
             self.stats,
         )
@@ -101,11 +101,29 @@ class Rig:
             for name in self.layer_views
         ]
 
+    def _layer_parameters(self) -> LayerParameters:
+        shape = self.shape
+        weight_size = (shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size, 24)
+        angles = torch.arange(400)[:, None] / 1000 ** torch.linspace(0, 1, shape.head_size // 2)
+        rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        return LayerParameters(SCALE, 0.0, self.random(*weight_size), rotary)
+
     def random(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, generator=self.generator).to(self.dtype)
 
-    def step(self, chunks: list[tuple[Request, int]]) -> None:
-        """Compute the next tokens of each request in one step and check every layer's output."""
+    def token_sizes(self) -> list[tuple[int, ...]]:
+        """Sizes of one token's keys, values and queries in all layers."""
+        shape = self.shape
+        kv = (shape.num_layers, shape.num_kv_heads, shape.head_size)
+        return [kv, kv, (shape.num_layers, shape.num_kv_heads * shape.num_queries_per_kv, kv[2])]
+
+    def step(
+        self, chunks: list[tuple[Request, int]], given: list[torch.Tensor] | None = None
+    ) -> None:
+        """Compute the next tokens of each request in one step and check every layer's output.
+
+        `given` are keys, values and queries of the first request's tokens; others are random.
+        """
         shape = self.shape
         tables = np.zeros((len(chunks), 64), np.int32)
         starts, seq_lens, slots = [0], [], []
@@ -142,21 +160,26 @@ class Rig:
             slot_mapping=torch.tensor(slots),
         )
         compressed = [
-            request.num_computed >= request.prompt_len
+            request.num_computed >= self.engine.states.geometry.of(request.prompt_len).compact_len
             and self.engine.states.geometry.of(request.prompt_len).is_compressed
             for request, _ in chunks
         ]
         metadata = self.builder.build(0, common)
-        num_heads = shape.num_kv_heads * shape.num_queries_per_kv
-        for request, count in chunks:
-            request.keys.append(
-                self.random(shape.num_layers, count, shape.num_kv_heads, shape.head_size)
+        queries = []
+        for i, (request, count) in enumerate(chunks):
+            key, value, query = (
+                x.transpose(0, 1)
+                for x in (
+                    given
+                    if given is not None and i == 0
+                    else [self.random(count, *size) for size in self.token_sizes()]
+                )
             )
-            request.values.append(
-                self.random(shape.num_layers, count, shape.num_kv_heads, shape.head_size)
-            )
+            request.keys.append(key)
+            request.values.append(value)
+            queries.append(query)
         for index, layer in enumerate(self.layers):
-            query = self.random(starts[-1], num_heads, shape.head_size)
+            query = torch.cat([x[index] for x in queries])
             key = torch.cat([request.keys[-1][index] for request, _ in chunks])
             value = torch.cat([request.values[-1][index] for request, _ in chunks])
             output = torch.full_like(query, torch.nan)
@@ -183,28 +206,26 @@ class Rig:
         compressed: bool,
     ) -> None:
         shape = self.shape
-        keys = torch.cat([k[layer] for k in request.keys])
-        values = torch.cat([v[layer] for v in request.values])
-        kept = self.kept_tokens(request, layer) if compressed else None
+        keys = torch.cat([k[layer] for k in request.keys]).double()
+        values = torch.cat([v[layer] for v in request.values]).double()
+        num_new, num_tokens = len(query), len(keys)
+        # Whether a head of a new token may look at a token.
+        is_read = torch.ones(num_new, num_tokens, dtype=torch.bool)
+        is_read = is_read.tril(num_tokens - num_new).repeat(shape.num_kv_heads, 1, 1)
+        if compressed:
+            tail = self.engine.states.geometry.of(request.prompt_len).num_candidate_tokens
+            for head, kept in enumerate(self.kept_tokens(request, layer)):
+                evicted = torch.ones(tail, dtype=torch.bool)
+                evicted[kept] = False
+                is_read[head, :, :tail][:, evicted] = False
+        heads = (num_new, shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size)
+        logits = torch.einsum("mhgd,nhd->hgmn", query.double().view(heads), keys) * SCALE
+        weights = logits.masked_fill(~is_read[:, None], -torch.inf).softmax(dim=-1)
+        want = torch.einsum("hgmn,nhd->mhgd", weights, values)
         tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[self.dtype]
-        for token in range(query.shape[0]):
-            visible = request.num_computed + token + 1
-            per_head = []
-            for head in range(shape.num_kv_heads):
-                tokens = torch.arange(visible)
-                if kept is not None:
-                    tail = self.engine.states.geometry.of(request.prompt_len).num_candidate_tokens
-                    tokens = torch.cat([kept[head], torch.arange(tail, visible)])
-                per_head.append(tokens)
-            want = reference.ragged_attention(
-                query[token].view(shape.num_kv_heads, shape.num_queries_per_kv, -1),
-                [keys[t, h] for h, t in enumerate(per_head)],
-                [values[t, h] for h, t in enumerate(per_head)],
-                SCALE,
-            )
-            torch.testing.assert_close(
-                output[token].double().view(want.shape), want, atol=tolerance, rtol=tolerance
-            )
+        torch.testing.assert_close(
+            output.double().view(heads), want, atol=tolerance, rtol=tolerance
+        )
 
     def kept_tokens(self, request: Request, layer: int) -> list[torch.Tensor]:
         """Positions each head of a layer keeps in the region."""
@@ -266,6 +287,61 @@ def test_all_kinds_of_steps(name: str, dtype: torch.dtype, granularity: str) -> 
     records = rig.stats.snapshot()["requests"]
     assert [r["request_id"] for r in records] == ["short", "long", "even", "late"]
     assert [r["compressed"] for r in records] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_suffix_attends_to_what_was_kept(name: str, dtype: torch.dtype, granularity: str) -> None:
+    shape = SHAPES[name]
+    block = shape.block_size
+    suffix = block + 5
+    config = KVCompressConfig(
+        "ada-snapkv",
+        budget=4 * block,
+        window=WINDOW,
+        options=(("granularity", granularity), ("suffix_tokens", suffix)),
+    )
+    rig = Rig(shape, config, dtype)
+    # Compacted in the middle of a block, at a block's end, and never.
+    odd, even, short = (
+        Request("odd", 9 * block + 3 + suffix),
+        Request("even", 8 * block + suffix),
+        Request("short", suffix + WINDOW),
+    )
+    rig.step([(odd, 9 * block + 3), (short, suffix)])
+    # A suffix in one chunk beside a compaction, and one in two chunks beside decoding rows.
+    rig.step([(short, WINDOW), (odd, suffix), (even, 8 * block)])
+    rig.step([(odd, 1), (even, block), (short, 1)])
+    rig.step([(even, 5), (odd, 1)])
+    for _ in range(block + 2):
+        rig.step([(odd, 1), (even, 1), (short, 1)])
+    records = rig.stats.snapshot()["requests"]
+    by_id = {r["request_id"]: r["compressed"] for r in records}
+    assert by_id == {"odd": True, "short": False, "even": True}
+
+
+@pytest.mark.parametrize("method", ["h2o", "expected-attention", "ada-criticalkv", "span"])
+def test_chunks_of_a_prompt_select_what_one_shot_does(method: str, granularity: str) -> None:
+    shape = SHAPES["gqa_3_to_1"]
+    config = KVCompressConfig(
+        method, budget=128, window=WINDOW, options=(("granularity", granularity),)
+    )
+    selections = []
+    for chunks in ((325,), (70, 33, 1, 217, 4)):
+        rig = Rig(shape, config, torch.float32)
+        # The same tokens, however they are cut.
+        whole = [rig.random(325, *size) for size in rig.token_sizes()]
+        request, start = Request("a", 325), 0
+        for count in chunks:
+            # Blocks are handed out differently, too.
+            other = Request(f"other-{start}", 40)
+            given = [x[start : start + count] for x in whole]
+            rig.step([(request, count), (other, 40)], given)
+            start += count
+        rig.step([(request, 1)])
+        selections.append(rig.engine.states.get_or_create("a", 325).selection)
+    assert torch.equal(selections[0].num_pages, selections[1].num_pages)
+    assert torch.equal(selections[0].indices, selections[1].indices)
 
 
 def test_preempted_request_compacts_again_past_its_prompt_end(granularity: str) -> None:

@@ -49,6 +49,15 @@ def test_flags_and_additional_config_merge() -> None:
     assert merged == {"method": "snapkv", "pool_kernel": 5, "budget": 512}
 
 
+def test_table_of_budgets_may_be_a_file(tmp_path) -> None:
+    table = tmp_path / "table.json"
+    table.write_text("[[1, 2], [3, 4]]")
+    options = f'{{"budgets": "static", "table": "{table}"}}'
+    args = _parse_serve(["--kv-compress", "snapkv", "--kv-compress-options", options])
+    config = KVCompressConfig.from_dict(args.additional_config["kv_compress"])
+    assert config.option("table") == ((1.0, 2.0), (3.0, 4.0))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

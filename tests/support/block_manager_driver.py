@@ -35,12 +35,16 @@ class Driver:
         if len(live) < 7 and rng.random() < 0.35:
             self._add()
         if live and rng.random() < 0.05:
-            mid_prefill = [s for s in machine.running if s.num_slots < s.prompt_len]
-            machine.abort(rng.choice(rng.choice((mid_prefill, live)) or live))
+            machine.abort(rng.choice(self._mid_prefill() or live))
         if machine.running and rng.random() < 0.04:
-            machine.preempt(rng.choice(machine.running))
+            machine.preempt(rng.choice(self._mid_prefill() or machine.running))
         if rng.random() < 0.01:
             machine.reset_prefix_cache()
+
+    def _mid_prefill(self) -> list[Sequence]:
+        """Running requests in their prompt, or nobody, so that others have their turn."""
+        is_wanted = self.rng.random() < 0.6
+        return [s for s in self.machine.running if is_wanted and s.num_slots < s.prompt_len]
 
     def _add(self) -> None:
         rng, setup, bs = self.rng, self.machine.setup, self.machine.bs
@@ -53,9 +57,10 @@ class Driver:
                 (
                     rng.randint(1, longest),
                     rng.randint(longest // 2, longest),
-                    rng.randint(1, longest // bs) * bs,
+                    rng.randint(1, longest // bs) * bs + rng.choice((0, setup.suffix)),
                     rng.randint(1, longest // bs) * bs + rng.choice((-1, 1)),
                     rng.randint(1, setup.budget or setup.window),
+                    setup.suffix + rng.randint(1, setup.budget or longest),
                 )
             )
             prompt = prompt_of(family, min(length, longest))
@@ -106,9 +111,9 @@ class Driver:
         return min(self._chunk(sequence, computed), max_model_len - computed - 1)
 
     def _chunk(self, sequence: Sequence, start: int) -> int:
-        rng, bs, prompt_len = self.rng, self.machine.bs, sequence.prompt_len
+        rng, bs, compact_len = self.rng, self.machine.bs, self.machine.compact_len(sequence)
         remaining = len(sequence.tokens) - start
-        boundary = prompt_len // bs * bs
+        boundary = compact_len // bs * bs
         end = rng.choice(
             (
                 start + remaining,
@@ -116,8 +121,8 @@ class Driver:
                 start + rng.randint(1, 3),
                 start + rng.randint(1, remaining),
                 (start // bs + rng.randint(1, 4)) * bs,
-                prompt_len - rng.randint(1, self.machine.setup.window),
-                rng.randint(boundary, prompt_len),
+                compact_len - rng.randint(1, self.machine.setup.window),
+                rng.randint(boundary, compact_len),
             )
         )
         return max(1, min(end - start, remaining))

@@ -1,7 +1,8 @@
 """A scheduler and a worker around vLLM's KVCacheManager with our block manager in it.
 
 `Machine` plays vLLM's scheduler (v1/core/sched/scheduler.py, FCFS) and a worker that records
-what is in every slot. `Machine.check` holds the invariants and runs after every operation.
+what is in every slot; where a chunk ends is asked of our own scheduler if there is a suffix.
+`Machine.check` holds the invariants and runs after every operation.
 A failing random run prints its setup, seed and the log of operations.
 """
 
@@ -20,7 +21,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressManager, KVCompressSpec
+from vllm_kvcompress.vllm_integration.scheduler import KVCompressScheduler
 
 # A token id no family of prompts uses; ids from here on are handed out once.
 FIRST_UNIQUE_TOKEN = 10_000_000
@@ -35,6 +38,7 @@ class Setup:
         depth: steps that may be in flight while the next one is scheduled; 0 = sync.
         full_sequence_must_fit: vLLM's `scheduler_reserve_full_isl`.
         retention: vLLM's `prefix_cache_retention_interval`.
+        suffix: prompt tokens after the compaction point.
     """
 
     block_size: int = 16
@@ -48,15 +52,27 @@ class Setup:
     full_sequence_must_fit: bool = True
     watermark: float = 0.0
     retention: int | None = 0
+    suffix: int = 0
+    method: str = "snapkv"
+
+    @property
+    def needs_all_queries(self) -> bool:
+        return "all_queries" in scorer_class(self.config().recipe.scorer).needs
+
+    def config(self) -> KVCompressConfig:
+        return KVCompressConfig(
+            method=self.method,
+            budget=self.budget,
+            ratio=self.ratio,
+            window=self.window,
+            options=(("suffix_tokens", self.suffix),),
+        )
 
     def spec(self) -> KVCompressSpec:
-        config = KVCompressConfig(
-            method="snapkv", budget=self.budget, ratio=self.ratio, window=self.window
-        )
         stock = FullAttentionSpec(
             block_size=self.block_size, num_kv_heads=1, head_size=8, dtype=torch.float32
         )
-        return KVCompressSpec.from_full_attention(stock, config)
+        return KVCompressSpec.from_full_attention(stock, self.config())
 
 
 @dataclass(eq=False)
@@ -68,7 +84,7 @@ class Sequence:
         labels: what slot of position p holds, one per token (see `Machine.relabel`).
         row: the worker's block-table row; it keeps the ids of blocks nulled later.
         num_slots: tokens that have a slot, all of them written.
-        finish_step: step that computed the last prompt token, None before.
+        finish_step: step that reached the compaction point, None before.
         is_compacted: the manager has been told that `finish_step` has settled.
         has_region: the region has been written.
     """
@@ -138,6 +154,9 @@ class Machine:
         self.pool = self.kv.block_pool
         (self.manager,) = self.kv.coordinator.single_type_managers
         assert type(self.manager) is KVCompressManager
+        # Of the scheduler, only the end of chunks is asked for.
+        self.scheduler = object.__new__(KVCompressScheduler)
+        self.scheduler.kv_cache_manager, self.scheduler.num_prefill_lookahead = self.kv, 0
         self.hasher = get_request_block_hasher(self.bs, sha256) if setup.caching else None
         self.slots: list[list[Any]] = [[None] * self.bs for _ in self.pool.blocks]
         self.content_of_hash: dict[bytes, list[Any]] = {}
@@ -176,20 +195,28 @@ class Machine:
     def geometry_of(self, sequence: Sequence) -> Any:
         return self.geometry.of(sequence.prompt_len)
 
+    def is_compressed(self, sequence: Sequence) -> bool:
+        return self.geometry_of(sequence).num_region_blocks > 0
+
+    def compact_len(self, sequence: Sequence) -> int:
+        """Tokens before the compaction point; of a dense prompt, all its tokens."""
+        return sequence.prompt_len - (self.setup.suffix if self.is_compressed(sequence) else 0)
+
     def row_len(self, sequence: Sequence, num_tokens: int) -> int:
-        prompt_len, num_region = sequence.prompt_len, self.geometry_of(sequence).num_region_blocks
-        in_full_prompt_blocks = num_tokens <= prompt_len // self.bs * self.bs
-        has_region = num_tokens >= prompt_len or not in_full_prompt_blocks
+        compact_len = self.compact_len(sequence)
+        num_region = self.geometry_of(sequence).num_region_blocks
+        in_full_prompt_blocks = num_tokens <= compact_len // self.bs * self.bs
+        has_region = num_tokens >= compact_len or not in_full_prompt_blocks
         return -(-num_tokens // self.bs) + (num_region if has_region else 0)
 
     def block_at(self, sequence: Sequence, position: int) -> int:
-        index, boundary = position // self.bs, sequence.prompt_len // self.bs
+        index, boundary = position // self.bs, self.compact_len(sequence) // self.bs
         if index >= boundary:
             index += self.geometry_of(sequence).num_region_blocks
         return sequence.row[index]
 
     def region(self, sequence: Sequence) -> list[int]:
-        first = sequence.prompt_len // self.bs
+        first = self.compact_len(sequence) // self.bs
         return sequence.row[first : first + self.geometry_of(sequence).num_region_blocks]
 
     def region_content(self, sequence: Sequence, index: int) -> list[Any]:
@@ -214,20 +241,28 @@ class Machine:
     def relabel(self, sequence: Sequence) -> None:
         """Label slots: K and V of exact attention are named by all tokens up to theirs.
 
-        Tokens after a compressed prompt depend on what was evicted, so nobody else may read
-        theirs; the label names the request and how often it had been preempted.
+        Tokens after a compaction depend on what was evicted, so nobody else may read theirs;
+        the label names the request and how often it had been preempted.
         """
         exact, tokens = sequence.exact_labels, sequence.tokens
         del exact[len(tokens) :]
         while len(exact) < len(tokens):
             exact.append(hash((exact[-1] if exact else 0, tokens[len(exact)])))
         sequence.labels = list(exact)
-        if self.geometry_of(sequence).is_compressed:
+        if self.is_compressed(sequence):
             attempt = sequence.request.num_preemptions
-            for position in range(sequence.prompt_len, len(tokens)):
+            for position in range(self.compact_len(sequence), len(tokens)):
                 sequence.labels[position] = ("lossy", sequence.id, attempt, position)
         for i, block_hash in enumerate(sequence.request.block_hashes):
             self.content_of_hash[block_hash] = exact[i * self.bs : (i + 1) * self.bs]
+
+    def end_of_chunk(self, sequence: Sequence, start: int, num_new: int) -> int:
+        """`num_new`, or fewer if our scheduler ends the chunk at the compaction point."""
+        if not self.setup.suffix:
+            return num_new
+        allowed = self.scheduler._reserve_prefill_lookahead(sequence.request, start, num_new)
+        self.seen["chunk cut at the compaction point"] += allowed < num_new
+        return allowed
 
     def admit(self, sequence: Sequence, pick: Any) -> bool:
         """Schedule a waiting request; `pick(hit)` is the size of its first chunk."""
@@ -235,7 +270,7 @@ class Machine:
         assert list(request.all_token_ids) == sequence.tokens
         blocks, hit, request.shared_prefix_boundary = self.kv.get_computed_blocks(request)
         self.check_hit(sequence, hit, blocks.blocks[0])
-        num_new = pick(hit)
+        num_new = self.end_of_chunk(sequence, hit, pick(hit))
         free = self.num_free
         others = any(self.manager.req_to_blocks.values())
         num_evictable = sum(block.ref_cnt == 0 for block in blocks.blocks[0])
@@ -273,7 +308,7 @@ class Machine:
         request.num_computed_tokens = hit
         self.seen["hit"] += hit > 0
         self.seen["resumed past the prompt"] += (
-            hit + num_new > sequence.prompt_len and self.geometry_of(sequence).is_compressed
+            hit + num_new > sequence.prompt_len and self.is_compressed(sequence)
         )
         self._write(sequence, hit, hit + num_new)
         self.done(what)
@@ -283,16 +318,16 @@ class Machine:
         """Schedule the next chunk or decode step of a running request."""
         request = sequence.request
         start = request.num_computed_tokens
+        num_new = self.end_of_chunk(sequence, start, num_new)
         settled = sequence.finish_step is not None and sequence.finish_step <= self.settled_step
-        compacts = (
-            settled and not sequence.is_compacted and self.geometry_of(sequence).is_compressed
-        )
+        compacts = settled and not sequence.is_compacted and self.is_compressed(sequence)
         returned = self.blocks(sequence)[: self.geometry_of(sequence).first_kept_block]
         hashes = [block.block_hash for block in returned]
-        self.seen["scheduled before the compaction settled"] += (
-            self.geometry_of(sequence).is_compressed
-            and sequence.finish_step is not None
-            and not settled
+        is_early = self.is_compressed(sequence) and sequence.finish_step is not None
+        is_early = is_early and not settled
+        self.seen["scheduled before the compaction settled"] += is_early
+        self.seen["suffix before the compaction settled"] += (
+            is_early and start < sequence.prompt_len
         )
         new = self.kv.allocate_slots(request, num_new)
         if compacts and (request.num_stale_output_tokens == 0 or self.blocks(sequence)[0].is_null):
@@ -318,7 +353,8 @@ class Machine:
 
     def _write(self, sequence: Sequence, start: int, end: int) -> None:
         """What the worker writes for tokens [start, end), in the step now being scheduled."""
-        prompt_len, boundary = sequence.prompt_len, sequence.prompt_len // self.bs * self.bs
+        compact_len = self.compact_len(sequence)
+        boundary = compact_len // self.bs * self.bs
         for position in range(start, end):
             block = self.pool.blocks[self.block_at(sequence, position)]
             label = sequence.labels[position]
@@ -330,22 +366,27 @@ class Machine:
             self.slots[block.block_id][position % self.bs] = label
         sequence.num_slots = end
         self.step.append(Chunk(sequence, start, end))
-        if self.geometry_of(sequence).is_compressed and start < prompt_len:
-            self.seen["chunk ends in the last partial block"] += boundary < end < prompt_len
+        if not self.is_compressed(sequence):
+            return
+        if self.setup.suffix:
+            assert not start < compact_len < end, f"[{start}, {end}) crosses {compact_len}"
+        if start < compact_len:
+            self.seen["chunk ends in the last partial block"] += boundary < end < compact_len
             self.seen["last chunk below the window"] += (
-                end >= prompt_len and prompt_len - start < self.setup.window
+                end >= compact_len and compact_len - start < self.setup.window
             )
-            self.seen["prompt of whole blocks"] += end >= prompt_len == boundary
+            self.seen["prompt of whole blocks"] += end >= compact_len == boundary
+        elif start < sequence.prompt_len:
+            self.seen["suffix in several chunks"] += end < sequence.prompt_len
 
     def launch(self) -> None:
         """Close the step: compact, sample, count the step's tokens as in flight."""
         self.launched_step += 1
         for chunk in self.step:
             sequence, request = chunk.sequence, chunk.sequence.request
-            prompt_len = sequence.prompt_len
-            if chunk.start < prompt_len <= chunk.end:
+            if chunk.start < self.compact_len(sequence) <= chunk.end:
                 sequence.finish_step = self.launched_step
-                if self.geometry_of(sequence).is_compressed:
+                if self.is_compressed(sequence):
                     self._compact(sequence)
             request.num_computed_tokens += chunk.end - chunk.start
             request.num_in_flight_tokens += chunk.end - chunk.start
@@ -408,10 +449,15 @@ class Machine:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.kv.free(sequence.request)
 
+    def _phase(self, sequence: Sequence) -> str:
+        computed = sequence.request.num_computed_tokens
+        if computed < self.compact_len(sequence):
+            return "prefill"
+        return "suffix" if computed < sequence.prompt_len else "decode"
+
     def abort(self, sequence: Sequence) -> None:
         if sequence in self.running:
-            mid_prefill = sequence.request.num_computed_tokens < sequence.prompt_len
-            self.seen[f"aborted mid {'prefill' if mid_prefill else 'decode'}"] += 1
+            self.seen[f"aborted mid {self._phase(sequence)}"] += 1
         sequence.request.status = RequestStatus.FINISHED_ABORTED
         self._drop(sequence)
         self.done(f"abort {sequence.id}")
@@ -419,9 +465,8 @@ class Machine:
     def preempt(self, sequence: Sequence, drop_stale: bool = False) -> None:
         """Free and start over, as `_preempt_request` does."""
         request = sequence.request
-        if self.geometry_of(sequence).is_compressed:
-            mid_prefill = request.num_computed_tokens < sequence.prompt_len
-            self.seen[f"preempted mid {'prefill' if mid_prefill else 'decode'}"] += 1
+        if self.is_compressed(sequence):
+            self.seen[f"preempted mid {self._phase(sequence)}"] += 1
         self.running.remove(sequence)
         self.kv.free(request)
         request.status = RequestStatus.PREEMPTED
@@ -519,9 +564,10 @@ class Machine:
         assert [b.block_id for b in row[num_null:]] == sequence.row[num_null:]
         # Blocks that may be offered to other requests, and those that must be.
         num_cacheable = len(request.block_hashes)
-        if geometry.is_compressed:
-            num_cacheable = min(num_cacheable, sequence.prompt_len // self.bs)
-        num_cached = min(sequence.prompt_len, sequence.num_slots) // self.bs
+        compact_len = self.compact_len(sequence)
+        if self.is_compressed(sequence):
+            num_cacheable = min(num_cacheable, compact_len // self.bs)
+        num_cached = min(compact_len, sequence.num_slots) // self.bs
         for i, block in enumerate(row[num_null:], start=num_null):
             if block.block_hash is not None:
                 assert i < num_cacheable, f"block {i} of {sequence.id} is in the prefix cache"
@@ -550,12 +596,15 @@ class Machine:
         run = 0
         while run < len(request.block_hashes) and request.block_hashes[run] in cached:
             run += 1
-        is_compressed = self.geometry_of(sequence).is_compressed
-        if is_compressed:
-            # The window's queries score the rest, so they have to be computed.
-            assert sequence.prompt_len - hit >= self.setup.window
+        most = request.num_tokens - 1
+        if self.is_compressed(sequence):
+            # The queries that score the rest have to be computed.
+            most = self.compact_len(sequence) - self.setup.window
+            if self.setup.needs_all_queries:
+                most = 0
+                self.seen["hit that may not be used"] += run > 0
+            assert hit <= most
         if not request.num_output_tokens and not request.skip_reading_prefix_cache:
-            most = request.num_tokens - (self.setup.window if is_compressed else 1)
             assert hit == min(run, most // self.bs) * self.bs
         assert hit <= min(run * self.bs, request.num_tokens - 1)
 

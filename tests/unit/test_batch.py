@@ -20,6 +20,10 @@ NUM_HEADS = 2
 WIDTH = 16
 # A prompt of 100: 5 candidate blocks, 2 region blocks at row index 6, 4 tokens behind them.
 CONFIG = KVCompressConfig("snapkv", budget=64, window=WINDOW)
+SUFFIX = 30
+SUFFIX_CONFIG = KVCompressConfig(
+    "snapkv", budget=64, window=WINDOW, options=(("suffix_tokens", SUFFIX),)
+)
 
 
 @pytest.fixture
@@ -27,14 +31,23 @@ def states():
     return RequestStates(Geometry(CONFIG, BLOCK_SIZE), NUM_LAYERS)
 
 
+@pytest.fixture
+def suffix_states():
+    return RequestStates(Geometry(SUFFIX_CONFIG, BLOCK_SIZE), NUM_LAYERS)
+
+
 @dataclass
 class Row:
-    """One request's part of a step. Its i-th token block is block `100 * id + i`."""
+    """One request's part of a step. Its i-th token block is block `100 * id + i`.
+
+    The last `suffix` tokens of its prompt are behind the compaction point.
+    """
 
     id: int
     prompt_len: int
     num_computed: int
     seq_len: int
+    suffix: int = 0
 
     @property
     def name(self):
@@ -42,7 +55,8 @@ class Row:
 
     @property
     def geometry(self):
-        return Geometry(CONFIG, BLOCK_SIZE).of(self.prompt_len)
+        config = SUFFIX_CONFIG if self.suffix else CONFIG
+        return Geometry(config, BLOCK_SIZE).of(self.prompt_len)
 
     def token_blocks(self, num_blocks):
         return [100 * self.id + i for i in range(num_blocks)]
@@ -59,7 +73,7 @@ class Row:
         tokens = self.token_blocks(num_blocks)
         if length == num_blocks:
             return tokens
-        boundary = self.prompt_len // BLOCK_SIZE
+        boundary = (self.prompt_len - self.suffix) // BLOCK_SIZE
         return tokens[:boundary] + self.region + tokens[boundary:]
 
     @property
@@ -80,7 +94,7 @@ class Row:
 class Step:
     """One classified step, checked for what must hold in every one."""
 
-    def __init__(self, states, *rows):
+    def __init__(self, states, *rows, collect_all=False):
         self.table = torch.full((len(rows), WIDTH), -7, dtype=torch.int32)
         for i, row in enumerate(rows):
             self.table[i, : len(row.blocks)] = torch.tensor(row.blocks, dtype=torch.int32)
@@ -96,6 +110,7 @@ class Step:
             np.array([row.seq_len for row in rows], dtype=np.int32),
             self.table,
             self.slots,
+            collect_all,
         )
         assert torch.equal(self.table, table_before)
         assert torch.equal(self.slots, slots_before)
@@ -108,6 +123,14 @@ class Step:
             assert self.result.block_table[i, : len(blocks)].tolist() == blocks
         for i in self.result.compressed_rows:
             assert self.result.block_table[i, : len(rows[i].blocks)].tolist() == rows[i].blocks
+
+    @property
+    def collected(self):
+        """(request, first token, past the last token, position of the first, finishes)."""
+        return [
+            (row.request_id, row.token_start, row.token_end, row.first, row.finishes)
+            for row in self.result.prefill_rows
+        ]
 
     @property
     def keeps_block_table(self):
@@ -176,10 +199,7 @@ def test_whole_prompt_in_one_step(states):
     assert step.result.dense_rows == [0]
     assert step.result.finished_prompts == [("request-1", row.geometry)]
     (prefill,) = step.result.prefill_rows
-    assert prefill.request_id == "request-1"
-    assert prefill.finishes
-    assert (prefill.token_start, prefill.token_end) == (92, 100)
-    assert prefill.first_window_token == 0
+    assert step.collected == [("request-1", 92, 100, 92, True)]
     assert prefill.prompt_blocks.dtype == prefill.region_blocks.dtype == torch.int64
     assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105, 106]
     assert prefill.region_blocks.tolist() == [150, 151]
@@ -194,9 +214,8 @@ def test_prompt_of_whole_blocks(states):
     # No prompt token lies behind the region.
     assert step.keeps_slot_mapping
     assert step.result.dense_rows == [0]
+    assert step.collected == [("request-1", 24, 32, 88, True)]
     (prefill,) = step.result.prefill_rows
-    assert prefill.finishes
-    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (24, 32, 0)
     assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105]
     assert prefill.region_blocks.tolist() == [150, 151, 152]
 
@@ -212,9 +231,7 @@ def test_window_chunk_before_the_last_partial_block(states):
     step = Step(states, Row(1, 100, 80, 93))
     assert step.keeps_block_table
     assert step.keeps_slot_mapping
-    (prefill,) = step.result.prefill_rows
-    assert not prefill.finishes
-    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (12, 13, 0)
+    assert step.collected == [("request-1", 12, 13, 92, False)]
 
 
 def test_chunks_inside_the_last_partial_block(states):
@@ -222,17 +239,14 @@ def test_chunks_inside_the_last_partial_block(states):
     assert not step.keeps_block_table
     assert not step.keeps_slot_mapping
     assert step.result.finished_prompts == []
-    (prefill,) = step.result.prefill_rows
-    assert not prefill.finishes
-    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (12, 18, 0)
-    state = prefill.state
+    assert step.collected == [("request-1", 12, 18, 92, False)]
+    state = step.result.prefill_rows[0].state
 
     # The last chunk is shorter than the window and belongs to the same request.
     step = Step(states, Row(1, 100, 98, 100))
     assert step.result.dense_rows == [0]
+    assert step.collected == [("request-1", 0, 2, 98, True)]
     (prefill,) = step.result.prefill_rows
-    assert prefill.finishes
-    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (0, 2, 6)
     assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105, 106]
     assert prefill.region_blocks.tolist() == [150, 151]
     assert prefill.state is state
@@ -242,10 +256,9 @@ def test_resumed_request_runs_past_the_end_of_its_prompt(states):
     step = Step(states, Row(1, 100, 32, 130))
     assert step.result.dense_rows == [0]
     assert [name for name, _ in step.result.finished_prompts] == ["request-1"]
+    # The tokens behind the prompt's end are no part of it.
+    assert step.collected == [("request-1", 60, 68, 92, True)]
     (prefill,) = step.result.prefill_rows
-    assert prefill.finishes
-    assert (prefill.token_start, prefill.token_end) == (60, 68)
-    assert prefill.first_window_token == 0
     assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105, 106]
     assert prefill.region_blocks.tolist() == [150, 151]
 
@@ -274,9 +287,9 @@ def test_decode_rows_among_all_others(states):
         ("request-4", finishing.geometry),
         ("request-6", Row(6, 64, 60, 64).geometry),
     ]
-    (prefill,) = result.prefill_rows
     # Behind 1 + 64 + 1 tokens of the rows before it, two before the window.
-    assert (prefill.token_start, prefill.token_end, prefill.first_window_token) == (68, 76, 0)
+    assert step.collected == [("request-4", 68, 76, 92, True)]
+    (prefill,) = result.prefill_rows
     assert prefill.prompt_blocks.tolist() == [400, 401, 402, 403, 404, 405, 406]
     assert prefill.region_blocks.tolist() == [450, 451]
 
@@ -290,8 +303,112 @@ def test_decode_in_the_prompts_last_partial_block(states):
 
 
 def test_decode_of_a_request_that_was_never_compacted_is_noticed(states):
-    with pytest.raises(AssertionError, match="request-1 decodes at 100 of prompt 100"):
+    with pytest.raises(AssertionError, match="request-1 goes on at 100 of 100 tokens"):
         Step(states, Row(1, 100, 100, 101))
+
+
+def test_all_tokens_are_collected_for_scorers_that_need_them(states):
+    other = keep(states, Row(3, 100, 100, 101))
+    step = Step(
+        states,
+        Row(1, 100, 0, 40),
+        Row(2, 64, 0, 64),
+        Row(3, 100, 100, 101),
+        Row(4, 96, 0, 96),
+        collect_all=True,
+    )
+    # Neither a prompt that stays dense nor one that is compacted has a say.
+    assert step.collected == [
+        ("request-1", 0, 40, 0, False),
+        ("request-4", 105, 201, 0, True),
+    ]
+    assert step.result.compressed_states == [other]
+    state = states.get_or_create("request-1", 100)
+    # A chunk that begins before the window, then the rest with a token generated before.
+    step = Step(states, Row(1, 100, 40, 97), collect_all=True)
+    assert step.collected == [("request-1", 0, 57, 40, False)]
+    assert step.result.prefill_rows[0].prompt_blocks.tolist() == list(range(100, 107))
+    step = Step(states, Row(2, 64, 64, 65), Row(1, 100, 97, 101), collect_all=True)
+    assert step.collected == [("request-1", 1, 4, 97, True)]
+    assert step.result.prefill_rows[0].prompt_blocks.tolist() == list(range(100, 107))
+    assert all(row.state is state for row in step.result.prefill_rows)
+
+
+# With the suffix, a prompt of 130 is compacted at 100 as a prompt of 100 is without.
+def test_chunk_that_ends_at_the_compaction_point(suffix_states):
+    row = Row(1, 130, 64, 100, SUFFIX)
+    assert row.geometry.compact_len == 100
+    step = Step(suffix_states, row)
+    assert step.result.dense_rows == [0]
+    assert step.result.finished_prompts == [("request-1", row.geometry)]
+    assert step.collected == [("request-1", 28, 36, 92, True)]
+    (prefill,) = step.result.prefill_rows
+    assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105, 106]
+    assert prefill.region_blocks.tolist() == [150, 151]
+
+
+def test_suffix_is_attended_over_the_region(suffix_states):
+    state = keep(suffix_states, Row(1, 130, 64, 100, SUFFIX))
+    # Two chunks of the suffix, then the first generated token.
+    for num_computed, seq_len in ((100, 125), (125, 130), (130, 131)):
+        row = Row(1, 130, num_computed, seq_len, SUFFIX)
+        for collect_all in (False, True):
+            step = Step(suffix_states, Row(2, 40, 50, 51), row, collect_all=collect_all)
+            assert step.result.compressed_rows == [1]
+            assert step.result.compressed_states == [state]
+            assert step.collected == []
+            assert step.result.finished_prompts == []
+            assert step.keeps_block_table
+
+
+def test_suffix_of_a_request_that_was_never_compacted_is_noticed(suffix_states):
+    with pytest.raises(AssertionError, match="request-1 goes on at 100 of 100 tokens"):
+        Step(suffix_states, Row(1, 130, 100, 130, SUFFIX))
+
+
+def test_window_ends_at_the_compaction_point(suffix_states):
+    step = Step(suffix_states, Row(1, 130, 60, 95, SUFFIX), Row(2, 130, 0, 92, SUFFIX))
+    assert step.collected == [("request-1", 32, 35, 92, False)]
+    assert step.result.finished_prompts == []
+    assert len(suffix_states) == 1
+    step = Step(suffix_states, Row(1, 130, 60, 95, SUFFIX), collect_all=True)
+    assert step.collected == [("request-1", 0, 35, 60, False)]
+
+
+@pytest.mark.parametrize("seq_len", [101, 112, 113, 130, 140])
+def test_chunk_across_the_compaction_point_attends_densely(suffix_states, seq_len):
+    # vLLM's own scheduler ends chunks anywhere; what is collected ends at the compaction point.
+    row = Row(1, 130, 64, seq_len, SUFFIX)
+    for collect_all, token_start, first in ((False, 28, 92), (True, 0, 64)):
+        step = Step(suffix_states, row, collect_all=collect_all)
+        assert step.result.dense_rows == [0]
+        assert step.result.finished_prompts == [("request-1", row.geometry)]
+        assert step.collected == [("request-1", token_start, 36, first, True)]
+        (prefill,) = step.result.prefill_rows
+        assert prefill.prompt_blocks.tolist() == [100, 101, 102, 103, 104, 105, 106]
+        assert prefill.region_blocks.tolist() == [150, 151]
+
+
+def test_suffix_behind_a_compaction_point_between_two_blocks(suffix_states):
+    row = Row(1, 126, 80, 96, SUFFIX)
+    step = Step(suffix_states, row)
+    assert step.keeps_slot_mapping
+    assert step.collected == [("request-1", 8, 16, 88, True)]
+    assert step.result.prefill_rows[0].region_blocks.tolist() == [150, 151, 152]
+    keep(suffix_states, row, [[4, 2], [3, 3]])
+    step = Step(suffix_states, Row(1, 126, 96, 126, SUFFIX))
+    assert step.result.compressed_rows == [0]
+    assert step.result.slot_mapping.tolist() == list(range(106 * BLOCK_SIZE, 106 * BLOCK_SIZE + 30))
+
+
+def test_prompt_shorter_than_suffix_and_window_stays_dense(suffix_states):
+    row = Row(1, SUFFIX + WINDOW, 0, SUFFIX + WINDOW)
+    step = Step(suffix_states, row, collect_all=True)
+    assert step.keeps_block_table
+    assert step.collected == []
+    ((name, geometry),) = step.result.finished_prompts
+    assert (name, geometry.is_compressed) == ("request-1", False)
+    assert len(suffix_states) == 0
 
 
 def test_states_are_kept_by_id_and_prompt_length(states):
@@ -330,14 +447,21 @@ def expected_table(row, num_pages):
 
 
 @pytest.mark.parametrize(
-    ("prompt_len", "num_pages"),
-    [(100, [[3, 1], [1, 3]]), (96, [[5, 1], [2, 4]])],
-    ids=["partial_last_block", "whole_blocks"],
+    ("prompt_len", "num_pages", "suffix"),
+    [
+        (100, [[3, 1], [1, 3]], 0),
+        (96, [[5, 1], [2, 4]], 0),
+        (130, [[3, 1], [1, 3]], SUFFIX),
+        (126, [[5, 1], [2, 4]], SUFFIX),
+    ],
+    ids=["partial_last_block", "whole_blocks", "suffix", "suffix_after_whole_blocks"],
 )
-def test_page_table_of_a_decoding_request(states, prompt_len, num_pages):
-    state = keep(states, Row(1, prompt_len, 0, prompt_len), num_pages)
-    for seq_len in (prompt_len, prompt_len + 1, 112, 113, 150):
-        row = Row(1, prompt_len, seq_len - 1, seq_len)
+def test_page_table_of_a_decoding_request(states, suffix_states, prompt_len, num_pages, suffix):
+    states = suffix_states if suffix else states
+    compact_len = prompt_len - suffix
+    state = keep(states, Row(1, prompt_len, 0, compact_len, suffix), num_pages)
+    for seq_len in (compact_len, compact_len + 1, 112, 113, 150):
+        row = Row(1, prompt_len, seq_len - 1, seq_len, suffix)
         expected = expected_table(row, num_pages)
         num_tail_blocks = -(-seq_len // BLOCK_SIZE) - row.geometry.first_kept_block
         table = state.page_table(decode_row(row), num_tail_blocks)

@@ -26,6 +26,22 @@ SETUPS = {
     "ratio-32-few-kept": Setup(block_size=32, ratio=0.9, max_model_len=448, depth=1),
     "ungated": Setup(budget=64, full_sequence_must_fit=False, num_spare_blocks=4, depth=1),
     "dense-retention": Setup(budget=64, retention=None, num_spare_blocks=4),
+    "suffix-of-blocks": Setup(budget=64, suffix=48),
+    "suffix-async": Setup(budget=64, suffix=37, depth=1),
+    "suffix-async-deep": Setup(budget=80, window=24, suffix=21, depth=2, num_spare_blocks=20),
+    "suffix-of-a-token-smallest-pool": Setup(budget=64, suffix=1, num_spare_blocks=0, depth=1),
+    "suffix-ratio-no-cache": Setup(ratio=0.5, suffix=50, caching=False, num_spare_blocks=3),
+    "suffix-32-ungated": Setup(
+        block_size=32,
+        ratio=0.6,
+        suffix=70,
+        max_model_len=448,
+        full_sequence_must_fit=False,
+        depth=1,
+    ),
+    "all-queries": Setup(budget=64, method="h2o"),
+    "all-queries-async": Setup(ratio=0.5, method="expected-attention", depth=1),
+    "all-queries-suffix": Setup(budget=64, method="h2o", suffix=30, depth=1, num_spare_blocks=4),
 }
 # What every random run must have come across.
 EVENTS = {
@@ -36,7 +52,6 @@ EVENTS = {
     "aborted mid decode",
     "preempted mid prefill",
     "preempted mid decode",
-    "resumed past the prompt",
     "chunk ends in the last partial block",
     "last chunk below the window",
     "prompt of whole blocks",
@@ -59,6 +74,16 @@ def test_random_operations_keep_every_block_accounted_for(name: str, seed: int) 
         expected |= {"hit", "shared block"}
     if machine.setup.depth:
         expected |= {"scheduled before the compaction settled"}
+    if machine.setup.suffix:
+        expected |= {"chunk cut at the compaction point", "preempted mid suffix"}
+        if machine.setup.suffix > 1:
+            expected |= {"aborted mid suffix", "suffix in several chunks"}
+        if machine.setup.depth:
+            expected |= {"suffix before the compaction settled"}
+    else:
+        expected |= {"resumed past the prompt"}
+    if machine.setup.needs_all_queries:
+        expected |= {"hit that may not be used"}
     assert not [what for what in sorted(expected) if not machine.seen[what]]
 
 
@@ -261,3 +286,93 @@ def test_admission_of_a_resumed_request_counts_its_whole_row() -> None:
     machine.run_and_settle((large, 240), (small, 48))
     assert machine.num_free == 9
     assert not machine.admit(sequence, lambda _: 16)
+
+
+# With a suffix of 30, a prompt of 130 is compacted at 100 like a prompt of 100 without.
+
+SUFFIX = Setup(budget=64, suffix=30)
+
+
+def test_suffix_is_allocated_after_the_region_and_the_prompt_freed_before_its_end() -> None:
+    machine = Machine(SUFFIX)
+    total = machine.num_free
+    sequence = machine.add(prompt_of(0, 130))
+    # The scheduler ends the chunk at the compaction point, whatever its budget allows.
+    machine.run_and_settle((sequence, 130))
+    assert sequence.num_slots == 100
+    assert total - machine.num_free == 7 + 2
+    machine.run_and_settle((sequence, 20))
+    assert machine.nulls(sequence) == [0, 1, 2, 3, 4]
+    assert total - machine.num_free == 8 + 2 - 5
+    machine.run_and_settle((sequence, 10))
+    machine.run_and_settle((sequence, 1))
+    assert total - machine.num_free == 9 + 2 - 5
+    # The blocks of the suffix are no one else's: 6 blocks are found, and 5 before the window.
+    assert machine.hit(prompt_of(0, 250)) == 96
+    assert machine.hit(prompt_of(0, 130)) == 80
+
+
+def test_suffix_in_flight_keeps_the_prompt_until_the_compaction_has_settled() -> None:
+    machine = Machine(Setup(budget=64, suffix=30, depth=2))
+    sequence = machine.add(prompt_of(0, 130))
+    machine.run((sequence, 100))
+    machine.run((sequence, 15))
+    machine.run((sequence, 15))
+    assert machine.nulls(sequence) == []
+    machine.settle()
+    machine.run((sequence, 1))
+    assert machine.nulls(sequence) == [0, 1, 2, 3, 4]
+
+
+def test_request_preempted_in_its_suffix_computes_everything_again() -> None:
+    machine = Machine(SUFFIX)
+    total = machine.num_free
+    sequence = machine.add(prompt_of(0, 130))
+    machine.run_and_settle((sequence, 100))
+    machine.run_and_settle((sequence, 20))
+    machine.preempt(sequence)
+    assert machine.num_free == total
+    machine.run_and_settle((sequence, 130))
+    assert sequence.num_slots == 100
+    machine.run_and_settle((sequence, 30))
+    machine.run_and_settle((sequence, 1))
+    assert total - machine.num_free == 9 + 2 - 5
+
+
+@pytest.mark.parametrize("length", [30, 46, 94])
+def test_prompt_that_is_dense_for_its_suffix_is_computed_in_one_chunk(length: int) -> None:
+    machine = Machine(SUFFIX)
+    sequence = machine.add(prompt_of(0, length))
+    machine.run_and_settle((sequence, length))
+    assert sequence.num_slots == length
+    machine.run_and_settle((sequence, 1))
+    assert machine.nulls(sequence) == []
+    assert machine.hit(prompt_of(0, length)) == (length - 1) // 16 * 16
+
+
+def test_scorer_of_all_queries_finds_no_prefix_of_a_prompt_it_compresses() -> None:
+    machine = Machine(Setup(budget=64, method="h2o", num_spare_blocks=30))
+    first = machine.add(prompt_of(0, 200))
+    machine.run_and_settle((first, 200))
+    assert machine.hit(prompt_of(0, 200)) == machine.hit(prompt_of(0, 65)) == 0
+    # A prompt that stays dense is scored by nobody.
+    assert machine.hit(prompt_of(0, 64)) == 48
+
+
+def test_other_setting_between_requests() -> None:
+    machine = Machine(Setup(budget=64, num_spare_blocks=30))
+    sequence = machine.add(prompt_of(0, 100))
+    machine.run_and_settle((sequence, 100))
+    with pytest.raises(RuntimeError, match="1 requests still run under the old setting"):
+        machine.manager.reconfigure(Setup(budget=64, suffix=30).config())
+    assert machine.hit(prompt_of(0, 100)) == 80
+    machine.abort(sequence)
+    for setup, hit in (
+        (Setup(budget=64, window=1), 96),
+        (Setup(budget=64, suffix=30), 48),
+        (Setup(budget=64, method="h2o"), 0),
+        (Setup(budget=100), 96),
+    ):
+        machine.manager.reconfigure(setup.config())
+        assert machine.manager.geometry == setup.spec().geometry
+        assert machine.hit(prompt_of(0, 100)) == hit

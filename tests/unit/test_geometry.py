@@ -12,22 +12,31 @@ from vllm_kvcompress.memory import Geometry, cdiv
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
+def config_of(suffix=0, **setting):
+    return KVCompressConfig("snapkv", options=(("suffix_tokens", suffix),), **setting)
+
+
 def geometry_of(prompt_len, block_size=16, **setting):
-    return Geometry(KVCompressConfig("snapkv", **setting), block_size).of(prompt_len)
+    return Geometry(config_of(**setting), block_size).of(prompt_len)
 
 
 @st.composite
 def geometries(draw):
     block_size = draw(st.sampled_from(BLOCK_SIZES))
     window = draw(st.integers(1, 100))
+    suffix = draw(st.one_of(st.just(0), st.integers(1, 400)))
     if draw(st.booleans()):
         size = {"budget": draw(st.integers(window + block_size, 2000))}
     else:
         size = {"ratio": draw(st.floats(0, 1, exclude_max=True))}
-    return Geometry(KVCompressConfig("snapkv", window=window, **size), block_size)
+    return Geometry(config_of(suffix, window=window, **size), block_size)
 
 
 requests = st.tuples(geometries(), st.integers(1, 5000))
+
+
+def suffix_of(geometry):
+    return geometry.config.option("suffix_tokens")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +56,8 @@ def test_named_geometries(prompt_len, first_kept_block, num_region_blocks, bound
     assert geometry.boundary_block == boundary_block
     assert geometry.num_candidate_tokens == first_kept_block * 16
     assert geometry.num_dense_prompt_tokens == prompt_len - first_kept_block * 16
+    assert geometry.num_tail_tokens == geometry.num_dense_prompt_tokens
+    assert geometry.compact_len == prompt_len
     num_evicted_blocks = first_kept_block - num_region_blocks
     assert geometry.num_kept_tokens == prompt_len - num_evicted_blocks * 16
     assert geometry.first_kept_block - geometry.num_region_blocks == num_evicted_blocks
@@ -78,6 +89,11 @@ def test_row_of_a_prompt_of_whole_blocks():
         pytest.param(1000, 16, {"ratio": 0}, id="ratio_0"),
         pytest.param(500, 16, {"ratio": 0.001}, id="ratio_of_less_than_a_token"),
         pytest.param(200, 128, {"ratio": 0.9}, id="one_candidate_page"),
+        pytest.param(300, 16, {"ratio": 0.5, "suffix": 300}, id="prompt_is_the_suffix"),
+        pytest.param(200, 16, {"ratio": 0.5, "suffix": 500}, id="prompt_shorter_than_the_suffix"),
+        pytest.param(532, 16, {"ratio": 0.5, "suffix": 500}, id="suffix_and_window"),
+        pytest.param(800, 16, {"budget": 300, "suffix": 500}, id="budget_equals_the_context"),
+        pytest.param(800, 16, {"ratio": 0.003, "suffix": 500}, id="ratio_of_less_than_a_token"),
     ],
 )
 def test_stays_dense(prompt_len, block_size, setting):
@@ -85,6 +101,8 @@ def test_stays_dense(prompt_len, block_size, setting):
     assert not geometry.is_compressed
     assert geometry.num_region_blocks == geometry.first_kept_block == 0
     assert geometry.num_kept_tokens == geometry.num_dense_prompt_tokens == prompt_len
+    # There is no compaction point before the prompt's end where nothing is compacted.
+    assert geometry.compact_len == geometry.num_tail_tokens == prompt_len
     for num_tokens in range(1, prompt_len + 2 * block_size):
         assert geometry.num_row_blocks(num_tokens) == cdiv(num_tokens, block_size)
         assert geometry.row_index(num_tokens) == num_tokens // block_size
@@ -93,6 +111,52 @@ def test_stays_dense(prompt_len, block_size, setting):
 def test_one_token_above_a_dense_prompt_is_compressed():
     assert not geometry_of(256, budget=256).is_compressed
     assert geometry_of(257, budget=256).is_compressed
+    assert not geometry_of(256 + 99, budget=256, suffix=99).is_compressed
+    assert geometry_of(257 + 99, budget=256, suffix=99).is_compressed
+
+
+# The compaction point in the middle of a block, at a block's end, and one token past it; the
+# prompt's end likewise.
+@pytest.mark.parametrize("compact_len", [1000, 1023, 1024, 1025])
+@pytest.mark.parametrize("suffix", [1, 15, 16, 17, 24, 40, 600])
+@pytest.mark.parametrize("size", [{"budget": 256}, {"ratio": 0.7}], ids=["budget", "ratio"])
+def test_a_suffix_changes_nothing_before_the_compaction_point(compact_len, suffix, size):
+    without = geometry_of(compact_len, window=32, **size)
+    geometry = geometry_of(compact_len + suffix, window=32, suffix=suffix, **size)
+    assert geometry.compact_len == compact_len
+    for name in (
+        "first_kept_block",
+        "num_region_blocks",
+        "boundary_block",
+        "num_candidate_tokens",
+        "num_tail_tokens",
+    ):
+        assert getattr(geometry, name) == getattr(without, name)
+    # The suffix itself is never evicted and comes on top of what was asked.
+    assert geometry.num_dense_prompt_tokens == without.num_dense_prompt_tokens + suffix
+    assert geometry.num_kept_tokens == without.num_kept_tokens + suffix
+    for num_tokens in range(1, compact_len + suffix + 50):
+        assert geometry.num_row_blocks(num_tokens) == without.num_row_blocks(num_tokens)
+        assert geometry.row_index(num_tokens) == without.row_index(num_tokens)
+
+
+def test_row_of_a_prompt_with_a_suffix_of_several_blocks():
+    # 1040 tokens, of which 40 after the compaction point at 1000: the row is that of a prompt
+    # of 1000 whose first 40 generated tokens are given.
+    geometry = geometry_of(1040, budget=256, window=32, suffix=40)
+    assert (geometry.first_kept_block, geometry.boundary_block) == (60, 62)
+    assert geometry.num_region_blocks == 13
+    assert (geometry.num_tail_tokens, geometry.num_dense_prompt_tokens) == (40, 80)
+    assert [geometry.num_row_blocks(n) for n in (992, 993, 1000, 1008)] == [62, 76, 76, 76]
+    assert [geometry.num_row_blocks(n) for n in (1009, 1025, 1040, 1041)] == [77, 78, 78, 79]
+    assert [geometry.row_index(p) for p in (991, 992, 1007, 1008, 1039)] == [61, 75, 75, 76, 77]
+
+
+def test_region_comes_with_the_compaction_point_and_not_with_the_prompts_end():
+    geometry = geometry_of(1056, budget=256, window=32, suffix=32)
+    assert geometry.num_region_blocks == 14
+    assert [geometry.num_row_blocks(n) for n in (1023, 1024, 1025)] == [64, 78, 79]
+    assert [geometry.row_index(p) for p in (1023, 1024)] == [63, 78]
 
 
 def test_budget_below_window_and_one_page_is_refused_with_all_numbers():
@@ -109,18 +173,19 @@ def test_kept_tokens_stay_within_what_was_asked(request):
     geometry = geometries_.of(prompt_len)
     if not geometry.is_compressed:
         return
+    compact_len = prompt_len - suffix_of(geometries_)
     # A ratio removes whole tokens, so up to one token more may be kept.
     asked = (
-        config.budget if config.budget is not None else (1 - config.ratio) * prompt_len + 1 - 1e-9
+        config.budget if config.budget is not None else (1 - config.ratio) * compact_len + 1 - 1e-9
     )
-    kept = geometry.num_kept_tokens
+    kept = geometry.num_kept_tokens - suffix_of(geometries_)
     if geometry.num_region_blocks > 1:
         assert kept <= asked
     else:
         assert kept < config.window + 2 * block_size
     # Nor is more than a page of the budget left unused.
     assert kept > asked - block_size - 1
-    assert kept < prompt_len
+    assert kept < compact_len == geometry.compact_len
     assert geometry.first_kept_block - geometry.num_region_blocks >= 1
 
 
@@ -131,7 +196,9 @@ def test_window_is_always_dense(request):
     window = geometries_.config.window
     assert geometry.num_dense_prompt_tokens >= min(window, prompt_len)
     if geometry.is_compressed:
-        assert geometry.num_dense_prompt_tokens < window + geometries_.block_size
+        assert window <= geometry.num_tail_tokens < window + geometries_.block_size
+        suffix = suffix_of(geometries_)
+        assert geometry.num_dense_prompt_tokens == geometry.num_tail_tokens + suffix
 
 
 @given(requests)
@@ -163,7 +230,7 @@ def test_row_grows_in_order_and_holds_every_position(request):
         assert length in (last_index + 1, last_index + 1 + num_region)
         # Anything past the prompt's full blocks implies the whole region.
         assert length <= boundary or length >= boundary + num_region
-        if num_tokens >= prompt_len:
+        if num_tokens >= geometry.compact_len:
             assert length >= boundary + num_region
         previous = length
 
@@ -183,9 +250,11 @@ def test_largest_region(max_model_len, num_region_blocks):
     assert geometries_.max_region_blocks(max_model_len) == num_region_blocks
     num_blocks = cdiv(max_model_len, 16) + num_region_blocks
     assert geometries_.max_request_blocks(max_model_len) == num_blocks
+    with_suffix = Geometry(config_of(100, budget=256, window=32), 16)
+    assert with_suffix.max_region_blocks(max_model_len + 100) == num_region_blocks
 
 
-@given(geometries(), st.integers(1, 1200))
+@given(geometries(), st.integers(1, 1600))
 def test_bounds_hold_for_every_prompt_up_to_max_model_len(geometries_, max_model_len):
     requests_ = [geometries_.of(n) for n in range(1, max_model_len + 1)]
     largest = max(request.num_region_blocks for request in requests_)
@@ -194,6 +263,10 @@ def test_bounds_hold_for_every_prompt_up_to_max_model_len(geometries_, max_model
     assert bound == cdiv(max_model_len, geometries_.block_size) + largest
     assert max(request.num_row_blocks(max_model_len) for request in requests_) <= bound
     assert max(r.num_row_blocks(r.prompt_len) for r in requests_) <= bound
+    # What a resumed request is admitted by: the largest region of any prompt within it.
+    for request in requests_[:: geometries_.block_size]:
+        shorter = geometries_.max_region_blocks(request.prompt_len)
+        assert request.num_region_blocks <= shorter <= largest
 
 
 @given(st.sampled_from(BLOCK_SIZES), st.integers(1, 3000), st.integers(0, 3000))

@@ -19,6 +19,7 @@ FORBIDDEN = [
     ("policies", ("memory", "compaction", "vllm_integration", "triton_kernels")),
     ("memory", ("policies", "ops", "compaction", "vllm_integration", "triton_kernels")),
     ("ops", ("config", "policies", "memory", "compaction", "vllm_integration")),
+    ("cli", ("ops", "compaction", "triton_kernels")),
     ("compaction.py", ("vllm_integration", "triton_kernels")),
     ("config.py", ("ops", "memory", "compaction", "vllm_integration", "triton_kernels")),
 ]

@@ -15,7 +15,13 @@ from vllm_kvcompress.vllm_integration.metrics import (
     merge_rank_stats,
 )
 
-GEOMETRY = RequestGeometry(prompt_len=200, block_size=16, first_kept_block=11, num_region_blocks=2)
+GEOMETRY = RequestGeometry(
+    prompt_len=200, block_size=16, first_kept_block=11, num_region_blocks=2, compact_len=200
+)
+# Compacted at the same point, 30 tokens before the prompt's end.
+SUFFIX_GEOMETRY = RequestGeometry(
+    prompt_len=230, block_size=16, first_kept_block=11, num_region_blocks=2, compact_len=200
+)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +60,15 @@ def test_counts_of_compressed_and_dense_prompts() -> None:
         "blocks_returned": 11,
         "region_blocks": 2,
     }
+
+
+def test_tokens_after_the_compaction_point_count_as_kept() -> None:
+    stats = CompressionStats(log=False)
+    stats.record_compressed("0-a74c0dd9", SUFFIX_GEOMETRY, torch.tensor([[1, 3]]))
+    (record,) = stats.snapshot()["requests"]
+    assert record["kept_per_head"] == [[70, 102]]
+    assert record["evicted_per_head"] == [[160, 128]]
+    assert (record["prompt_len"], record["kept_tokens"], record["evicted_tokens"]) == (230, 86, 144)
 
 
 def test_only_the_newest_records_are_kept(monkeypatch) -> None:

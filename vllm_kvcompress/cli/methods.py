@@ -1,4 +1,4 @@
-"""`vllm-kvcompress methods`: every method with its paper and options."""
+"""`vllm-kvcompress methods`: every method with its paper, needs and options."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from vllm_kvcompress.policies.recipes import (
     pair_problem,
 )
 
-_NEEDS = {
-    "window_query": "the queries of the last tokens",
+# In words, the members of `policies.base.NEEDS`.
+NEEDS = {
+    "window_query": "the queries of the prompt's last tokens",
     "value": "the values",
-    "output_weight": "the output projection",
-    "all_queries": "all queries of the prompt, so compressed prompts get no prefix-cache hits",
+    "output_weight": "the output projection of every layer",
+    "all_queries": "all queries of the prompt: compressed prompts get no prefix-cache hits",
     "rotary": "the rotary position encoding",
 }
 
@@ -30,7 +31,7 @@ _NEEDS = {
 def add_parser(commands: Any) -> None:
     """Add the subcommand to an argparse subparsers object."""
     parser = commands.add_parser("methods", help="list all methods, or one in detail")
-    parser.add_argument("name", nargs="?", help="one method, with every option")
+    parser.add_argument("name", nargs="?", help="one method, with every option explained")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.set_defaults(run=run)
 
@@ -44,17 +45,21 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.name is not None:
         # Refuses an unknown name with the known ones.
         KVCompressConfig(method=arguments.name)
-    recipes = [RECIPES[arguments.name]] if arguments.name else list(RECIPES.values())
+    recipes = list(RECIPES.values()) if arguments.name is None else [RECIPES[arguments.name]]
     if arguments.json:
         print(json.dumps([_as_dict(recipe) for recipe in recipes], indent=1))
-    elif arguments.name:
+    elif arguments.name is not None:
         print(_details(recipes[0]))
     else:
         print("\n".join(map(_entry, recipes)))
-        print("\nBudgets, the option of every method that shares pages among layers and heads:")
+        print("\nWhat the option 'budgets' can be, and the options that come with it:")
         for name, budget in BUDGETS.items():
-            print(f"  {name:<12} {budget.summary}{_listed(budget.options)}")
-        print("\nvllm-kvcompress methods NAME explains one method's options.")
+            added = f" ({_values(budget.options)})" if budget.options else ""
+            print(f"  {name:<12} {budget.summary}{added}")
+        print(
+            "\n`vllm-kvcompress methods NAME` explains one method: its options, what it needs, "
+            "\nand why it refuses some budgets."
+        )
 
 
 def _as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -63,54 +68,71 @@ def _as_dict(recipe: Recipe) -> dict[str, Any]:
         "summary": recipe.summary,
         "paper": recipe.paper,
         "scorer": recipe.scorer,
-        "budgets": recipe.budgets,
         "needs": sorted(scorer_class(recipe.scorer).needs),
-        "refused_budgets": {
-            name: problem for name in BUDGETS if (problem := pair_problem(recipe.scorer, name))
-        },
-        "options": {
+        "budgets": {
             name: {
-                "default": spec.default,
-                "type": spec.kind.__name__,
-                "choices": spec.choices,
-                "minimum": spec.minimum,
-                "maximum": spec.maximum,
-                "help": spec.help,
+                "summary": budget.summary,
+                "refused": pair_problem(recipe.scorer, name),
+                "options": _specs_as_dict(budget.options),
             }
-            for name, spec in option_specs(recipe).items()
+            for name, budget in BUDGETS.items()
         },
+        "options": _specs_as_dict(option_specs(recipe)),
+    }
+
+
+def _specs_as_dict(specs: dict[str, OptionSpec]) -> dict[str, Any]:
+    return {
+        name: {
+            "default": spec.default,
+            "type": spec.kind.__name__,
+            "choices": spec.choices,
+            "minimum": spec.minimum,
+            "maximum": spec.maximum,
+            "help": spec.help,
+        }
+        for name, spec in specs.items()
     }
 
 
 def _entry(recipe: Recipe) -> str:
-    options = textwrap.fill(
-        "options: " + ", ".join(f"{k}={_value(s)}" for k, s in option_specs(recipe).items()),
-        width=100,
-        initial_indent="    ",
-        subsequent_indent="      ",
-        break_on_hyphens=False,
-    )
-    return f"{recipe.name}: {recipe.summary}\n    {recipe.paper}\n{options}"
+    lines = [f"{recipe.name}: {recipe.summary}", f"    {recipe.paper}"]
+    lines.append(_wrapped(f"options: {_values(option_specs(recipe))}", "    "))
+    refused = [name for name in BUDGETS if pair_problem(recipe.scorer, name)]
+    if refused:
+        lines.append(f"    refuses budgets {', '.join(refused)}")
+    return "\n".join(lines)
 
 
 def _details(recipe: Recipe) -> str:
     lines = [f"{recipe.name}: {recipe.summary}", f"source: {recipe.paper}"]
-    needs = [_NEEDS[need] for need in sorted(scorer_class(recipe.scorer).needs)]
-    lines.append(f"needs beside keys: {'; '.join(needs) or 'nothing'}")
-    for name in BUDGETS:
-        problem = pair_problem(recipe.scorer, name)
-        if problem:
-            lines.append(f"refused: {problem}")
-    lines.append("options:")
+    needs = [NEEDS[need] for need in sorted(scorer_class(recipe.scorer).needs)]
+    lines.append(f"needs beside the keys: {'; '.join(needs) or 'nothing'}")
+    lines += ["", "options (name, type, default):"]
     for name, spec in option_specs(recipe).items():
-        lines.append(f"  {name} = {_value(spec)}: {spec.help}{_range(spec)}")
+        lines += _option(name, spec, "  ")
+    lines += ["", "budgets:"]
+    for name, budget in BUDGETS.items():
+        problem = pair_problem(recipe.scorer, name)
+        is_own = name == recipe.budgets
+        text = f"refused: {problem}" if problem else budget.summary + " (default)" * is_own
+        lines.append(f"  {name:<12} {text}")
+        if not problem and not is_own:
+            for option, spec in budget.options.items():
+                lines += _option(option, spec, " " * 15)
     return "\n".join(lines)
 
 
-def _listed(options: dict[str, OptionSpec]) -> str:
-    if not options:
-        return ""
-    return " (" + ", ".join(f"{name}={_value(spec)}" for name, spec in options.items()) + ")"
+def _option(name: str, spec: OptionSpec, indent: str) -> list[str]:
+    # What an option with its own parser takes is said in its help.
+    kind = "JSON" if spec.parse is not None else spec.kind.__name__
+    default = "must be given" if spec.default is None else _value(spec)
+    head = f"{indent}{name:<14} {kind:<5} {default}{_range(spec)}"
+    return [head, _wrapped(spec.help, indent + "    ")]
+
+
+def _values(specs: dict[str, OptionSpec]) -> str:
+    return ", ".join(f"{name}={_value(spec)}" for name, spec in specs.items())
 
 
 def _value(spec: OptionSpec) -> str:
@@ -118,12 +140,24 @@ def _value(spec: OptionSpec) -> str:
 
 
 def _range(spec: OptionSpec) -> str:
-    if spec.choices is not None and spec.kind is str:
-        return f" ({', '.join(map(str, spec.choices))})"
-    if spec.choices is not None and spec.kind is int:
-        return f" ({spec.choices[0]} to {spec.choices[-1]})"
+    if spec.kind is str and spec.choices is not None:
+        return f"  ({', '.join(map(str, spec.choices))})"
+    if spec.kind is bool:
+        return "  (true, false)"
+    if spec.choices is not None:
+        return f"  ({spec.choices[0]} to {spec.choices[-1]})"
     if spec.minimum is not None and spec.maximum is not None:
-        return f" ({spec.minimum:g} to {spec.maximum:g})"
+        return f"  ({spec.minimum} to {spec.maximum})"
     if spec.minimum is not None:
-        return f" (at least {spec.minimum:g})"
+        return f"  (at least {spec.minimum})"
     return ""
+
+
+def _wrapped(text: str, indent: str) -> str:
+    return textwrap.fill(
+        text,
+        width=100,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_on_hyphens=False,
+    )

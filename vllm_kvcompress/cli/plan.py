@@ -5,73 +5,123 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from typing import Any
 
+from vllm_kvcompress.cli import report
+from vllm_kvcompress.cli.model import DTYPE_BYTES, ModelShape, read_shape
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.policies.recipes import BUDGETS
 from vllm_kvcompress.vllm_integration.cli import add_flags, merge_flags
 
 DEFAULT_BLOCK_SIZE = 16
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_BINARY = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_UNITS = {**_BINARY, **{f"{unit}ib": _BINARY[unit] for unit in "kmgt"}, **_DECIMAL}
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What decides the size of a model's KV cache, on one tensor-parallel rank.
+class PagePlan:
+    """How the region's pages are shared, as far as the setting alone decides.
 
     Attributes:
-        num_layers, num_kv_heads, head_size: of the attention layers.
-        element_bytes: bytes of one cached number.
+        total: pages of all heads of all layers on one rank.
+        mean_per_layer: pages per KV head of each layer, averaged over its heads; None where
+            the layers compete by score.
+        per_head: [layer][head] pages; None where heads compete by score.
+        least, most: [layer] bounds on the pages of one head, whatever the scores are. `most`
+            can be one too high for granularity 'token', where shares are rounded to pages.
     """
 
-    num_layers: int
-    num_kv_heads: int
-    head_size: int
-    element_bytes: int
-
-    def block_bytes(self, block_size: int) -> int:
-        """Bytes of one block: keys and values of all layers and heads."""
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_size
-        return per_token * self.element_bytes * block_size
+    total: int
+    mean_per_layer: list[float] | None
+    per_head: list[list[int]] | None
+    least: list[int]
+    most: list[int]
 
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """One request of a given size under a setting.
+    """One request of a given size under a setting, on one rank.
 
     Attributes:
         prompt_len, output_len: tokens.
-        compressed: whether anything is evicted.
-        kept_asked, kept_tokens: prompt tokens per KV head and layer, on average.
-        region_blocks, dense_blocks: blocks held from compaction to the end of the output.
-        full_blocks: what the request holds without compression.
-        prefill_blocks: most blocks held at once, in the step that compacts.
-        bytes, full_bytes, prefill_bytes: the same as memory on one rank.
-        pages_per_layer: pages of the region per KV head of each layer, where the setting alone
-            decides; else None.
-        most_pages: most pages one head can get; all candidates of the prompt.
-        fits, full_fits: requests of this kind that a pool holds, if one is given.
+        is_compressed: whether anything is evicted.
+        kept_tokens_asked, kept_tokens: prompt tokens per KV head and layer, on average.
+        region_blocks, dense_blocks: blocks held after compaction: what was kept of the prompt,
+            then its tail and the whole output.
+        held_blocks: their sum.
+        full_blocks: what the request holds at its end without compression.
+        prefill_blocks: blocks held in the step that compacts: dense prompt and region.
+        held_bytes, full_bytes, prefill_bytes: the same as memory.
+        pages: of the region; None if nothing is compressed.
+        fits, full_fits: requests of this kind that the pool holds with and without compression;
+            None if no pool is given.
     """
 
     prompt_len: int
     output_len: int
-    compressed: bool
-    kept_asked: int
+    is_compressed: bool
+    kept_tokens_asked: int
     kept_tokens: int
     region_blocks: int
     dense_blocks: int
+    held_blocks: int
     full_blocks: int
     prefill_blocks: int
-    bytes: int
+    held_bytes: int
     full_bytes: int
     prefill_bytes: int
-    pages_per_layer: list[int] | None
-    most_pages: int
+    pages: PagePlan | None
     fits: int | None
     full_fits: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Several requests under one setting.
+
+    Attributes:
+        config: the setting.
+        shape: of the model's KV cache on one rank.
+        tensor_parallel_size: ranks.
+        block_size: tokens per block.
+        pool_bytes: KV memory of one rank, or None.
+        requests: one per prompt length.
+    """
+
+    config: KVCompressConfig
+    shape: ModelShape
+    tensor_parallel_size: int
+    block_size: int
+    pool_bytes: int | None
+    requests: list[RequestPlan]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block on one rank."""
+        return self.shape.block_bytes(self.block_size)
+
+    @property
+    def pool_blocks(self) -> int | None:
+        """Blocks of the pool that requests can hold."""
+        return None if self.pool_bytes is None else usable_blocks(self.pool_bytes, self.block_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What --json prints."""
+        return {
+            "setting": self.config.to_dict(),
+            "model": asdict(self.shape),
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "block_size": self.block_size,
+            "block_bytes": self.block_bytes,
+            "pool_bytes": self.pool_bytes,
+            "pool_blocks": self.pool_blocks,
+            "requests": [asdict(request) for request in self.requests],
+        }
 
 
 def add_parser(commands: Any) -> None:
@@ -79,32 +129,55 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plan",
         help="what a setting keeps, its memory per request, and how many fit a pool",
-        description="Loads no weights and needs no vLLM.",
+        description="What a setting keeps and costs. Reads the model's config only; starts no "
+        "engine.",
     )
-    parser.add_argument("model", help="folder with config.json, or hub name")
+    parser.add_argument("model", metavar="MODEL", help="folder with config.json, or hub name")
     add_flags(parser)
     parser.add_argument(
-        "--prompt-len", type=int, nargs="+", required=True, metavar="TOKENS", help="prompt length"
+        "--prompt-len",
+        type=_whole("prompt length", 1),
+        nargs="+",
+        required=True,
+        metavar="TOKENS",
+        help="length of each prompt to plan for",
     )
-    parser.add_argument("--output-len", type=int, default=256, help="generated tokens")
+    parser.add_argument(
+        "--output-len",
+        type=_whole("output length", 0),
+        default=256,
+        metavar="TOKENS",
+        help="tokens generated after each prompt (default 256)",
+    )
     parser.add_argument(
         "--block-size",
-        type=int,
+        type=_whole("block size", 1),
         default=DEFAULT_BLOCK_SIZE,
-        help="tokens per page (default 16, as on CUDA; an engine on CPU takes 32)",
+        metavar="TOKENS",
+        help=f"tokens per block and page (default {DEFAULT_BLOCK_SIZE}, vLLM's on CUDA; with "
+        "compression an engine on CPU takes 32)",
     )
     parser.add_argument(
         "--kv-cache-dtype",
         default="auto",
-        choices=("auto", *_DTYPE_BYTES),
-        help="auto = the model's",
+        choices=("auto", *DTYPE_BYTES),
+        help="auto (default): the model's",
     )
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument(
-        "--pool", type=_bytes, metavar="SIZE", help="KV memory per rank, e.g. 20GiB"
+        "--tensor-parallel-size",
+        type=_whole("tensor parallel size", 1),
+        default=1,
+        metavar="RANKS",
+        help="all numbers are then those of one rank (default 1)",
+    )
+    parser.add_argument(
+        "--pool",
+        type=_size,
+        metavar="SIZE",
+        help="KV-cache memory of one rank, e.g. 20GiB (= 20G) or 20GB",
     )
     parser.add_argument("--json", action="store_true", help="machine-readable")
-    parser.add_argument("--plot", metavar="FILE", help="draw budgets and memory to a PNG")
+    parser.add_argument("--plot", metavar="FILE", help="draw budgets and memory to a PNG file")
     parser.set_defaults(run=run)
 
 
@@ -112,207 +185,167 @@ def run(arguments: argparse.Namespace) -> None:
     """Print (and draw) the plan.
 
     Raises:
-        KVCompressConfigError: if model or setting cannot work.
+        KVCompressConfigError: if the model or the setting cannot work.
     """
     merge_flags(arguments)
     raw = (getattr(arguments, "additional_config", None) or {}).get("kv_compress")
     if raw is None:
         raise KVCompressConfigError("plan needs --kv-compress METHOD")
-    for name in ("block_size", "tensor_parallel_size"):
-        if getattr(arguments, name) < 1:
-            raise KVCompressConfigError(f"{name} must be at least 1")
-    if min(arguments.prompt_len) < 1 or arguments.output_len < 0:
-        raise KVCompressConfigError("prompts need at least one token, outputs none or more")
     config = KVCompressConfig.from_dict(raw)
-    shape = read_shape(arguments.model, arguments.kv_cache_dtype, arguments.tensor_parallel_size)
     geometry = Geometry(config, arguments.block_size)
-    plans = [
-        plan_request(geometry, shape, prompt_len, arguments.output_len, arguments.pool)
-        for prompt_len in arguments.prompt_len
-    ]
-    if arguments.json:
-        print(
-            json.dumps(
-                {
-                    "setting": config.to_dict(),
-                    "block_size": arguments.block_size,
-                    "model": asdict(shape),
-                    "requests": [asdict(plan) for plan in plans],
-                },
-                indent=1,
-            )
-        )
-    else:
-        print(_as_text(config, arguments.block_size, shape, plans))
-    if arguments.plot:
+    shape = read_shape(arguments.model, arguments.kv_cache_dtype, arguments.tensor_parallel_size)
+    plan = Plan(
+        config=config,
+        shape=shape,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        block_size=arguments.block_size,
+        pool_bytes=arguments.pool,
+        requests=[
+            plan_request(geometry, shape, prompt_len, arguments.output_len, arguments.pool)
+            for prompt_len in arguments.prompt_len
+        ],
+    )
+    if arguments.plot is not None:
+        # Imported here, because it loads matplotlib; before printing, because it can fail.
         from vllm_kvcompress.cli.plot import draw
 
-        draw(config, plans, arguments.plot)
-
-
-def read_shape(model: str, cache_dtype: str, tensor_parallel_size: int) -> ModelShape:
-    """The KV-cache shape of a model on one rank, from its config.
-
-    Raises:
-        KVCompressConfigError: if the model cannot be read or compressed.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise KVCompressConfigError(f"cannot read the model's config: {first_line}") from None
-    if getattr(config, "is_encoder_decoder", False):
-        raise KVCompressConfigError("KV compression does not support encoder-decoder models")
-    if getattr(config, "kv_lora_rank", None):
-        raise KVCompressConfigError(
-            "KV compression does not support MLA models, whose cache has no KV heads"
-        )
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    windowed = getattr(config, "sliding_window", None) and getattr(
-        config, "use_sliding_window", True
-    )
-    if layer_types - {"full_attention"} or (windowed and not layer_types):
-        raise KVCompressConfigError(
-            "KV compression needs full attention in every layer; this model has "
-            + (", ".join(sorted(layer_types)) if layer_types else "sliding windows")
-        )
-    num_heads = getattr(config, "num_attention_heads", None)
-    num_layers = getattr(config, "num_hidden_layers", None)
-    if not num_heads or not num_layers:
-        raise KVCompressConfigError("this model's config names no attention heads and layers")
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    if tensor_parallel_size > num_kv_heads or num_kv_heads % tensor_parallel_size:
-        raise KVCompressConfigError(
-            f"{num_kv_heads} KV heads cannot be split over {tensor_parallel_size} ranks"
-        )
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    dtype = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    if cache_dtype != "auto":
-        dtype = cache_dtype
-    elif dtype == "float32":
-        # As vLLM does: --dtype auto serves float32 checkpoints in half precision.
-        dtype = "bfloat16"
-    return ModelShape(
-        num_layers, num_kv_heads // tensor_parallel_size, head_size, _DTYPE_BYTES[dtype]
-    )
+        draw(plan, arguments.plot)
+    print(json.dumps(plan.to_dict(), indent=1) if arguments.json else report.as_text(plan))
 
 
 def plan_request(
-    geometry: Geometry, shape: ModelShape, prompt_len: int, output_len: int, pool: int | None
+    geometry: Geometry, shape: ModelShape, prompt_len: int, output_len: int, pool_bytes: int | None
 ) -> RequestPlan:
-    """Blocks and memory of one request; `pool` in bytes."""
-    config, block_size = geometry.config, geometry.block_size
+    """Blocks and memory of one request.
+
+    Raises:
+        KVCompressConfigError: if a static budget table does not fit the model.
+    """
+    block_size = geometry.block_size
     request = geometry.of(prompt_len)
     total_len = prompt_len + output_len
     full_blocks = cdiv(total_len, block_size)
-    # The row keeps its freed places; what is held is the rest.
-    held = geometry.of(prompt_len).num_row_blocks(total_len) - request.first_kept_block
-    prefill_blocks = request.num_row_blocks(request.compact_len)
-    pages = None
-    if request.is_compressed and config.option("budgets") in ("uniform", "pyramid", "static"):
-        pages = _layer_pages(config, request.num_region_blocks, shape, request.first_kept_block)
+    prefill_blocks = request.num_row_blocks(prompt_len)
+    # The places of freed blocks stay in the row.
+    held_blocks = request.num_row_blocks(total_len) - request.first_kept_block
+    # What follows the compaction point is kept beside what was asked.
+    compact_len = max(0, prompt_len - geometry.config.option("suffix_tokens"))
+    asked = geometry.kept_tokens_asked(compact_len) + prompt_len - compact_len
     block_bytes = shape.block_bytes(block_size)
-    num_blocks = None if pool is None else pool // block_bytes
-    fits = None
-    if num_blocks is not None:
-        # One of them is being computed while the others are compact.
-        extra = max(0, prefill_blocks - held)
-        fits = max(0, (num_blocks - extra) // held)
+    fits = full_fits = None
+    if pool_bytes is not None:
+        pool_blocks = usable_blocks(pool_bytes, block_bytes)
+        # One is being computed while the others are at the end of their output.
+        extra = max(0, prefill_blocks - held_blocks)
+        fits = max(0, (pool_blocks - extra) // held_blocks)
+        full_fits = pool_blocks // full_blocks
     return RequestPlan(
         prompt_len=prompt_len,
         output_len=output_len,
-        compressed=request.is_compressed,
-        kept_asked=min(prompt_len, geometry.kept_tokens_asked(request.compact_len)),
-        kept_tokens=request.num_kept_tokens if request.is_compressed else prompt_len,
+        is_compressed=request.is_compressed,
+        kept_tokens_asked=min(prompt_len, asked),
+        kept_tokens=request.num_kept_tokens,
         region_blocks=request.num_region_blocks,
-        dense_blocks=held - request.num_region_blocks,
+        dense_blocks=held_blocks - request.num_region_blocks,
+        held_blocks=held_blocks,
         full_blocks=full_blocks,
         prefill_blocks=prefill_blocks,
-        bytes=held * block_bytes,
+        held_bytes=held_blocks * block_bytes,
         full_bytes=full_blocks * block_bytes,
         prefill_bytes=prefill_blocks * block_bytes,
-        pages_per_layer=pages,
-        most_pages=request.first_kept_block,
+        pages=plan_pages(
+            geometry.config, shape, request.num_region_blocks, request.first_kept_block, block_size
+        )
+        if request.is_compressed
+        else None,
         fits=fits,
-        full_fits=None if num_blocks is None else num_blocks // full_blocks,
+        full_fits=full_fits,
     )
 
 
-def _layer_pages(
-    config: KVCompressConfig, mean_pages: int, shape: ModelShape, max_pages: int
-) -> list[int] | None:
-    # Imported here, because it loads torch.
-    from vllm_kvcompress.policies.budgets import check_table, layer_pages
+def plan_pages(
+    config: KVCompressConfig, shape: ModelShape, mean: int, candidates: int, block_size: int
+) -> PagePlan:
+    """How a region of `mean` pages per head is shared, each head having `candidates` pages.
+
+    Raises:
+        KVCompressConfigError: if a static budget table does not fit the model.
+    """
+    # Imported here, because they load torch.
+    import torch
+
+    from vllm_kvcompress.policies.budgets import layer_pages, stream_budgets
 
     options = dict(config.options)
-    table = options.get("table")
-    if table is not None:
+    budgets, scope = options["budgets"], BUDGETS[options["budgets"]].scope
+    num_layers, num_heads = shape.num_layers, shape.num_kv_heads
+    total = mean * num_layers * num_heads
+    # What competes is counted in pages or, at granularity 'token', in tokens.
+    page_size = block_size if config.granularity == "token" else 1
+    if scope == "head":
+        # Only their number is looked at.
+        scores = torch.zeros(1).expand(num_layers, num_heads, candidates)
         try:
-            check_table(table, shape.num_layers, shape.num_kv_heads)
+            pages = stream_budgets(budgets, scores, mean, 1, options).num_pages
         except ValueError as error:
             raise KVCompressConfigError(f"KV compression: {error}") from None
-        if isinstance(table[0], tuple):
-            return None
-    return layer_pages(options["budgets"], mean_pages, shape.num_layers, max_pages, options)
-
-
-def _as_text(
-    config: KVCompressConfig, block_size: int, shape: ModelShape, plans: list[RequestPlan]
-) -> str:
-    asked = f"ratio {config.ratio}" if config.ratio is not None else f"budget {config.budget}"
-    lines = [
-        f"{config.method}, {asked}, window {config.window}, {block_size}-token pages, "
-        f"{shape.num_layers} layers x {shape.num_kv_heads} KV heads x {shape.head_size}, "
-        f"{shape.element_bytes} bytes per number",
-        "",
-        f"{'prompt':>8} {'output':>7} {'kept asked':>11} {'kept':>7} {'memory':>10} {'full':>10} "
-        f"{'saved':>6} {'at prefill':>11} {'fit pool':>9} {'full fit':>9}",
-    ]
-    for plan in plans:
-        lines.append(
-            f"{plan.prompt_len:>8} {plan.output_len:>7} {plan.kept_asked:>11} "
-            f"{plan.kept_tokens:>7} {_size(plan.bytes):>10} {_size(plan.full_bytes):>10} "
-            f"{1 - plan.bytes / plan.full_bytes:>6.0%} {_size(plan.prefill_bytes):>11} "
-            f"{_or_dash(plan.fits):>9} {_or_dash(plan.full_fits):>9}"
+        return PagePlan(
+            total=total,
+            mean_per_layer=pages.double().mean(dim=1).tolist(),
+            per_head=pages.tolist(),
+            least=pages.amin(dim=1).tolist(),
+            most=pages.amax(dim=1).tolist(),
         )
-    for plan in plans:
-        lines += ["", f"prompt of {plan.prompt_len} tokens: {_describe(config, plan)}"]
-    return "\n".join(lines)
-
-
-def _describe(config: KVCompressConfig, plan: RequestPlan) -> str:
-    if not plan.compressed:
-        return "stays dense, nothing is evicted"
-    blocks = f"{plan.region_blocks} region blocks and {plan.dense_blocks} dense ones. "
-    if plan.pages_per_layer is not None:
-        runs = re.sub(r"\b(\d+)(?:, \1\b)+", _run, ", ".join(map(str, plan.pages_per_layer)))
-        return f"{blocks}Pages per KV head, layer by layer: {runs}"
-    summary = BUDGETS[config.option("budgets")].summary
-    return (
-        f"{blocks}{plan.region_blocks} pages per KV head on average ({summary}); each head gets "
-        f"1 to {plan.most_pages}"
+    if scope == "layer":
+        means = layer_pages(budgets, mean, num_layers, candidates, options)
+        bounds = [
+            _bounds(pages, num_heads, candidates, page_size, options["alpha"]) for pages in means
+        ]
+    else:
+        means = None
+        rows = num_layers * num_heads
+        bounds = [_bounds(mean, rows, candidates, page_size, options["floor"])] * num_layers
+    return PagePlan(
+        total=total,
+        mean_per_layer=None if means is None else [float(pages) for pages in means],
+        per_head=None,
+        least=[least for least, _ in bounds],
+        most=[most for _, most in bounds],
     )
 
 
-def _run(match: re.Match[str]) -> str:
-    return f"{match.group(1)} x {match.group(0).count(',') + 1}"
+def _bounds(
+    mean: int, num_rows: int, candidates: int, page_size: int, share: float
+) -> tuple[int, int]:
+    """Fewest and most pages of one of `num_rows` rows that compete for mean * num_rows pages.
+
+    A row is sure of `share` of the mean, and of a page; see `policies.budgets.stream_budgets`.
+    """
+    total, others = mean * num_rows, num_rows - 1
+    sure = int(share * mean * page_size)
+    least = max(1, sure // page_size, total - others * candidates)
+    most = cdiv(total * page_size - others * sure, page_size)
+    return least, min(candidates, most, total - others * least)
 
 
-def _size(num_bytes: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 2**10:.1f} KiB"
+def usable_blocks(pool_bytes: int, block_bytes: int) -> int:
+    """Blocks that requests can hold in a pool; vLLM sets one aside as its null block."""
+    return max(0, pool_bytes // block_bytes - 1)
 
 
-def _or_dash(value: int | None) -> str:
-    return "-" if value is None else str(value)
+def _whole(name: str, minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if re.fullmatch(r"[0-9]{1,18}", text) is None or int(text) < minimum:
+            raise argparse.ArgumentTypeError(
+                f"{name} must be a whole number >= {minimum}, got {text!r}"
+            )
+        return int(text)
+
+    return parse
 
 
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if match is None:
+def _size(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?) *([a-z]*)", text.strip().lower())
+    if match is None or match.group(2) not in _UNITS:
         raise argparse.ArgumentTypeError(f"not a size: {text!r} (e.g. 20GiB)")
-    return int(float(match.group(1)) * _UNITS[match.group(2)])
+    return int(Decimal(match.group(1)) * _UNITS[match.group(2)])

@@ -2,48 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.config import KVCompressConfigError
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.cli.plan import RequestPlan
+    from vllm_kvcompress.cli.plan import Plan, RequestPlan
+
+_MIB = 2**20
 
 
-def draw(config: KVCompressConfig, plans: Sequence[RequestPlan], path: str) -> None:
-    """Write pages per layer and memory per request to a PNG.
+def draw(plan: Plan, path: str) -> None:
+    """Write pages per layer and memory per request to a PNG file.
 
     Raises:
-        KVCompressConfigError: if matplotlib is missing.
+        KVCompressConfigError: if matplotlib is missing or the file cannot be written.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise KVCompressConfigError(
             "--plot needs matplotlib: pip install 'vllm-kvcompress[plot]'"
         ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    # Not pyplot, which would look for a screen.
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_pages(left, plan)
+    _draw_memory(right, plan)
+    figure.suptitle(plan.config.method)
+    try:
+        figure.savefig(path, format="png", dpi=110)
+    except OSError as error:
+        raise KVCompressConfigError(f"cannot write {path!r}: {error.strerror}") from None
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for plan in plans:
-        if not plan.compressed:
-            continue
-        pages = plan.pages_per_layer
+
+def _draw_pages(axes: Any, plan: Plan) -> None:
+    layers = range(plan.shape.num_layers)
+    for request in plan.requests:
+        pages = request.pages
         if pages is None:
-            left.axhline(plan.region_blocks, linestyle="--", label=f"{plan.prompt_len} (mean)")
-        else:
-            left.step(range(len(pages)), pages, where="mid", label=str(plan.prompt_len))
-    left.set(xlabel="layer", ylabel="region pages per KV head", title=config.method, ylim=(0, None))
-    if left.get_legend_handles_labels()[0]:
-        left.legend(title="prompt tokens")
-    places = range(len(plans))
-    right.bar([x - 0.2 for x in places], [p.full_bytes / 2**20 for p in plans], 0.4, label="full")
-    right.bar([x + 0.2 for x in places], [p.bytes / 2**20 for p in plans], 0.4, label=config.method)
-    right.set_xticks(list(places), [f"{p.prompt_len}+{p.output_len}" for p in plans])
-    right.set(xlabel="prompt + output tokens", ylabel="MiB per request", title="KV memory")
-    right.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            continue
+        means = pages.mean_per_layer or [request.region_blocks] * len(layers)
+        (line,) = axes.step(layers, means, where="mid", label=f"{request.prompt_len} tokens")
+        if pages.least != pages.most:
+            axes.fill_between(
+                layers, pages.least, pages.most, step="mid", alpha=0.15, color=line.get_color()
+            )
+    axes.set(
+        xlabel="layer",
+        ylabel="pages per KV head",
+        title="region: mean, and what scores can make of it",
+        ylim=(0, None),
+    )
+    if axes.lines:
+        axes.legend(title="prompt")
+
+
+def _draw_memory(axes: Any, plan: Plan) -> None:
+    bars = {
+        "uncompressed": [request.full_bytes for request in plan.requests],
+        "while the prompt is computed": [request.prefill_bytes for request in plan.requests],
+        "compressed": [request.held_bytes for request in plan.requests],
+    }
+    width = 0.8 / len(bars)
+    for i, (label, sizes) in enumerate(bars.items()):
+        places = [place + (i - 1) * width for place in range(len(sizes))]
+        axes.bar(places, [size / _MIB for size in sizes], width, label=label)
+    axes.set_xticks(range(len(plan.requests)), [_tick(request) for request in plan.requests])
+    axes.set(xlabel="prompt + output tokens", ylabel="MiB", title="KV memory of one request")
+    axes.legend()
+
+
+def _tick(request: RequestPlan) -> str:
+    return f"{request.prompt_len} + {request.output_len}"

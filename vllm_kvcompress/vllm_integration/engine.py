@@ -58,9 +58,10 @@ class WorkerEngine:
 
     def configure(self, config: KVCompressConfig, layers: list[LayerParameters]) -> None:
         """Use a setting from now on; no request of an earlier one may go on."""
+        # First what may refuse the setting.
+        self.compactor = Compactor(config, self.shape, self._order, layers)
         self.config = config
         self.states = RequestStates(Geometry(config, self.shape.block_size), self.shape.num_layers)
-        self.compactor = Compactor(config, self.shape, self._order, layers)
 
     def classify(self, common: Any) -> StepRows:
         """Tell the rows of a step apart; `common` is vLLM's CommonAttentionMetadata."""

@@ -97,8 +97,14 @@ class LLM(vllm.LLM):
             )
         if config.option("suffix_tokens") > 0 and at_start.option("suffix_tokens") == 0:
             raise KVCompressConfigError("the engine was started without suffix_tokens")
+        before = manager.kv_cache_spec.kv_compress
         manager.reconfigure(config)
-        self.collective_rpc("kv_compress_reconfigure", args=(config.to_dict(),))
+        try:
+            self.collective_rpc("kv_compress_reconfigure", args=(config.to_dict(),))
+        except Exception:
+            # The workers refuse before they change anything; scheduler and workers must agree.
+            manager.reconfigure(before)
+            raise
 
     def kv_compress_stats(self) -> dict[str, Any]:
         """What was kept and evicted so far.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.policies.budgets import check_table
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
 CPU_WORKER = "vllm_kvcompress.vllm_integration.worker.KVCompressCPUWorker"
@@ -88,8 +89,20 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
     for is_problem, what in problems:
         if is_problem:
             raise KVCompressConfigError(f"KV compression does not support {what}")
+    check_table_shape(config, model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
     if config.option("suffix_tokens") > 0:
         _use_own_scheduler(vllm_config.scheduler_config)
+
+
+def check_table_shape(config: KVCompressConfig, num_layers: int, num_kv_heads: int) -> None:
+    """Raise KVCompressConfigError if a static budget table does not fit a rank's layers, heads."""
+    table = dict(config.options).get("table")
+    if table is None:
+        return
+    try:
+        check_table(table, num_layers, num_kv_heads)
+    except ValueError as error:
+        raise KVCompressConfigError(f"KV compression: {error}") from None
 
 
 def _use_own_scheduler(scheduler_config: Any) -> None:

@@ -20,12 +20,12 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.policies.budgets import check_table
 from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
 from vllm_kvcompress.vllm_integration.engine import WorkerEngine
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.layers import layer_parameters
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+from vllm_kvcompress.vllm_integration.validate import check_table_shape
 
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
 logger = init_logger(f"vllm.{__name__}")
@@ -103,7 +103,7 @@ class KVCompressCPUWorker(CPUWorker):
             head_size=spec.head_size,
             block_size=spec.block_size,
         )
-        check_table_shape(self._config, shape)
+        check_table_shape(self._config, shape.num_layers, shape.num_kv_heads)
         order = find_page_order(layers[0].isa, spec.block_size, spec.head_size, spec.dtype)
         self._engine = WorkerEngine(
             config=self._config,
@@ -144,7 +144,8 @@ class KVCompressCPUWorker(CPUWorker):
         """Use another setting from now on; see `LLM.kv_compress_reconfigure`."""
         assert self._engine is not None
         config = KVCompressConfig.from_dict(raw)
-        check_table_shape(config, self._engine.shape)
+        shape = self._engine.shape
+        check_table_shape(config, shape.num_layers, shape.num_kv_heads)
         needs = scorer_class(config.recipe.scorer).needs
         self._engine.configure(config, self._layer_parameters(needs))
         self._config = config
@@ -167,17 +168,6 @@ class KVCompressCPUWorker(CPUWorker):
         AttentionBackendEnum.CPU_ATTN.clear_override()
         selector._cached_get_attn_backend.cache_clear()
         super().shutdown()
-
-
-def check_table_shape(config: KVCompressConfig, shape: CacheShape) -> None:
-    """Raise KVCompressConfigError if a static budget table does not fit the model."""
-    table = dict(config.options).get("table")
-    if table is None:
-        return
-    try:
-        check_table(table, shape.num_layers, shape.num_kv_heads)
-    except ValueError as error:
-        raise KVCompressConfigError(f"KV compression: {error}") from None
 
 
 def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:

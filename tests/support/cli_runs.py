@@ -1,0 +1,41 @@
+"""A small model's config and runs of the command, for the tests of `vllm-kvcompress`."""
+
+from __future__ import annotations
+
+import json
+
+from vllm_kvcompress.cli import main
+
+# 4 layers x 2 KV heads x 8 numbers x 2 bytes, keys and values: 256 bytes per token.
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 32,
+    "head_dim": 8,
+    "dtype": "bfloat16",
+}
+BLOCK_BYTES = 16 * 256
+# Of 500 tokens the last 32 are the window, so 468 // 16 = 29 pages compete and 36 tokens stay
+# dense; (128 - 36) // 16 = 5 pages per head are left of the budget.
+SETTING = ("--kv-compress-budget", "128", "--prompt-len", "500", "--output-len", "100")
+
+
+def write_model(folder, config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def one_line_error(capsys, *arguments):
+    """What a refused command prints; it must be one line on stderr, with exit code 2."""
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n")
+    return captured.err

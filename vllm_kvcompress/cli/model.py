@@ -1,0 +1,152 @@
+"""The shape of a model's KV cache, read from its config alone."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_kvcompress.config import KVCompressConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# As vLLM asks for them, in this order.
+_KV_HEAD_KEYS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num")
+_FULL_ATTENTION = {"full_attention", "attention"}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides the size of a model's KV cache, on one tensor-parallel rank.
+
+    Attributes:
+        num_layers, num_kv_heads, head_size: of the attention layers.
+        dtype: of the cached numbers, a key of `DTYPE_BYTES`.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    dtype: str
+
+    def block_bytes(self, block_size: int) -> int:
+        """Bytes of one block of `block_size` tokens: keys and values of all layers and heads."""
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_size
+        return per_token * DTYPE_BYTES[self.dtype] * block_size
+
+
+def read_shape(model: str, cache_dtype: str = "auto", tensor_parallel_size: int = 1) -> ModelShape:
+    """The KV-cache shape of a model on one rank.
+
+    Args:
+        model: folder with a config.json, or a hub name.
+        cache_dtype: a key of `DTYPE_BYTES`; 'auto' = the model's, as vLLM would serve it.
+        tensor_parallel_size: ranks that the KV heads are split over, or copied to if they are
+            fewer.
+
+    Raises:
+        KVCompressConfigError: if the model cannot be read, compressed or split.
+    """
+    config, text_config = _read_configs(model)
+    problem = _problem(config, text_config)
+    if problem is not None:
+        raise KVCompressConfigError(f"KV compression does not support {problem}")
+    num_layers = getattr(text_config, "num_hidden_layers", None)
+    if not num_layers:
+        raise KVCompressConfigError("the model's config does not say how many layers there are")
+    num_heads = text_config.num_attention_heads
+    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
+    num_kv_heads = _local_kv_heads(num_heads, _num_kv_heads(text_config), tensor_parallel_size)
+    if cache_dtype == "auto":
+        cache_dtype = _served_dtype(config, text_config)
+    return ModelShape(num_layers, num_kv_heads, head_size, cache_dtype)
+
+
+def _read_configs(model: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig
+
+    try:
+        # Not asked whether it may run the model's own code: it may not.
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        return config, config.get_text_config()
+    except Exception as error:
+        # Any kind: every config class checks its values in its own way.
+        reason = textwrap.shorten(str(error), width=300, placeholder=" ...")
+        message = f"cannot read the config of model {model!r}: {reason}"
+        raise KVCompressConfigError(message) from None
+
+
+def _problem(config: Any, text_config: Any) -> str | None:
+    """What the engine would refuse, in the words of its own refusal where it has some."""
+    layer_types = set(
+        getattr(text_config, "layer_types", None)
+        or getattr(text_config, "layers_block_type", None)
+        or ()
+    )
+    has_window = getattr(text_config, "sliding_window", None) is not None
+    attention = getattr(text_config, "attn_config", None)
+    quantization = getattr(config, "quantization_config", None) or {}
+    problems = (
+        (getattr(text_config, "kv_lora_rank", None), "MLA models, whose cache has no KV heads"),
+        (config.is_encoder_decoder, "encoder-decoder models"),
+        (not getattr(text_config, "num_attention_heads", None), "attention-free models"),
+        (
+            (has_window and getattr(text_config, "use_sliding_window", True))
+            or "sliding_attention" in layer_types,
+            "models with sliding-window layers",
+        ),
+        (
+            layer_types - _FULL_ATTENTION,
+            "models with other layers than full attention "
+            f"({', '.join(sorted(layer_types - _FULL_ATTENTION))})",
+        ),
+        (
+            text_config.model_type == "bloom"
+            or getattr(text_config, "alibi", False)
+            or getattr(attention, "alibi", False),
+            "ALiBi, which needs every key's position in the cache",
+        ),
+        (
+            getattr(text_config, "num_kv_shared_layers", 0),
+            "layers that share another layer's KV cache",
+        ),
+        (
+            isinstance(quantization, dict) and quantization.get("kv_cache_scheme"),
+            "quantized KV caches, which this checkpoint asks for",
+        ),
+    )
+    return next((words for is_problem, words in problems if is_problem), None)
+
+
+def _num_kv_heads(text_config: Any) -> int:
+    is_falcon = text_config.model_type == "falcon"
+    if is_falcon and text_config.multi_query and not text_config.new_decoder_architecture:
+        # Its num_kv_heads is then not in use.
+        return 1
+    attention = getattr(text_config, "attn_config", None)
+    found = [getattr(text_config, key, None) for key in _KV_HEAD_KEYS]
+    found.append(getattr(attention, "kv_n_heads", None))
+    return next(filter(None, found), text_config.num_attention_heads)
+
+
+def _local_kv_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> int:
+    if num_heads % num_ranks:
+        raise KVCompressConfigError(
+            f"{num_heads} attention heads cannot be split over {num_ranks} ranks"
+        )
+    if max(num_kv_heads, num_ranks) % min(num_kv_heads, num_ranks):
+        raise KVCompressConfigError(
+            f"{num_kv_heads} KV heads cannot be split over {num_ranks} ranks"
+        )
+    return max(1, num_kv_heads // num_ranks)
+
+
+def _served_dtype(config: Any, text_config: Any) -> str:
+    dtype = getattr(config, "dtype", None) or getattr(text_config, "dtype", None) or "float32"
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPE_BYTES:
+        raise KVCompressConfigError(
+            f"the model's dtype {name} is no dtype of a KV cache; "
+            f"give --kv-cache-dtype ({', '.join(DTYPE_BYTES)})"
+        )
+    # vLLM serves float32 checkpoints in half precision unless told otherwise.
+    return "bfloat16" if name == "float32" else name
