@@ -1,6 +1,7 @@
 """Random operations for `block_manager_machine.Machine`: what a busy server does to it."""
 
-from block_manager_machine import Machine, Sequence, prompt_of
+from block_manager_machine import Machine
+from block_manager_setup import Sequence, prompt_of
 
 
 class Driver:

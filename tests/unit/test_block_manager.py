@@ -5,7 +5,8 @@
 
 import pytest
 from block_manager_driver import Driver
-from block_manager_machine import Machine, Setup, prompt_of
+from block_manager_machine import Machine
+from block_manager_setup import Setup, prompt_of
 
 BUDGET = Setup(budget=64)
 SETUPS = {

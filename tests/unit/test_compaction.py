@@ -2,225 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from compaction_prompts import (
+    LAYERS,
+    NUM_BLOCKS,
+    SHAPE,
+    WINDOW,
+    assert_scores_close,
+    bits,
+    collection_of,
+    compact,
+    compaction_blocks,
+    deliver,
+    deliver_chunk,
+    expected_scores,
+    expected_selection,
+    finish,
+    kept_tokens,
+    make_compactor,
+    make_prompt,
+    score,
+    scores_of,
+)
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape, Compactor, LayerParameters, PromptCompaction
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.ops import reference
 from vllm_kvcompress.policies import RECIPES, make_scorer
-from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, Rotary, ScoreInputs
-from vllm_kvcompress.policies.selection import select
-
-SHAPE = CacheShape(num_layers=3, num_kv_heads=2, num_queries_per_kv=3, head_size=6, block_size=4)
-WINDOW = 5
-NUM_BLOCKS = 60
-HIDDEN_SIZE = 7
-# A block id of no pool: whoever reads through it fails.
-NO_BLOCK = 10**9
-
-
-def bits(tensor):
-    return tensor.view(torch.int32)
-
-
-def make_layers():
-    """Parameters that no two layers, heads or query heads share."""
-    generator = torch.Generator().manual_seed(5)
-    heads = (SHAPE.num_kv_heads, SHAPE.num_queries_per_kv)
-    layers = []
-    for layer in range(SHAPE.num_layers):
-        weight = torch.randn(*heads, SHAPE.head_size, HIDDEN_SIZE, generator=generator)
-        weight *= torch.rand(*heads, 1, 1, generator=generator) * 4
-        angles = torch.arange(600)[:, None] * torch.rand(2, generator=generator)
-        rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1), is_neox_style=True)
-        layers.append(LayerParameters(scale=0.5 + 0.2 * layer, output_weight=weight, rotary=rotary))
-    return layers
-
-
-LAYERS = make_layers()
-
-
-@dataclass
-class Prompt:
-    """One prompt's tensors in token order, and the pool that `write` puts them into."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    query: torch.Tensor
-    pool: torch.Tensor
-    order: ops.PageOrder
-    blocks: torch.Tensor
-    region: torch.Tensor
-    geometry: RequestGeometry
-
-    def write(self, first, end):
-        """Store K and V of some tokens, as a step does before its queries are collected."""
-        tokens = torch.arange(first, end)
-        blocks, slots = self.blocks[tokens // SHAPE.block_size], tokens % SHAPE.block_size
-        for layer in range(SHAPE.num_layers):
-            for head in range(SHAPE.num_kv_heads):
-                pages = (blocks * SHAPE.num_layers + layer) * SHAPE.num_kv_heads + head
-                where = (pages[:, None], self.order.key_offsets[slots])
-                self.pool[where] = self.key[layer, head, first:end]
-                where = (pages[:, None], self.order.value_offsets[slots])
-                self.pool[where] = self.value[layer, head, first:end]
-
-    def query_heads(self, layer, first, end):
-        """[H, g, m, d] queries of some tokens."""
-        size = (-1, SHAPE.num_kv_heads, SHAPE.num_queries_per_kv, SHAPE.head_size)
-        return self.query[layer, first:end].view(size).permute(1, 2, 0, 3)
-
-
-def make_prompt(config, prompt_len, seed=0, geometry=None):
-    generator = torch.Generator().manual_seed(seed)
-    num_layers, num_heads, head_size = SHAPE.num_layers, SHAPE.num_kv_heads, SHAPE.head_size
-    block_size = SHAPE.block_size
-    key, value = torch.randn(2, num_layers, num_heads, prompt_len, head_size, generator=generator)
-    # Values of very different sizes, so that weighing by them moves many tokens.
-    value *= torch.rand(num_layers, num_heads, prompt_len, 1, generator=generator) * 4
-    num_query_heads = num_heads * SHAPE.num_queries_per_kv
-    query = torch.randn(num_layers, prompt_len, num_query_heads, head_size, generator=generator)
-    page_elements = 2 * block_size * head_size
-    # The element order is the kernel's, the same for every prompt.
-    permutation = torch.randperm(page_elements, generator=torch.Generator().manual_seed(77))
-    order = ops.PageOrder(*permutation.view(2, block_size, head_size))
-    geometry = geometry or Geometry(config, block_size).of(prompt_len)
-    ids = torch.randperm(NUM_BLOCKS, generator=generator)
-    num_prompt_blocks = cdiv(prompt_len, block_size)
-    blocks, ids = ids[:num_prompt_blocks], ids[num_prompt_blocks:]
-    # Other requests' pages, and the rest of our last block, stay NaN.
-    pool = torch.full((NUM_BLOCKS * SHAPE.pages_per_block, page_elements), float("nan"))
-    region = ids[: geometry.num_region_blocks]
-    return Prompt(key, value, query, pool, order, blocks, region, geometry)
-
-
-def make_compactor(config, prompt, layers=LAYERS):
-    return Compactor(config, SHAPE, prompt.order, layers)
-
-
-def collection_of(prompt):
-    return PromptCompaction(prompt.geometry, SHAPE.num_layers)
-
-
-def deliver_chunk(compactor, collected, prompt, first, end, query=None):
-    """One step: its K and V are stored, then each layer's queries are collected."""
-    prompt.write(first, end)
-    blocks = prompt.blocks[: cdiv(prompt.geometry.compact_len, SHAPE.block_size)].clone()
-    blocks[cdiv(end, SHAPE.block_size) :] = NO_BLOCK
-    query = prompt.query if query is None else query
-    for layer in range(SHAPE.num_layers):
-        chunk = query[layer, first:end]
-        compactor.collect(collected, layer, chunk, first, prompt.pool, blocks)
-
-
-def deliver(compactor, collected, prompt, cuts=()):
-    """All tokens up to the compaction point, in chunks that end at `cuts` and there."""
-    first = 0
-    for end in (*cuts, prompt.geometry.compact_len):
-        deliver_chunk(compactor, collected, prompt, first, end)
-        first = end
-
-
-def compaction_blocks(prompt):
-    return prompt.blocks[: cdiv(prompt.geometry.compact_len, SHAPE.block_size)]
-
-
-def score(compactor, collected, prompt):
-    for layer in range(SHAPE.num_layers):
-        assert not collected.is_scored
-        compactor.score_layer(collected, layer, prompt.pool, compaction_blocks(prompt))
-    assert collected.is_scored
-
-
-def finish(compactor, collected, prompt):
-    score(compactor, collected, prompt)
-    return compactor.compact(collected, prompt.pool, compaction_blocks(prompt), prompt.region)
-
-
-def compact(config, prompt, cuts=()):
-    compactor = make_compactor(config, prompt)
-    collected = collection_of(prompt)
-    deliver(compactor, collected, prompt, cuts)
-    return finish(compactor, collected, prompt)
-
-
-def scores_of(config, prompt, cuts=()):
-    compactor = make_compactor(config, prompt)
-    collected = collection_of(prompt)
-    deliver(compactor, collected, prompt, cuts)
-    score(compactor, collected, prompt)
-    return collected.layer_scores
-
-
-def expected_scores(config, prompt):
-    """What the scorer says of the plain tensors, without pool, page order or chunks."""
-    scorer, geometry = make_scorer(config), prompt.geometry
-    num_tokens = geometry.compact_len
-    scores: list[LayerScores] = []
-    for layer, parameters in enumerate(LAYERS):
-        observed = None
-        if "all_queries" in scorer.needs:
-            chunk = ChunkInputs(
-                query=prompt.query_heads(layer, 0, num_tokens),
-                key=prompt.key[layer, :, :num_tokens],
-                first=0,
-                scale=parameters.scale,
-                rotary=parameters.rotary,
-            )
-            observed = scorer.observe(chunk, None)
-        inputs = ScoreInputs(
-            key=prompt.key[layer, :, :num_tokens],
-            num_candidates=geometry.num_candidate_tokens,
-            budget_tokens=geometry.num_region_blocks * SHAPE.block_size,
-            scale=parameters.scale,
-            layer=layer,
-            earlier_scores=list(scores),
-            window_query=prompt.query_heads(layer, num_tokens - WINDOW, num_tokens),
-            value=prompt.value[layer, :, :num_tokens],
-            output_weight=parameters.output_weight,
-            observed=observed,
-            rotary=parameters.rotary,
-        )
-        scores.append(scorer.score(inputs))
-    return scores
-
-
-def expected_selection(config, prompt):
-    geometry = prompt.geometry
-    return select(
-        expected_scores(config, prompt),
-        config,
-        geometry.num_region_blocks,
-        geometry.block_size,
-        geometry.compact_len - geometry.first_kept_block * geometry.block_size,
-    )
-
-
-def assert_scores_close(actual, expected):
-    assert len(actual) == len(expected) == SHAPE.num_layers
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one.first, other.first)
-        assert (one.second is None) == (other.second is None)
-        if one.second is not None:
-            torch.testing.assert_close(one.second, other.second)
-
-
-def kept_tokens(selection):
-    """Token positions kept by each (layer, head), in their order in the region."""
-    per_page = 1 if selection.granularity == "page" else SHAPE.block_size
-    counts = selection.num_pages.flatten() * per_page
-    kept = []
-    for indices in selection.indices.split(counts.tolist()):
-        if selection.granularity == "page":
-            slots = torch.arange(SHAPE.block_size)
-            indices = (indices[:, None] * SHAPE.block_size + slots).flatten()
-        kept.append(indices.tolist())
-    return kept
 
 
 def config_of(method, **options):

@@ -286,5 +286,5 @@ def test_page_reduction_decides_which_page_counts_more():
 
 @pytest.mark.parametrize("method", ["keydiff", "knorm"])
 def test_squares_of_negative_scores_are_refused(method):
-    with pytest.raises(KVCompressConfigError, match="page_reduce.*must be one of max, mean"):
+    with pytest.raises(KVCompressConfigError, match=r"page_reduce.*must be one of max, mean"):
         config_of(method, page_reduce="rms")
