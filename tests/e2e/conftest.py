@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 _SUBJECTS = ("The miller", "A quiet clerk", "The old captain", "Her neighbour", "The gardener")
 _VERBS = ("walked to", "wrote a letter about", "remembered", "painted", "complained about")
@@ -96,6 +97,11 @@ def start_engine(model: str):
     yield start
     for engine in engines:
         engine.llm_engine.engine_core.shutdown()
+    if torch.distributed.is_initialized():
+        # An engine in this process; the next one wants a process without.
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
 
 
 def metric(engine, name: str) -> float:

@@ -213,6 +213,13 @@ def test_parallel_samples_stop_strings_and_logprobs(engine, needle) -> None:
     assert "." not in stopped.outputs[0].text
 
 
+def test_engine_in_another_process_cannot_be_reconfigured(engine) -> None:
+    from vllm_kvcompress import KVCompressConfigError
+
+    with pytest.raises(KVCompressConfigError, match="set VLLM_ENABLE_V1_MULTIPROCESSING=0"):
+        engine.kv_compress_reconfigure(method="snapkv", ratio=RATIO)
+
+
 def test_a_prompt_that_is_too_long_hurts_no_other(engine, prose) -> None:
     from vllm.exceptions import VLLMValidationError
 

@@ -1,81 +1,373 @@
-"""Every method and both granularities in one real engine, prompts computed in one shot."""
+"""Every method, both granularities and the compaction point before the prompt's end, in one
+engine of this process that is given one setting after another.
+
+The model runs in float32, so that greedy texts do not depend on how prompts are chunked.
+"""
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-BUDGET = 448
+import pytest
+import torch
+
+from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.policies import RECIPES, scorer_class
+from vllm_kvcompress.policies.recipes import BUDGETS
+
+BUDGET = 320
+WINDOW = 32
+NUM_LAYERS, NUM_HEADS, GROUP, HEAD_SIZE = 30, 3, 3, 64
+# Weights per layer and head; few enough of the pages go anywhere to stay below the prompts.
+TABLE = [[1 + (layer + head) % 3 for head in range(NUM_HEADS)] for layer in range(NUM_LAYERS)]
+ALL_QUERIES = [name for name, r in RECIPES.items() if "all_queries" in scorer_class(r.scorer).needs]
 
 
 @pytest.fixture(scope="module")
-def engine(start_engine):
+def engine(start_engine, tmp_path_factory):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_kvcompress.vllm_integration.register import register
+
+    # As loading the plugins does, for the flags.
+    register()
+    table = tmp_path_factory.mktemp("table") / "table.json"
+    table.write_text(json.dumps(TABLE))
+    options = {"budgets": "static", "table": str(table), "suffix_tokens": 1}
+    flags = ["--kv-compress", "snapkv", "--kv-compress-budget", str(BUDGET)]
+    flags += ["--kv-compress-options", json.dumps(options)]
+    args = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags)
     with pytest.MonkeyPatch.context() as patch:
-        # Lets a test send a function to the worker.
-        patch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+        # A scheduler in a process of its own could not be given another setting.
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # This process and its later children may go on using every core.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         yield start_engine(
-            kv_compress="snapkv",
-            kv_compress_budget=BUDGET,
-            max_num_batched_tokens=2560,
-            enable_prefix_caching=False,
+            additional_config=AsyncEngineArgs.from_cli_args(args).additional_config,
+            dtype="float32",
+            # A prompt of these tests takes more than one chunk, if little of it is cached.
+            max_num_batched_tokens=640,
+            enable_prefix_caching=True,
+            kv_cache_memory_bytes=384 << 20,
         )
 
 
-def _use_method(engine, raw: dict) -> None:
-    """Swap the method of a running engine: same budget, so the scheduler sees no difference."""
+@pytest.fixture(scope="module", autouse=True)
+def pool_is_whole_in_the_end(engine, read_metric):
+    yield
+    _generate(engine, [{"prompt_token_ids": [5, 6, 7]}], max_tokens=2)
+    assert read_metric(engine, "vllm:kv_cache_usage_perc") == 0.0
 
-    def swap(worker):
-        from vllm_kvcompress import KVCompressConfig
-        from vllm_kvcompress.compaction import Compactor
 
-        state = worker._engine
-        config = KVCompressConfig.from_dict(raw)
-        state.compactor = Compactor(config, state.shape, state.compactor.order)
+def _generate(engine, prompts, max_tokens=6, **settings):
+    from vllm import SamplingParams
 
-    engine.collective_rpc(swap)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, **settings)
+    return engine.generate(prompts, params, use_tqdm=False)
+
+
+def _records(engine, outputs) -> list[dict]:
+    """What was recorded of the prompts of some outputs, the newest engine calls."""
+    return engine.kv_compress_stats()["requests"][-len(outputs) :]
+
+
+def _token_ids(engine, chat) -> list[int]:
+    tokenizer = engine.get_tokenizer()
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.fixture(scope="module")
+def prompts(engine, needle) -> list[dict]:
+    """Two prompts of other lengths that are in the prefix cache."""
+    ids = [_token_ids(engine, needle(seed, sentences)[0]) for seed, sentences in ((1, 58), (2, 67))]
+    prompts = [{"prompt_token_ids": one} for one in ids]
+    engine.kv_compress_reconfigure(method="knorm", budget=BUDGET)
+    _generate(engine, prompts)
+    return prompts
+
+
+def _pages(record: dict, suffix: int = 0) -> list[list[int]]:
+    """Region pages of each layer and head, checked for what holds under every method."""
+    compact_len = record["prompt_len"] - suffix
+    assert record["compressed"]
+    num_candidate_blocks = (compact_len - WINDOW) // 32
+    assert record["blocks_returned"] == num_candidate_blocks
+    dense = record["prompt_len"] - num_candidate_blocks * 32
+    pages = [[(tokens - dense) / 32 for tokens in layer] for layer in record["kept_per_head"]]
+    assert (len(pages), {len(layer) for layer in pages}) == (NUM_LAYERS, {NUM_HEADS})
+    assert all(page == int(page) >= 1 for layer in pages for page in layer)
+    assert sum(map(sum, pages)) == record["region_blocks"] * NUM_LAYERS * NUM_HEADS
+    assert BUDGET - 32 < record["kept_tokens"] - suffix <= BUDGET
+    return pages
+
+
+def test_static_table_from_a_file_on_the_command_line(engine, needle) -> None:
+    # Before any other setting: this is the one that the engine was started with.
+    prompt = {"prompt_token_ids": _token_ids(engine, needle(3, 70)[0])}
+    outputs = _generate(engine, [prompt])
+    (record,) = _records(engine, outputs)
+    pages = _pages(record, suffix=1)
+    unit = record["region_blocks"] / (sum(map(sum, TABLE)) / NUM_LAYERS / NUM_HEADS)
+    for layer, weights in zip(pages, TABLE, strict=True):
+        for page, weight in zip(layer, weights, strict=True):
+            assert abs(page - weight * unit) <= 1
+    assert pages[0][0] < pages[0][1] < pages[0][2]
 
 
 @pytest.mark.parametrize("granularity", ["page", "token"])
-@pytest.mark.parametrize(
-    "method",
-    ["snapkv", "pyramidkv", "ada-snapkv", "ada-pyramidkv", "streamingllm", "knorm", "random"],
-)
-def test_method_keeps_its_budget_and_generates(engine, needle, method, granularity) -> None:
-    from vllm import SamplingParams
-
-    _use_method(engine, {"method": method, "budget": BUDGET, "granularity": granularity})
-    before = len(engine.kv_compress_stats()["requests"])
-    chats = [needle(seed)[0] for seed in (1, 2)]
-    outputs = engine.chat(chats, SamplingParams(temperature=0, max_tokens=10), use_tqdm=False)
-    records = engine.kv_compress_stats()["requests"][before:]
-    assert len(records) == 2
+@pytest.mark.parametrize("method", RECIPES)
+def test_method_keeps_its_budget_and_generates(engine, prompts, method, granularity) -> None:
+    engine.kv_compress_reconfigure(method=method, budget=BUDGET, granularity=granularity)
+    outputs = _generate(engine, prompts)
+    # Whatever an earlier method computed is used, unless every query has to be seen.
+    lens = [len(prompt["prompt_token_ids"]) for prompt in prompts]
+    usable = [0 if method in ALL_QUERIES else (n - WINDOW) // 32 * 32 for n in lens]
+    assert [output.num_cached_tokens for output in outputs] == usable
+    budgets = RECIPES[method].budgets
+    records = _records(engine, outputs)
+    assert [record["prompt_len"] for record in records] == lens
     for output, record in zip(outputs, records, strict=True):
-        prompt_len = record["prompt_len"]
-        assert prompt_len == len(output.prompt_token_ids)
-        kept = record["kept_per_head"]
-        tail = prompt_len - (prompt_len - 32) // 32 * 32
-        pages = [[(tokens - tail) // 32 for tokens in layer] for layer in kept]
-        assert all(page >= 1 for layer in pages for page in layer)
-        assert sum(map(sum, pages)) == record["region_blocks"] * 30 * 3
-        assert BUDGET - 32 < record["kept_tokens"] <= BUDGET
+        assert len(output.outputs[0].token_ids) >= 1
+        pages = _pages(record)
         by_layer = [sum(layer) for layer in pages]
-        if "pyramid" in method:
+        if "pyramid" in budgets:
             assert by_layer == sorted(by_layer, reverse=True)
             assert by_layer[0] > by_layer[-1]
         else:
-            assert len(set(by_layer)) == 1
-        uneven = any(len(set(layer)) > 1 for layer in pages)
-        assert uneven == method.startswith("ada")
+            assert (len(set(by_layer)) > 1) == (BUDGETS[budgets].scope == "model")
+        is_uneven = any(len(set(layer)) > 1 for layer in pages)
+        assert is_uneven == (BUDGETS[budgets].scope != "head")
 
 
 def test_attention_scores_find_what_a_control_loses(engine, needle) -> None:
-    from vllm import SamplingParams
-
-    chats, codes = zip(*(needle(seed) for seed in range(20, 26)), strict=True)
+    chats, codes = zip(*(needle(seed, 67) for seed in range(20, 24)), strict=True)
+    prompts = [{"prompt_token_ids": _token_ids(engine, chat)} for chat in chats]
     found = {}
     for method in ("ada-snapkv", "random"):
-        _use_method(engine, {"method": method, "budget": BUDGET})
-        outputs = engine.chat(
-            list(chats), SamplingParams(temperature=0, max_tokens=12), use_tqdm=False
-        )
+        engine.kv_compress_reconfigure(method=method, budget=BUDGET - 128)
+        outputs = _generate(engine, prompts, max_tokens=24)
         found[method] = sum(c in o.outputs[0].text for c, o in zip(codes, outputs, strict=True))
     assert found["ada-snapkv"] > found["random"]
+
+
+# The compaction point before the prompt's end.
+
+QUESTIONS = (
+    "\nWhat is the secret code of the vault? Answer with the number only.<|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "\nWho wrote a letter about the winter market, and why did he go home early?<|im_end|>\n"
+    "<|im_start|>assistant\n",
+)
+
+
+def _context_and_questions(engine, needle, seed, sentences=60) -> tuple[list[int], list[list[int]]]:
+    """A context that hides a code, and two questions of the same number of tokens."""
+    tokenizer = engine.get_tokenizer()
+    chat, _ = needle(seed, sentences)
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    context = tokenizer.encode(text[: text.index("\nWhat is")], add_special_tokens=False)
+    questions = [tokenizer.encode(question, add_special_tokens=False) for question in QUESTIONS]
+    length = max(map(len, questions))
+    filler = tokenizer.encode("\n", add_special_tokens=False)
+    assert len(filler) == 1
+    return context, [filler * (length - len(question)) + question for question in questions]
+
+
+@pytest.mark.parametrize("method", ["kvc", "ada-snapkv", "h2o"])
+def test_what_is_kept_does_not_depend_on_the_suffix(engine, needle, method) -> None:
+    context, questions = _context_and_questions(engine, needle, 5)
+    prompts = [{"prompt_token_ids": context + question} for question in questions]
+    setting = {"method": method, "budget": BUDGET, "budgets": "joint"}
+    kept = {}
+    for suffix in (0, len(questions[0])):
+        engine.kv_compress_reconfigure(**setting, suffix_tokens=suffix)
+        outputs = _generate(engine, prompts)
+        records = _records(engine, outputs)
+        for record in records:
+            _pages(record, suffix)
+        kept[suffix > 0] = [record["kept_per_head"] for record in records]
+    assert kept[True][0] == kept[True][1]
+    assert kept[False][0] != kept[False][1]
+
+
+def test_suffix_over_everything_kept_is_full_attention(engine, needle, monkeypatch) -> None:
+    from vllm_kvcompress.memory.geometry import Geometry, RequestGeometry
+
+    compressing = Geometry._of
+
+    def keep_everything(self, prompt_len):
+        geometry = compressing(self, prompt_len)
+        # Only for prompts of this test; the rows of longer ones would not fit.
+        if not geometry.is_compressed or prompt_len > 1300:
+            return geometry
+        num_blocks = geometry.first_kept_block
+        return RequestGeometry(prompt_len, 32, num_blocks, num_blocks, geometry.compact_len)
+
+    context, questions = _context_and_questions(engine, needle, 6)
+    prompts = [{"prompt_token_ids": context + question} for question in questions]
+    engine.kv_compress_reconfigure(method="snapkv", ratio=0.0)
+    expected = _generate(engine, prompts, max_tokens=24, ignore_eos=True, logprobs=1)
+    assert not any(record["compressed"] for record in _records(engine, expected))
+    monkeypatch.setattr(Geometry, "_of", keep_everything)
+    for granularity in ("page", "token"):
+        # A budget that no other test uses: geometries are kept by setting.
+        engine.kv_compress_reconfigure(
+            method="ada-snapkv",
+            budget=BUDGET - 1,
+            granularity=granularity,
+            suffix_tokens=len(questions[0]) - 3,
+        )
+        outputs = _generate(engine, prompts, max_tokens=24, ignore_eos=True, logprobs=1)
+        for output, one, record in zip(outputs, expected, _records(engine, outputs), strict=True):
+            assert record["compressed"] and record["evicted_tokens"] == 0
+            assert output.outputs[0].token_ids == one.outputs[0].token_ids
+            for mine, theirs in zip(
+                output.outputs[0].logprobs, one.outputs[0].logprobs, strict=True
+            ):
+                token = next(iter(theirs))
+                assert mine[token].logprob == pytest.approx(theirs[token].logprob, abs=2e-4)
+
+
+def test_evicted_fact_is_unknown_to_the_suffix(engine, needle) -> None:
+    chats, codes, prompts, suffixes = [], [], [], set()
+    for seed in range(30, 34):
+        context, questions = _context_and_questions(engine, needle, seed)
+        chats.append(context)
+        codes.append(needle(seed, 60)[1])
+        prompts.append({"prompt_token_ids": context + questions[0]})
+        suffixes.add(len(questions[0]))
+    (suffix,) = suffixes
+    found = {}
+    for name, setting in {
+        "dense": {"method": "streamingllm", "ratio": 0.0},
+        "evicted": {"method": "streamingllm", "budget": BUDGET, "suffix_tokens": suffix},
+    }.items():
+        engine.kv_compress_reconfigure(**setting)
+        outputs = _generate(engine, prompts, max_tokens=24)
+        found[name] = sum(c in o.outputs[0].text for c, o in zip(codes, outputs, strict=True))
+    assert found["dense"] >= 2
+    assert found["evicted"] == 0
+
+
+def test_suffixes_beside_other_rows_give_the_texts_they_give_alone(engine, needle) -> None:
+    context, questions = _context_and_questions(engine, needle, 7)
+    suffix = len(questions[0])
+    engine.kv_compress_reconfigure(method="ada-snapkv", budget=BUDGET, suffix_tokens=suffix)
+    prompts = [
+        {"prompt_token_ids": context[: len(context) - 40 * i] + question}
+        for i in range(3)
+        for question in questions
+    ]
+    short = {"prompt_token_ids": context[:20] + questions[0]}
+    alone = [_generate(engine, [prompt], 16, ignore_eos=True)[0] for prompt in (*prompts, short)]
+    together = _generate(engine, [*prompts, short], 16, ignore_eos=True)
+    for one, other in zip(together, alone, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+    records = {r["prompt_len"]: r["compressed"] for r in _records(engine, together)}
+    assert not records.pop(20 + suffix)
+    assert set(records.values()) == {True}
+
+
+# What the scorers are told of the model.
+
+
+def _parameters(engine, *needs):
+    (layers,) = engine.collective_rpc(lambda worker: worker._layer_parameters(frozenset(needs)))
+    assert len(layers) == NUM_LAYERS
+    return layers
+
+
+def test_output_weight_is_that_of_the_checkpoint(engine, model) -> None:
+    from safetensors import safe_open
+
+    layers = _parameters(engine, "output_weight")
+    with safe_open(Path(model) / "model.safetensors", framework="pt") as weights:
+        for i, layer in enumerate(layers):
+            expected = weights.get_tensor(f"model.layers.{i}.self_attn.o_proj.weight").float()
+            expected = expected.t().view(NUM_HEADS, GROUP, HEAD_SIZE, -1)
+            assert torch.equal(layer.output_weight, expected)
+            assert layer.scale == HEAD_SIZE**-0.5
+            assert layer.rotary is None
+
+
+def test_rotary_is_that_of_transformers(engine, model) -> None:
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    rotary = _parameters(engine, "rotary")[7].rotary
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(model))
+    query = torch.randn(1, 2, 40, HEAD_SIZE, generator=torch.Generator().manual_seed(0))
+    for first in (0, 1, 1000, 2500):
+        positions = torch.arange(first, first + 40)[None]
+        cos, sin = theirs(query, positions)
+        rotated, _ = apply_rotary_pos_emb(query, query, cos, sin)
+        torch.testing.assert_close(rotary.unrotate(rotated, first), query, atol=1e-4, rtol=1e-4)
+        # One query, rotated to each of the positions, and the mean of these.
+        same = query[:, :, :1].expand(-1, -1, 40, -1)
+        mean = apply_rotary_pos_emb(same, same, cos, sin)[0].mean(dim=2)
+        matrix = rotary.mean_rotation(first, 40, HEAD_SIZE)
+        torch.testing.assert_close(query[:, :, 0] @ matrix.t(), mean, atol=1e-4, rtol=1e-4)
+
+
+# What cannot be reconfigured.
+
+
+def _setting(engine) -> tuple[KVCompressConfig, KVCompressConfig]:
+    """The scheduler's and the worker's."""
+    core = engine.llm_engine.engine_core.engine_core
+    (manager,) = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+    (worker,) = engine.collective_rpc(lambda worker: worker._engine.config)
+    return manager.kv_cache_spec.kv_compress, worker
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"method": "snapkv", "ratio": 0.3}, r"needs rows of \d+ blocks, .* started with \d+; "),
+        ({"method": "snapkv", "budget": BUDGET + 64}, "needs rows of 91 blocks, .* with 89; "),
+        ({"method": "snapkv", "budget": 63}, "63 is smaller than the window plus one page"),
+        ({"method": "best"}, "unknown KV-compression method 'best'"),
+        (
+            {"method": "knorm", "budgets": "static", "table": [1, 2, 3], "budget": BUDGET},
+            "the budget table has 3 layers, the model 30",
+        ),
+        (
+            {"method": "knorm", "budgets": "static", "table": [[1, 2]] * 30, "budget": BUDGET},
+            "the budget table has 2 heads, the model 3",
+        ),
+    ],
+    ids=["ratio", "budget", "no_page", "method", "layers", "heads"],
+)
+def test_refused_setting_leaves_the_old_one_in_place(engine, prompts, setting, message) -> None:
+    engine.kv_compress_reconfigure(method="tova", budget=BUDGET)
+    with pytest.raises(KVCompressConfigError, match=message) as error:
+        engine.kv_compress_reconfigure(**setting)
+    assert "\n" not in str(error.value)
+    expected = KVCompressConfig("tova", budget=BUDGET)
+    assert _setting(engine) == (expected, expected)
+    _pages(_records(engine, _generate(engine, prompts[:1], max_tokens=2))[0])
+
+
+def test_no_suffix_in_an_engine_started_without(engine, monkeypatch) -> None:
+    started = engine.llm_engine.vllm_config.additional_config["kv_compress"]
+    monkeypatch.setitem(started["options"], "suffix_tokens", 0)
+    with pytest.raises(KVCompressConfigError, match="started without suffix_tokens"):
+        engine.kv_compress_reconfigure(method="snapkv", budget=BUDGET, suffix_tokens=20)
+
+
+def test_no_other_setting_while_requests_run(engine, prompts) -> None:
+    from vllm import SamplingParams
+
+    engine.kv_compress_reconfigure(method="tova", budget=BUDGET)
+    llm_engine = engine.llm_engine
+    llm_engine.add_request("running", prompts[0], SamplingParams(max_tokens=3, ignore_eos=True))
+    llm_engine.step()
+    with pytest.raises(RuntimeError, match="1 requests still run under the old setting"):
+        engine.kv_compress_reconfigure(method="snapkv", budget=BUDGET)
+    while llm_engine.has_unfinished_requests():
+        llm_engine.step()
+    assert {config.method for config in _setting(engine)} == {"tova"}
+    engine.kv_compress_reconfigure(method="snapkv", budget=BUDGET)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_kvcompress import KVCompressConfigError
+
 
 @pytest.fixture(scope="module")
 def prompts(prose) -> list[str]:
@@ -66,6 +68,9 @@ def test_plugin_installed_but_not_asked_for(start_engine, prompts, stock_tokens)
     config = engine.llm_engine.vllm_config
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
     assert "kv_compress" not in config.additional_config
+    for call in (engine.kv_compress_stats, engine.kv_compress_reconfigure):
+        with pytest.raises(KVCompressConfigError, match="runs without KV compression"):
+            call()
     assert _generate(engine, prompts) == stock_tokens
 
 

@@ -88,6 +88,21 @@ GOOD = {"method": "snapkv", "budget": 128}
         ({"method": "snapkv", "ratio": 0.5, "budget": 99}, r"\(99\) and ratio \(0.5\) exclude"),
         ({"method": "snapkv", "beta": 3.0}, "unknown option 'beta' .* it takes: .*pool_kernel"),
         ({"method": "snapkv", "pool_kernel": 4}, "'pool_kernel' must be one of"),
+        ({"method": "tova", "budgets": "ada"}, "cannot be combined .* all heads of a layer alike"),
+        ({"method": "tova", "suffix_tokens": -1}, "'suffix_tokens' must be at least 0"),
+        ({"method": "tova", "budgets": "static"}, "budgets 'static' need the option 'table'"),
+        (
+            {"method": "tova", "budgets": "static", "table": [1, 2, 3]},
+            "the budget table has 3 layers, the model 30",
+        ),
+        (
+            {"method": "tova", "budgets": "static", "table": [[1, 2]] * 30},
+            "the budget table has 2 heads, the model 3",
+        ),
+        (
+            {"method": "tova", "budgets": "static", "table": "no/such/file.json"},
+            "names a file that cannot be read .No such file",
+        ),
     ],
 )
 def test_bad_setting(model, kv_compress, message) -> None:
@@ -128,6 +143,42 @@ def test_model_that_cannot_be_compressed(config, message, tmp_path) -> None:
     model = _model_of(config, tmp_path)
     with pytest.raises(KVCompressConfigError, match=message):
         _engine_config(model, GOOD, skip_tokenizer_init=True, block_size=32)
+
+
+def test_suffix_brings_its_own_scheduler(model) -> None:
+    setting = {**GOOD, "suffix_tokens": 20}
+    own = "vllm_kvcompress.vllm_integration.scheduler.KVCompressScheduler"
+    assert _engine_config(model, GOOD).scheduler_config.scheduler_cls is None
+    assert _engine_config(model, setting).scheduler_config.scheduler_cls == own
+    again = _engine_config(model, setting, scheduler_cls=own)
+    assert again.scheduler_config.scheduler_cls == own
+    with pytest.raises(KVCompressConfigError, match=r"suffix_tokens .* 'some\.other\.Scheduler'"):
+        _engine_config(model, setting, scheduler_cls="some.other.Scheduler")
+
+
+def test_suffix_with_asynchronous_scheduling_brings_the_asynchronous_scheduler() -> None:
+    from types import SimpleNamespace
+
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+    from vllm_kvcompress.vllm_integration.validate import _use_own_scheduler
+
+    # vLLM turns it off on CPUs, so that no engine of these tests can have it.
+    scheduler = SimpleNamespace(async_scheduling=True, scheduler_cls=None)
+    _use_own_scheduler(scheduler)
+    assert issubclass(resolve_obj_by_qualname(scheduler.scheduler_cls), AsyncScheduler)
+
+
+def test_table_from_a_file_is_checked_against_the_model(model, tmp_path) -> None:
+    table = tmp_path / "table.json"
+    setting = {**GOOD, "budgets": "static", "table": str(table)}
+    table.write_text(json.dumps([1.5] * 30))
+    _engine_config(model, setting)
+    table.write_text(json.dumps([1.5] * 29))
+    with pytest.raises(KVCompressConfigError, match="has 29 layers, the model 30") as error:
+        _engine_config(model, setting)
+    assert "\n" not in str(error.value)
 
 
 def test_unsupported_vllm_version(model, monkeypatch) -> None:
