@@ -1,0 +1,347 @@
+"""The numbers of `vllm-kvcompress plan`, worked by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, write_model
+
+from vllm_kvcompress.cli import main
+from vllm_kvcompress.cli.model import ModelShape, read_shape
+from vllm_kvcompress.cli.plan import plan_pages, usable_blocks
+from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.policies.budgets import stream_budgets
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "model", LLAMA)
+
+
+def plan_json(capsys, model, method, *flags):
+    assert main(["plan", model, "--kv-compress", method, *flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def plan_one(capsys, model, method, *flags):
+    (request,) = plan_json(capsys, model, method, *flags)["requests"]
+    return request
+
+
+# blocks and memory
+
+
+def test_blocks_and_memory_of_a_request(capsys, model):
+    plan = plan_json(capsys, model, "snapkv", *SETTING)
+    assert plan["block_size"] == 16
+    assert plan["block_bytes"] == BLOCK_BYTES == 4096
+    (request,) = plan["requests"]
+    assert request["is_compressed"]
+    assert request["kept_tokens_asked"] == 128
+    assert request["kept_tokens"] == 5 * 16 + 36
+    assert request["region_blocks"] == 5
+    # 36 tokens of the prompt and 100 generated ones take 9 blocks.
+    assert request["dense_blocks"] == 9
+    assert request["held_blocks"] == 14
+    assert request["full_blocks"] == 38
+    # 32 blocks of the dense prompt, and the region to copy into.
+    assert request["prefill_blocks"] == 37
+    assert request["held_bytes"] == 14 * 4096
+    assert request["full_bytes"] == 38 * 4096
+    assert request["prefill_bytes"] == 37 * 4096
+    assert request["fits"] is request["full_fits"] is None
+
+
+def test_a_ratio_and_other_sizes(capsys, model):
+    request = plan_one(
+        capsys,
+        model,
+        "snapkv",
+        *("--kv-compress-ratio", "0.75", "--kv-compress-window", "8", "--block-size", "32"),
+        *("--prompt-len", "1000", "--output-len", "0"),
+    )
+    # 992 // 32 = 31 candidates, 8 tokens stay dense, (250 - 8) // 32 = 7 pages.
+    assert request["kept_tokens_asked"] == 250
+    assert request["kept_tokens"] == 7 * 32 + 8
+    assert (request["region_blocks"], request["dense_blocks"]) == (7, 1)
+    assert (request["full_blocks"], request["prefill_blocks"]) == (32, 39)
+    assert request["held_bytes"] == 8 * 2 * 4096
+
+
+def test_a_short_prompt_stays_dense(capsys, model):
+    request = plan_one(
+        capsys, model, "pyramidkv", "--kv-compress-budget", "128", "--prompt-len", "100"
+    )
+    assert not request["is_compressed"]
+    assert request["kept_tokens"] == request["kept_tokens_asked"] == 100
+    assert request["region_blocks"] == 0
+    # 256 output tokens by default.
+    assert request["held_blocks"] == request["full_blocks"] == 23
+    assert request["prefill_blocks"] == 7
+    assert request["pages"] is None
+
+
+def test_tokens_after_the_compaction_point_are_kept_beside_the_budget(capsys, model):
+    request = plan_one(
+        capsys, model, "snapkv", *SETTING, "--kv-compress-options", '{"suffix_tokens": 100}'
+    )
+    # Of 400 tokens 368 compete in 23 pages; (128 - 32) // 16 = 6 pages.
+    assert request["kept_tokens_asked"] == 128 + 100
+    assert request["kept_tokens"] == 6 * 16 + 32 + 100
+    assert request["prefill_blocks"] == 32 + 6
+    assert request["held_blocks"] == 38 + 6 - 23
+
+
+@pytest.mark.parametrize(
+    ("blocks", "fits", "full_fits"),
+    # A compressed request needs 37 blocks once and then 14, a full one 38.
+    [(36, 0, 0), (37, 1, 0), (38, 1, 1), (50, 1, 1), (51, 2, 1), (92, 4, 2), (93, 5, 2)],
+)
+def test_requests_that_fit_a_pool(capsys, model, blocks, fits, full_fits):
+    # vLLM sets one block of every pool aside.
+    pool_bytes = (blocks + 1) * BLOCK_BYTES
+    for size in (pool_bytes, pool_bytes + BLOCK_BYTES - 1):
+        plan = plan_json(capsys, model, "snapkv", *SETTING, "--pool", f"{size}B")
+        assert plan["pool_blocks"] == blocks
+        (request,) = plan["requests"]
+        assert (request["fits"], request["full_fits"]) == (fits, full_fits)
+
+
+def test_an_empty_pool_holds_nothing():
+    assert usable_blocks(0, 4096) == usable_blocks(4096, 4096) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        ("20GiB", 20 * 2**30),
+        ("20g", 20 * 2**30),
+        ("1.5 MiB", 3 * 2**19),
+        ("20GB", 20 * 10**9),
+        ("4096", 4096),
+        ("1TiB", 2**40),
+    ],
+)
+def test_sizes(capsys, model, text, num_bytes):
+    assert plan_json(capsys, model, "snapkv", *SETTING, "--pool", text)["pool_bytes"] == num_bytes
+
+
+# pages
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "per_layer"),
+    [
+        ("snapkv", {}, [5, 5, 5, 5]),
+        # 9.75, 6.58, 3.42 and 0.25; whole pages, at least one, the rest to the largest remainder.
+        ("pyramidkv", {}, [10, 6, 3, 1]),
+        ("pyramidkv", {"beta": 1}, [5, 5, 5, 5]),
+        ("snapkv", {"budgets": "static", "table": [1, 2, 3, 4]}, [2, 4, 6, 8]),
+    ],
+)
+def test_pages_known_ahead(capsys, model, method, options, per_layer):
+    flags = ("--kv-compress-options", json.dumps(options))
+    pages = plan_one(capsys, model, method, *SETTING, *flags)["pages"]
+    assert pages["total"] == 5 * 4 * 2
+    assert pages["mean_per_layer"] == per_layer
+    assert pages["per_head"] == [[n, n] for n in per_layer]
+    assert pages["least"] == pages["most"] == per_layer
+
+
+def test_a_table_per_head(capsys, model):
+    table = [[3, 1], [1, 1], [1, 1], [1, 1]]
+    options = json.dumps({"budgets": "static", "table": table})
+    pages = plan_one(capsys, model, "snapkv", *SETTING, "--kv-compress-options", options)["pages"]
+    assert pages["per_head"] == [[12, 4], [4, 4], [4, 4], [4, 4]]
+    assert pages["mean_per_layer"] == [8, 4, 4, 4]
+    assert (pages["least"], pages["most"]) == ([4, 4, 4, 4], [12, 4, 4, 4])
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "per_layer", "least", "most"),
+    [
+        # 10 pages for a layer's two heads, one or two of which each is sure of.
+        ("ada-snapkv", {}, [5] * 4, [1] * 4, [9] * 4),
+        ("ada-snapkv", {"alpha": 0.5}, [5] * 4, [2] * 4, [8] * 4),
+        ("ada-snapkv", {"alpha": 1.0}, [5] * 4, [5] * 4, [5] * 4),
+        ("ada-pyramidkv", {}, [10, 6, 3, 1], [2, 1, 1, 1], [18, 11, 5, 1]),
+        # 40 pages for all eight heads; a head has 29 to choose from.
+        ("layer-defensivekv", {}, None, [1] * 4, [29] * 4),
+        ("layer-defensivekv", {"floor": 0.8}, None, [4] * 4, [12] * 4),
+    ],
+)
+def test_pages_decided_by_scores(capsys, model, method, options, per_layer, least, most):
+    flags = ("--kv-compress-options", json.dumps(options))
+    pages = plan_one(capsys, model, method, *SETTING, *flags)["pages"]
+    assert pages["total"] == 40
+    assert pages["mean_per_layer"] == per_layer
+    assert pages["per_head"] is None
+    assert (pages["least"], pages["most"]) == (least, most)
+
+
+def test_a_head_gets_more_than_it_is_sure_of_where_the_others_have_no_more(capsys, model):
+    request = plan_one(
+        capsys, model, "ada-snapkv", "--kv-compress-ratio", "0.2", "--prompt-len", "500"
+    )
+    # (400 - 36) // 16 = 22 pages on average; of a layer's 44 one head can take 29.
+    assert request["region_blocks"] == 22
+    assert (request["pages"]["least"], request["pages"]["most"]) == ([15] * 4, [29] * 4)
+
+
+@pytest.mark.parametrize("granularity", ["page", "token"])
+@pytest.mark.parametrize("budgets", ["ada", "ada-pyramid", "joint"])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize(("mean", "candidates"), [(1, 3), (3, 20), (5, 6), (7, 29)])
+def test_bounds_hold_for_the_budgets_of_the_engine(granularity, budgets, share, mean, candidates):
+    options = {"budgets": budgets, "granularity": granularity}
+    options["floor" if budgets == "joint" else "alpha"] = share
+    config = KVCompressConfig("snapkv", options=tuple(options.items()))
+    pages = plan_pages(config, ModelShape(4, 3, 8, "bfloat16"), mean, candidates, 16)
+    page_size = 16 if granularity == "token" else 1
+    least, most = torch.tensor(pages.least)[:, None], torch.tensor(pages.most)[:, None]
+    torch.manual_seed(0)
+    reached = torch.zeros(4, 3, dtype=torch.int64)
+    for trial in range(12):
+        scores = torch.rand(4, 3, candidates * page_size)
+        # First one head beats all others, then one of each layer does, then nobody.
+        if trial < 3:
+            scores[0, trial] += 1
+        elif trial < 6:
+            scores[:, trial - 3] += 1
+        given = stream_budgets(budgets, scores, mean, page_size, dict(config.options)).num_pages
+        assert int(given.sum()) == pages.total
+        assert (least <= given).all() and (given <= most).all()
+        if pages.mean_per_layer is not None:
+            assert given.double().mean(dim=1).tolist() == pages.mean_per_layer
+        reached = reached.maximum(given)
+    # Shares of whole tokens are rounded to pages.
+    slack = 1 if granularity == "token" else 0
+    assert int(reached[0].max()) >= pages.most[0] - slack
+
+
+def test_a_table_for_another_model_is_refused(capsys, model):
+    options = '{"budgets": "static", "table": [1, 2]}'
+    error = one_line_error(
+        capsys, "plan", model, "--kv-compress", "snapkv", *SETTING, "--kv-compress-options", options
+    )
+    assert "the budget table has 2 layers, the model 4" in error
+
+
+# models
+
+
+@pytest.mark.parametrize(
+    ("changes", "cache_dtype", "expected"),
+    [
+        ({}, "auto", ModelShape(4, 2, 8, "bfloat16")),
+        ({"dtype": "float16"}, "auto", ModelShape(4, 2, 8, "float16")),
+        # vLLM serves these in half precision.
+        ({"dtype": "float32"}, "auto", ModelShape(4, 2, 8, "bfloat16")),
+        ({"dtype": None}, "auto", ModelShape(4, 2, 8, "bfloat16")),
+        ({}, "float32", ModelShape(4, 2, 8, "float32")),
+        ({"head_dim": None}, "auto", ModelShape(4, 2, 8, "bfloat16")),
+        ({"num_key_value_heads": None}, "auto", ModelShape(4, 4, 8, "bfloat16")),
+    ],
+)
+def test_shape_of_a_model(tmp_path, changes, cache_dtype, expected):
+    config = {key: value for key, value in {**LLAMA, **changes}.items() if value is not None}
+    assert read_shape(write_model(tmp_path / "model", config), cache_dtype) == expected
+
+
+def test_float32_takes_twice_the_memory(capsys, model):
+    plan = plan_json(capsys, model, "snapkv", *SETTING, "--kv-cache-dtype", "float32")
+    assert plan["block_bytes"] == 2 * BLOCK_BYTES
+
+
+def test_shape_of_the_language_model_of_a_multimodal_one(tmp_path):
+    text = {**LLAMA, "num_hidden_layers": 3}
+    del text["dtype"]
+    config = {"model_type": "llava", "dtype": "float16", "text_config": text}
+    assert read_shape(write_model(tmp_path / "model", config)) == ModelShape(3, 2, 8, "float16")
+
+
+@pytest.mark.parametrize(
+    ("config", "num_kv_heads"),
+    [
+        ({"new_decoder_architecture": False, "multi_query": True}, 1),
+        ({"new_decoder_architecture": False, "multi_query": False}, 4),
+        ({"new_decoder_architecture": True, "num_kv_heads": 2}, 2),
+    ],
+)
+def test_kv_heads_of_falcon(tmp_path, config, num_kv_heads):
+    falcon = {"model_type": "falcon", "num_attention_heads": 4, "hidden_size": 32, **config}
+    assert read_shape(write_model(tmp_path / "model", falcon)).num_kv_heads == num_kv_heads
+
+
+@pytest.mark.parametrize(("ranks", "num_kv_heads"), [(1, 2), (2, 1), (4, 1)])
+def test_ranks_share_the_kv_heads(capsys, model, ranks, num_kv_heads):
+    plan = plan_json(capsys, model, "ada-snapkv", *SETTING, "--tensor-parallel-size", str(ranks))
+    assert plan["model"]["num_kv_heads"] == num_kv_heads
+    assert plan["block_bytes"] == 2048 * num_kv_heads
+    (request,) = plan["requests"]
+    assert request["held_bytes"] == 14 * 2048 * num_kv_heads
+    assert request["pages"]["total"] == 5 * 4 * num_kv_heads
+    # A head that is alone on its rank has nobody to compete with.
+    assert request["pages"]["most"] == [9 if num_kv_heads == 2 else 5] * 4
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "ranks", "message"),
+    [
+        (4, 3, "4 attention heads cannot be split over 3 ranks"),
+        (6, 3, "2 KV heads cannot be split over 3 ranks"),
+    ],
+)
+def test_heads_that_cannot_be_split(tmp_path, num_heads, ranks, message):
+    config = {**LLAMA, "num_attention_heads": num_heads, "hidden_size": 8 * num_heads}
+    with pytest.raises(KVCompressConfigError, match=message):
+        read_shape(write_model(tmp_path / "model", config), tensor_parallel_size=ranks)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "deepseek_v3"}, "MLA models"),
+        ({"model_type": "t5"}, "encoder-decoder models"),
+        ({"model_type": "mamba"}, "attention-free models"),
+        ({"model_type": "jamba"}, "other layers than full attention (linear_attention)"),
+        ({"model_type": "llama4"}, "(chunked_attention)"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding-window layers"),
+        ({"model_type": "gemma3"}, "sliding-window layers"),
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"model_type": "mpt"}, "ALiBi"),
+        ({"model_type": "falcon", "alibi": True}, "ALiBi"),
+        (
+            {**LLAMA, "quantization_config": {"kv_cache_scheme": {"num_bits": 8}}},
+            "quantized KV caches",
+        ),
+        ({**LLAMA, "dtype": "float8_e4m3fn"}, "float8_e4m3fn is no dtype of a KV cache"),
+        ({**LLAMA, "num_hidden_layers": "four"}, "cannot read the config of model"),
+        ({"model_type": "no such model"}, "cannot read the config of model"),
+        ({}, "cannot read the config of model"),
+    ],
+)
+def test_models_that_cannot_be_compressed(capsys, tmp_path, config, message):
+    folder = write_model(tmp_path / "model", config)
+    error = one_line_error(capsys, "plan", folder, "--kv-compress", "snapkv", "--prompt-len", "9")
+    assert message in error
+
+
+@pytest.mark.parametrize("sliding_window", [None, 64])
+def test_windows_that_are_not_in_use_are_no_problem(tmp_path, sliding_window):
+    config = {
+        **LLAMA,
+        "model_type": "qwen2",
+        "use_sliding_window": False,
+        "sliding_window": sliding_window,
+    }
+    assert read_shape(write_model(tmp_path / "model", config)).num_layers == 4
+
+
+def test_a_folder_without_a_config(capsys, tmp_path):
+    error = one_line_error(
+        capsys, "plan", str(tmp_path), "--kv-compress", "snapkv", "--prompt-len", "9"
+    )
+    assert "cannot read the config of model" in error
