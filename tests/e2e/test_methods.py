@@ -119,13 +119,18 @@ def test_static_table_from_a_file_on_the_command_line(engine, needle) -> None:
 
 @pytest.mark.parametrize("granularity", ["page", "token"])
 @pytest.mark.parametrize("method", RECIPES)
-def test_method_keeps_its_budget_and_generates(engine, prompts, method, granularity) -> None:
+def test_method_keeps_its_budget_and_generates(
+    engine, prompts, read_metric, method, granularity
+) -> None:
     engine.kv_compress_reconfigure(method=method, budget=BUDGET, granularity=granularity)
+    hits_before = read_metric(engine, "vllm:prefix_cache_hits")
     outputs = _generate(engine, prompts)
+    hits = read_metric(engine, "vllm:prefix_cache_hits") - hits_before
     # Whatever an earlier method computed is used, unless every query has to be seen.
     lens = [len(prompt["prompt_token_ids"]) for prompt in prompts]
     usable = [0 if method in ALL_QUERIES else (n - WINDOW) // 32 * 32 for n in lens]
     assert [output.num_cached_tokens for output in outputs] == usable
+    assert hits == sum(usable)
     budgets = RECIPES[method].budgets
     records = _records(engine, outputs)
     assert [record["prompt_len"] for record in records] == lens

@@ -423,6 +423,7 @@ class Machine:
         assert set(self.manager.num_cached_block) <= set(rows)
         live = set(rows) | {sequence.id for sequence in self.waiting}
         assert set(self.manager._prompt_lens) <= live
+        assert set(self.manager._compacted) <= set(rows)
         self.check_pool(rows)
         for sequence in self.running:
             self.check_row(sequence)
@@ -518,3 +519,4 @@ class Machine:
         assert not manager.req_to_blocks
         assert not manager.num_cached_block
         assert not manager._prompt_lens
+        assert not manager._compacted

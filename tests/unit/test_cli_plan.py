@@ -70,6 +70,15 @@ def test_a_ratio_and_other_sizes(capsys, model):
     assert request["held_bytes"] == 8 * 2 * 4096
 
 
+def test_a_prompt_of_whole_blocks(capsys, model):
+    flags = ("--kv-compress-budget", "128", "--prompt-len", "512", "--output-len", "100")
+    request = plan_one(capsys, model, "snapkv", *flags)
+    # 480 // 16 = 30 candidates, the window stays dense, (128 - 32) // 16 = 6 pages.
+    assert request["prefill_blocks"] == 32 + 6
+    assert (request["region_blocks"], request["dense_blocks"]) == (6, 9)
+    assert request["full_blocks"] == 39
+
+
 def test_a_short_prompt_stays_dense(capsys, model):
     request = plan_one(
         capsys, model, "pyramidkv", "--kv-compress-budget", "128", "--prompt-len", "100"

@@ -73,6 +73,8 @@ class KVCompressManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: KVCompressSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._prompt_lens: dict[str, int] = {}
+        # Requests whose prompt has been compacted, by id.
+        self._compacted: dict[str, Any] = {}
 
     @property
     def geometry(self) -> Geometry:
@@ -175,10 +177,7 @@ class KVCompressManager(FullAttentionManager):
         geometry = self.geometry.of(request.num_prompt_tokens)
         if geometry.is_compressed:
             if num_tokens >= geometry.compact_len:
-                # After a preemption the lookup would start from prompt plus output and could
-                # hit past the window (another prompt may contain our output), so that the
-                # window's queries would never be computed.
-                request.skip_reading_prefix_cache = True
+                self._compacted[request.request_id] = request
             num_tokens = min(num_tokens, geometry.boundary_block * self.block_size)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
@@ -187,6 +186,12 @@ class KVCompressManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; also the first half of a preemption."""
         self._prompt_lens.pop(request_id, None)
+        compacted = self._compacted.pop(request_id, None)
+        if compacted is not None:
+            # If it is resumed, the lookup would start from prompt plus output and could hit past
+            # the window (another prompt may contain our output), so that the window's queries
+            # would never be computed. Not set earlier: vLLM counts no hits of such requests.
+            compacted.skip_reading_prefix_cache = True
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
