@@ -18,10 +18,6 @@ _CITIES = (
     "Lisbon", "Oslo", "Cairo", "Lima", "Quebec", "Hanoi", "Dublin", "Athens", "Nairobi", "Kyoto",
     "Havana", "Vienna", "Tunis", "Perth", "Prague", "Bogota",
 )  # fmt: skip
-_COLOURS = (
-    "red", "blue", "green", "yellow", "purple", "orange", "white", "black", "silver", "golden",
-    "brown", "pink",
-)  # fmt: skip
 _NAMES = (
     "Marta", "Oskar", "Ingrid", "Pablo", "Yuki", "Farid", "Lena", "Viktor", "Amina", "Tomas",
     "Clara", "Hugo", "Nadia", "Emil", "Rosa", "Jonas",
@@ -216,50 +212,41 @@ def common_words(rng: random.Random, place: Place, sample_id: str) -> Sample:
 
 
 def qa_facts(rng: random.Random, place: Place, sample_id: str) -> Sample:
-    """Facts about made-up people; one is asked for."""
-    names = rng.sample(_NAMES, 4)
-    trades = rng.sample(_TRADES, 4)
-    cities = rng.sample(_CITIES, 4)
-    colours = rng.sample(_COLOURS, 4)
-    facts = [
-        f"{name} is a {trade} from {city} and lives in a {colour} house."
-        for name, trade, city, colour in zip(names, trades, cities, colours, strict=True)
-    ]
-    wanted = rng.randrange(4)
-    question, answer = rng.choice(
-        (
-            (f"What city is {names[wanted]} from?", cities[wanted]),
-            (f"What is the job of {names[wanted]}?", trades[wanted]),
-            (f"What colour is the house of {names[wanted]}?", colours[wanted]),
-        )
-    )
+    """Where three made-up people were born; one is asked for.
+
+    The answer's beginning is left to the model: the first token that it writes is computed with
+    the whole prompt in view, so an answer of one token would tell nothing about the kept cache.
+    """
+    names = rng.sample(_NAMES, 3)
+    cities = rng.sample(_CITIES, 3)
+    facts = [f"{name} was born in {city}." for name, city in zip(names, cities, strict=True)]
+    wanted = rng.randrange(3)
     return Sample(
         "qa_facts",
         sample_id,
-        _with_facts(rng, place, facts, place.depths(rng, 4)),
-        f"{question} Answer in a few words.",
-        (answer,),
+        _with_facts(rng, place, facts, place.depths(rng, 3)),
+        f"Question: Where was {names[wanted]} born?\nAnswer: {names[wanted]}",
+        (cities[wanted],),
         "contains_all",
-        24,
+        16,
         (("length", place.length),),
+        chat=False,
     )
 
 
 def multi_instruct(rng: random.Random, place: Place, sample_id: str) -> Sample:
-    """Three rules for the answer, spread over the context."""
-    start, end = rng.sample(_WORDS, 2)
-    city = rng.choice(_CITIES)
+    """Three instructions spread over the context, each to write a word."""
+    words = rng.sample(_WORDS, 3)
     facts = [
-        f'Rule one: the answer must begin with the word "{start}".',
-        f'Rule two: the answer must mention the city of "{city}".',
-        f'Rule three: the answer must end with the word "{end}".',
+        f'Write "{word}" as the {ordinal} word.'
+        for word, ordinal in zip(words, ("first", "second", "third"), strict=True)
     ]
     return Sample(
         "multi_instruct",
         sample_id,
         _with_facts(rng, place, facts, place.depths(rng, 3)),
-        "Write one sentence about a holiday. Follow all three rules given in the text.",
-        (f"begin:{start}", f"mention:{city}", f"end:{end}"),
+        "Write the words that you were told to write.",
+        tuple(f"mention:{word}" for word in words),
         "instructions_followed",
         48,
         (("length", place.length),),
@@ -267,25 +254,28 @@ def multi_instruct(rng: random.Random, place: Place, sample_id: str) -> Sample:
 
 
 def many_shot_arithmetic(rng: random.Random, place: Place, sample_id: str) -> Sample:
-    """Worked additions, many of them, then one to solve; the sum is in none of the examples."""
-    a, b = rng.randint(11, 49), rng.randint(11, 49)
+    """Worked additions, many of them, then one to solve that is none of the examples."""
+    a, b = rng.randint(1, 12), rng.randint(1, 12)
     lines: list[str] = []
     total = 0
     while total < place.num_tokens:
-        x, y = rng.randint(11, 49), rng.randint(11, 49)
-        if x + y == a + b:
+        x, y = rng.randint(1, 12), rng.randint(1, 12)
+        if {x, y} == {a, b}:
             continue
-        lines.append(f"Question: {x} + {y} = ? Answer: {x + y}.")
+        # The sum is not the first thing that is written, for the reason told in `qa_facts`.
+        lines.append(f"Question: {x} + {y}\nAnswer: {x} + {y} = {x + y}")
         total += place.count_tokens(lines[-1] + "\n")
     return Sample(
         "many_shot_arithmetic",
         sample_id,
         "\n".join(lines),
-        f"Question: {a} + {b} = ? Answer with the number only.",
+        f"Question: {a} + {b}\nAnswer:",
         (str(a + b),),
-        "number",
+        "first_line_number",
         16,
         (("length", place.length),),
+        joint="\n",
+        chat=False,
     )
 
 

@@ -164,6 +164,7 @@ METRICS: dict[str, Metric] = {
     "contains_all": contains_all,
     "contains_any": contains_any,
     "number": number,
+    "first_line_number": _of_first_line(number),
     "instructions_followed": instructions_followed,
     "f1": f1,
     "rouge_l": rouge_l,

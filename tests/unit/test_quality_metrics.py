@@ -1,12 +1,6 @@
 """Scores and intervals of the quality benchmark, worked by hand."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
 from quality.intervals import bootstrap, mean_interval, paired_difference, wilson
 from quality.metrics import METRICS, parse_number, token_agreement
 
@@ -52,6 +46,7 @@ WORKED = [
     ("classification", "Capital City", ("Capital City", *TREC[1:]), 1),
     ("classification", "Capital City", TREC, 1 / 2),
     ("first_line_classification", "\nState\nType: Date", TREC[1:2] + TREC[1:], 1),
+    ("first_line_number", " 4 + 5 = 9\nQuestion: 1 + 2", ("9",), 1),
     ("first_line_f1", "\n\nred\nQuestion: blue", ("red",), 1),
     ("first_line_rouge_l", "the cat\nthe dog", ("the cat",), 1),
     ("count", "There are 7 of them, 7 I say, or 8", ("7",), 2 / 3),

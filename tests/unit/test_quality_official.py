@@ -1,13 +1,8 @@
 """Readers of RULER, LongBench and GSM8K, on small files made here."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
 from quality.metrics import METRICS
 from quality.official import READERS, read_gsm8k, read_longbench, read_ruler
 

@@ -5,15 +5,11 @@ import json
 import os
 import random
 import re
-import sys
 from collections import Counter
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
 from quality.metrics import METRICS
 from quality.tasks import TASKS, build_passages, build_tasks, prose_digest, render
 from quality.text import haystack, insert, prose
@@ -25,7 +21,7 @@ RETRIEVAL = ("needle", "niah_multikey", "niah_multivalue", "niah_multiquery")
 LENGTHS = (400, 900)
 # Of the samples of test_pinned. Other texts make earlier results incomparable: say so where
 # results are kept when this changes.
-PINNED = "3e48268faa69d3c070131372b46766859dc48a3504f155ef8e349dc5c8890e2c"
+PINNED = "9b928f353ef6454d5281c906e79dab95c2e2bcf41a315c9b68bc17a8e104bc43"
 
 
 class WordTokenizer:
@@ -184,31 +180,32 @@ def test_common_words_are_the_most_common():
 
 def test_facts_of_people():
     for sample in build(["qa_facts"], samples_per_task=30):
-        people = re.findall(
-            r"(\w+) is a (\w+) from (\w+) and lives in a (\w+) house", sample.context
-        )
-        (person,) = [p for p in people if p[0] in sample.question]
-        place = 2 if "city" in sample.question else 1 if "job" in sample.question else 3
-        assert sample.answers == (person[place],)
-        assert len({p[place] for p in people}) == len(people) == 4
+        people = re.findall(r"(\w+) was born in (\w+)\.", sample.context)
+        (city,) = [city for name, city in people if name in sample.question]
+        assert sample.answers == (city,)
+        assert len({city for _, city in people}) == len(people) == 3
 
 
 def test_instructions_are_in_the_context():
     for sample in build(["multi_instruct"]):
-        words = re.findall(r'must (\w+) (?:with|the).* "(\w+)"', sample.context.replace(". ", "\n"))
-        assert {f"{verb}:{word}" for verb, word in words} == set(sample.answers)
-        start, city, end = (answer.partition(":")[2] for answer in sample.answers)
-        assert METRICS[sample.metric](f"{start} in {city} by {end}.", sample.answers) == 1
+        words = re.findall(r'Write "(\w+)" as the (\w+) word\.', sample.context)
+        assert [ordinal for _, ordinal in words] == ["first", "second", "third"]
+        assert sample.answers == tuple(f"mention:{word}" for word, _ in words)
+        assert METRICS[sample.metric](" ".join(word for word, _ in words), sample.answers) == 1
 
 
 def test_the_sum_is_not_among_the_examples():
     for sample in build(["many_shot_arithmetic"]):
-        shots = re.findall(r"Question: (\d+) \+ (\d+) = \? Answer: (\d+)\.", sample.context)
-        assert len(shots) > 20
-        assert all(int(a) + int(b) == int(total) for a, b, total in shots)
+        shots = re.findall(
+            r"Question: (\d+) \+ (\d+)\nAnswer: (\d+) \+ (\d+) = (\d+)", sample.context
+        )
+        assert len(shots) > 15
+        assert all((a, b) == (c, d) and int(a) + int(b) == int(e) for a, b, c, d, e in shots)
         (a, b) = re.findall(r"\d+", sample.question)
         assert sample.answers == (str(int(a) + int(b)),)
-        assert sample.answers[0] not in {total for *_, total in shots}
+        assert not {(a, b), (b, a)} & {shot[:2] for shot in shots}
+        answer = f" {a} + {b} = {sample.answers[0]}\nQuestion: 5 + 6"
+        assert METRICS[sample.metric](answer, sample.answers) == 1
 
 
 def test_haystacks_do_not_loop():
@@ -226,7 +223,9 @@ def test_lengths_are_hit(real_tokenizer, task):
 
     for sample in build([task], 3, (1024, 2048), 4, count_tokens):
         length = dict(sample.meta)["length"]
-        assert len(render(sample, real_tokenizer).token_ids) == pytest.approx(length, rel=0.03)
+        # Prompts without the chat template leave the room that it would take.
+        rel = 0.03 if sample.chat else 0.06
+        assert len(render(sample, real_tokenizer).token_ids) == pytest.approx(length, rel=rel)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -244,13 +243,13 @@ def test_the_boundary_is_between_context_and_question(tokenizer, task, chat):
         assert tokenizer.decode(ids[-num_suffix:][:1]) in sample.question
         if chat:
             assert tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{sample.context}\n\n{sample.question}"}],
+                [{"role": "user", "content": f"{sample.context}{sample.joint}{sample.question}"}],
                 add_generation_prompt=True,
                 tokenize=False,
             ) == (before + after)
         else:
             assert (before + after).removeprefix("<s>") == (
-                f"{sample.context}\n\n{sample.question}"
+                f"{sample.context}{sample.joint}{sample.question}"
             )
 
 
