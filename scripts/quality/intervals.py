@@ -34,11 +34,7 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     Raises:
         ValueError: on no values.
     """
-    if not values:
-        raise ValueError("no values to take an interval of")
-    rng = random.Random(seed)
-    means = sorted(fmean(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
-    return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]
+    return mean_of_means([values], seed)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -55,3 +51,19 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[
         ValueError: if the lengths differ.
     """
     return bootstrap([a - b for a, b in zip(first, second, strict=True)])
+
+
+def mean_of_means(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap of the mean of the groups' means, resampled inside each group.
+
+    Raises:
+        ValueError: on no groups, or an empty one.
+    """
+    if not groups or not all(groups):
+        raise ValueError("no values to take an interval of")
+    rng = random.Random(seed)
+    means = sorted(
+        fmean(fmean(rng.choices(values, k=len(values))) for values in groups)
+        for _ in range(_RESAMPLES)
+    )
+    return means[int(0.025 * _RESAMPLES)], means[int(0.975 * _RESAMPLES) - 1]

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+OURS = "vllm-kvcompress"
 _STYLES = ("-o", "--s", "-.^", ":D")
 
 
@@ -28,7 +29,12 @@ def lines(
         title: of the picture.
         path: PNG to write.
     """
-    chosen = [row for row in rows if row["task"] == task and row["mode"] == mode]
+    chosen = [
+        row
+        for row in rows
+        # An endpoint does not tell what it keeps.
+        if row["task"] == task and row["mode"] == mode and "kept_fraction" in row
+    ]
     by_method: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in chosen:
         if row["method"] != "full":
@@ -36,19 +42,24 @@ def lines(
     if not by_method:
         return
     figure, axes = plt.subplots(figsize=(9, 5.5))
-    full = [row[value] for row in chosen if row["method"] == "full"]
-    if full and value == "score":
-        axes.axhline(full[0], color="black", linewidth=1, label="full cache")
+    if value == "score":
+        full = {row["engine"]: row[value] for row in chosen if row["method"] == "full"}
+        for engine, level in full.items():
+            is_ours = engine == OURS
+            label = "full cache" if is_ours else f"full cache ({engine})"
+            axes.axhline(
+                level, color="black", linewidth=1, linestyle="-" if is_ours else ":", label=label
+            )
     colours = plt.get_cmap("tab20")
     for i, ((engine, method), points) in enumerate(sorted(by_method.items())):
         points = sorted(points, key=lambda row: row["kept_fraction"])
         axes.plot(
             [row["kept_fraction"] for row in points],
             [row[value] for row in points],
-            _STYLES[i // 20 % len(_STYLES)] if engine == "vllm-kvcompress" else ":x",
+            _STYLES[i // 20 % len(_STYLES)] if engine == OURS else ":x",
             color=colours(i % 20),
             markersize=4,
-            label=method if engine == "vllm-kvcompress" else f"{method} ({engine})",
+            label=method if engine == OURS else f"{method} ({engine})",
         )
     axes.set_xscale("log", base=2)
     axes.set_xlabel("fraction of the prompt's tokens kept per head")

@@ -6,7 +6,7 @@ import csv
 import json
 
 import pytest
-from quality.intervals import wilson
+from quality.intervals import bootstrap, wilson
 from quality.kvpress_results import add_kvpress_results
 from quality.plan import Prompt
 from quality.settings import Method, parse_methods
@@ -100,8 +100,16 @@ def test_summary_has_scores_interval_full_cache_and_what_was_kept():
     # Of the 800 tokens before the suffix, 100 are kept.
     assert out["span", "qa_facts"]["kept_fraction"] == pytest.approx(100 / 800)
     assert out["span", "qa_facts"]["full_score"] is None
-    assert out["span", ALL_TASKS]["n"] == 5
-    assert out["span", ALL_TASKS]["score"] == pytest.approx(3 / 5)
+    # Four needles and one fact: the full cache has no facts to compare with.
+    assert ("span", ALL_TASKS) not in out
+    rows += [result("full", 0.0, task="qa_facts", sample_id="1-0", score=0.5, kept_tokens=1000.0)]
+    out = {(r["method"], r["task"]): r for r in summarise(rows)}
+    overall = out["span", ALL_TASKS]
+    assert (overall["n"], overall["score"], overall["full_score"]) == (5, 0.75 / 2, 1.5 / 2)
+    # The fact has no spread.
+    low, high = bootstrap([1.0, 1.0, 1.0, 0.0])
+    assert overall["low"] == pytest.approx(low / 2, abs=0.13)
+    assert overall["high"] == pytest.approx(high / 2, abs=0.13)
 
 
 def test_summary_of_prose_has_kl_and_perplexity_and_no_score():
