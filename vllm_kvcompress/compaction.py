@@ -45,12 +45,14 @@ class LayerParameters:
         scale: factor on query-key products.
         logits_soft_cap: attention logits are squashed into (-cap, cap); 0 = not.
         output_weight: [H, g, d, m] of the output projection, if a scorer needs it.
+        output_root: [H, d, d] root of the output projection's squares, if a scorer needs it.
         rotary: position encoding, if a scorer needs it.
     """
 
     scale: float
     logits_soft_cap: float = 0.0
     output_weight: torch.Tensor | None = None
+    output_root: torch.Tensor | None = None
     rotary: Rotary | None = None
 
 
@@ -118,7 +120,7 @@ class Compactor:
         self.order = order
         self.layers = layers
         self.scorer = make_scorer(config)
-        for need in ("output_weight", "rotary"):
+        for need in ("output_weight", "output_root", "rotary"):
             if need in self.scorer.needs and any(getattr(x, need) is None for x in layers):
                 raise ValueError(f"method {config.method!r} needs every layer's {need}")
 
@@ -254,6 +256,7 @@ class Compactor:
                 window_query=window_query,
                 value=value,
                 output_weight=parameters.output_weight,
+                output_root=parameters.output_root,
                 observed=prompt.observed[layer],
                 rotary=parameters.rotary,
             )

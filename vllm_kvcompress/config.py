@@ -32,7 +32,8 @@ class KVCompressConfig:
             None when `ratio` is given.
         ratio: fraction of each prompt's tokens to remove, in [0, 1); None when `budget`
             is given. 0 removes nothing.
-        window: the last prompt tokens, always kept, whose queries score the others.
+        window: the last prompt tokens, whose queries score the others; always kept, unless the
+            method rates them too.
         options: (name, value) pairs of the method's options, defaults filled in, sorted.
 
     Raises:
@@ -74,21 +75,26 @@ class KVCompressConfig:
         """'page' (whole pages are kept or evicted) or 'token' (kept tokens are gathered)."""
         return self.option("granularity")
 
+    @property
+    def recent_tokens(self) -> int:
+        """Tokens before the compaction point that are kept in any case."""
+        return min(self.window, dict(self.options).get("recent_tokens", self.window))
+
     def option(self, name: str) -> Any:
         """The value of one option of this method; KeyError if it has no such option."""
         return dict(self.options)[name]
 
     def check_block_size(self, block_size: int) -> None:
-        """Raise KVCompressConfigError if the budget cannot hold the window and one page.
+        """Raise KVCompressConfigError if the budget cannot hold what is always kept and one page.
 
         Args:
             block_size: tokens per vLLM block (= per page).
         """
-        smallest = self.window + block_size
+        smallest = self.recent_tokens + block_size
         if self.budget is not None and self.budget < smallest:
             raise KVCompressConfigError(
-                f"KV-compression budget {self.budget} is smaller than the window plus one "
-                f"page ({self.window} + {block_size} = {smallest} tokens)"
+                f"KV-compression budget {self.budget} is smaller than the tokens always kept plus "
+                f"one page ({self.recent_tokens} + {block_size} = {smallest} tokens)"
             )
 
     def to_dict(self) -> dict[str, Any]:

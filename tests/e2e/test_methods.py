@@ -333,7 +333,10 @@ def _setting(engine) -> tuple[KVCompressConfig, KVCompressConfig]:
     [
         ({"method": "snapkv", "ratio": 0.3}, r"needs rows of \d+ blocks, .* started with \d+; "),
         ({"method": "snapkv", "budget": BUDGET + 64}, "needs rows of 91 blocks, .* with 89; "),
-        ({"method": "snapkv", "budget": 63}, "63 is smaller than the window plus one page"),
+        (
+            {"method": "snapkv", "budget": 63},
+            "63 is smaller than the tokens always kept plus",
+        ),
         ({"method": "best"}, "unknown KV-compression method 'best'"),
         (
             {"method": "knorm", "budgets": "static", "table": [1, 2, 3], "budget": BUDGET},

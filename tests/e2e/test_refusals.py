@@ -215,5 +215,8 @@ def test_serve_stops_with_one_last_line(model) -> None:
     )
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
-    assert "budget 40 is smaller than the window plus one page (32 + 32 = 64 tokens)" in last
+    assert (
+        "budget 40 is smaller than the tokens always kept plus one page (32 + 32 = 64 tokens)"
+        in last
+    )
     assert "EngineCore" not in result.stderr

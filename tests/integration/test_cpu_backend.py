@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies.base import Rotary
@@ -106,7 +107,8 @@ class Rig:
         weight_size = (shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size, 24)
         angles = torch.arange(400)[:, None] / 1000 ** torch.linspace(0, 1, shape.head_size // 2)
         rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1))
-        return LayerParameters(SCALE, 0.0, self.random(*weight_size), rotary)
+        weight = self.random(*weight_size)
+        return LayerParameters(SCALE, 0.0, weight, ops.output_root(weight), rotary)
 
     def random(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, generator=self.generator).to(self.dtype)

@@ -37,7 +37,14 @@ def make_layers():
         weight *= torch.rand(*heads, 1, 1, generator=generator) * 4
         angles = torch.arange(600)[:, None] * torch.rand(2, generator=generator)
         rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1), is_neox_style=True)
-        layers.append(LayerParameters(scale=0.5 + 0.2 * layer, output_weight=weight, rotary=rotary))
+        layers.append(
+            LayerParameters(
+                scale=0.5 + 0.2 * layer,
+                output_weight=weight,
+                output_root=ops.output_root(weight),
+                rotary=rotary,
+            )
+        )
     return layers
 
 
@@ -182,6 +189,7 @@ def expected_scores(config, prompt):
             window_query=prompt.query_heads(layer, num_tokens - WINDOW, num_tokens),
             value=prompt.value[layer, :, :num_tokens],
             output_weight=parameters.output_weight,
+            output_root=parameters.output_root,
             observed=observed,
             rotary=parameters.rotary,
         )

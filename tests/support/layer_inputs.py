@@ -49,6 +49,7 @@ def random_inputs(
         window_query=query[:, :, num_tokens - window :],
         value=normal(num_heads, num_tokens, head_size),
         output_weight=normal(num_heads, group, head_size, HIDDEN_SIZE),
+        output_root=normal(num_heads, head_size, head_size).float(),
         rotary=rotary(head_size),
         **rest,
     )

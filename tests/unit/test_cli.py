@@ -127,7 +127,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys, model):
         (("--kv-compress-budget", "64"), "--kv-compress-budget needs --kv-compress METHOD"),
         (
             ("--kv-compress", "snapkv", "--kv-compress-budget", "40"),
-            "budget 40 is smaller than the window plus one page (32 + 16 = 48 tokens)",
+            "budget 40 is smaller than the tokens always kept plus one page (32 + 16 = 48 tokens)",
         ),
         (
             ("--kv-compress", "snapkv", "--kv-compress-budget", "64", "--kv-compress-ratio", "0.5"),
@@ -207,7 +207,7 @@ def test_text(capsys, model):
         (
             "span",
             (),
-            "decided by scores for all layers together; one head gets 1 to 29 pages",
+            "decided by scores for all layers together; one head gets 1 to 30 pages",
         ),
         (
             "snapkv",

@@ -312,7 +312,7 @@ def test_only_what_the_scorer_needs_is_stored(method):
     assert collected.observed == [None] * SHAPE.num_layers
 
 
-@pytest.mark.parametrize("need", ["output_weight", "rotary"])
+@pytest.mark.parametrize("need", ["output_weight", "output_root", "rotary"])
 @pytest.mark.parametrize("method", RECIPES)
 def test_layer_without_what_the_scorer_needs_is_refused(method, need):
     config = config_of(method)

@@ -104,6 +104,16 @@ def test_budget_must_hold_the_window_and_a_page(budget, window, block_size, fits
     assert f"{window} + {block_size} = {window + block_size} tokens" in message
 
 
+def test_recent_tokens_are_the_window_unless_the_scorer_rates_the_window():
+    assert KVCompressConfig("snapkv", window=20).recent_tokens == 20
+    assert KVCompressConfig("span", window=20).recent_tokens == 8
+    assert KVCompressConfig("span", window=4).recent_tokens == 4
+    config = KVCompressConfig("span", window=20, options=(("recent_tokens", 50),))
+    assert config.recent_tokens == 20
+    message = refusal(KVCompressConfig, "snapkv", options=(("recent_tokens", 8),))
+    assert "'recent_tokens'" in message
+
+
 def test_ratio_fits_any_block_size():
     KVCompressConfig("snapkv", ratio=0.99).check_block_size(128)
 

@@ -12,8 +12,12 @@ from vllm_kvcompress.memory import Geometry, cdiv
 BLOCK_SIZES = (16, 32, 64, 128)
 
 
-def config_of(suffix=0, **setting):
-    return KVCompressConfig("snapkv", options=(("suffix_tokens", suffix),), **setting)
+def config_of(suffix=0, recent=None, **setting):
+    options = {"suffix_tokens": suffix}
+    if recent is None:
+        return KVCompressConfig("snapkv", options=tuple(options.items()), **setting)
+    options["recent_tokens"] = recent
+    return KVCompressConfig("span", options=tuple(options.items()), **setting)
 
 
 def geometry_of(prompt_len, block_size=16, **setting):
@@ -24,12 +28,14 @@ def geometry_of(prompt_len, block_size=16, **setting):
 def geometries(draw):
     block_size = draw(st.sampled_from(BLOCK_SIZES))
     window = draw(st.integers(1, 100))
+    recent = draw(st.one_of(st.none(), st.integers(1, 120)))
+    always_kept = window if recent is None else min(window, recent)
     suffix = draw(st.one_of(st.just(0), st.integers(1, 400)))
     if draw(st.booleans()):
-        size = {"budget": draw(st.integers(window + block_size, 2000))}
+        size = {"budget": draw(st.integers(always_kept + block_size, 2000))}
     else:
         size = {"ratio": draw(st.floats(0, 1, exclude_max=True))}
-    return Geometry(config_of(suffix, window=window, **size), block_size)
+    return Geometry(config_of(suffix, recent, window=window, **size), block_size)
 
 
 requests = st.tuples(geometries(), st.integers(1, 5000))
@@ -159,6 +165,15 @@ def test_region_comes_with_the_compaction_point_and_not_with_the_prompts_end():
     assert [geometry.row_index(p) for p in (1023, 1024)] == [63, 78]
 
 
+def test_tokens_of_the_window_compete_but_for_the_recent_ones():
+    # 1000 - 8 = 992 tokens are 62 pages, and the window begins in page 60.
+    geometry = geometry_of(1000, budget=256, window=32, recent=8)
+    assert (geometry.first_kept_block, geometry.num_region_blocks) == (62, 15)
+    assert geometry.num_tail_tokens == 8
+    # A prompt that the window covers has no query from outside the candidates.
+    assert not geometry_of(32, ratio=0.9, window=32, recent=8).is_compressed
+
+
 def test_budget_below_window_and_one_page_is_refused_with_all_numbers():
     config = KVCompressConfig("snapkv", budget=47, window=32)
     with pytest.raises(KVCompressConfigError, match=r"47 .*32 \+ 16 = 48"):
@@ -182,7 +197,7 @@ def test_kept_tokens_stay_within_what_was_asked(request):
     if geometry.num_region_blocks > 1:
         assert kept <= asked
     else:
-        assert kept < config.window + 2 * block_size
+        assert kept < config.recent_tokens + 2 * block_size
     # Nor is more than a page of the budget left unused.
     assert kept > asked - block_size - 1
     assert kept < compact_len == geometry.compact_len
@@ -190,13 +205,13 @@ def test_kept_tokens_stay_within_what_was_asked(request):
 
 
 @given(requests)
-def test_window_is_always_dense(request):
+def test_recent_tokens_are_always_dense(request):
     geometries_, prompt_len = request
     geometry = geometries_.of(prompt_len)
-    window = geometries_.config.window
-    assert geometry.num_dense_prompt_tokens >= min(window, prompt_len)
+    recent = geometries_.config.recent_tokens
+    assert geometry.num_dense_prompt_tokens >= min(recent, prompt_len)
     if geometry.is_compressed:
-        assert window <= geometry.num_tail_tokens < window + geometries_.block_size
+        assert recent <= geometry.num_tail_tokens < recent + geometries_.block_size
         suffix = suffix_of(geometries_)
         assert geometry.num_dense_prompt_tokens == geometry.num_tail_tokens + suffix
 

@@ -179,6 +179,33 @@ def test_projected_value_norm_follows_each_query_head(generator):
     torch.testing.assert_close(ops.projected_value_norm(value, weight), sum(per_head) / 3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", NORM_SHAPES.values(), ids=NORM_SHAPES)
+def test_value_effect(shape, dtype, generator):
+    value, weight = norm_inputs(shape, dtype, generator)
+    root = ops.output_root(weight)
+    squares = torch.einsum("hgdm,hgem->hde", weight.double(), weight.double()) / shape[1]
+    torch.testing.assert_close(root.double() @ root.mT.double(), squares, rtol=1e-5, atol=1e-4)
+    effect = ops.value_effect(value, root)
+    assert effect.dtype == torch.float32
+    torch.testing.assert_close(
+        effect, ops.value_effect(value, root, backend="reference"), rtol=2e-6, atol=0
+    )
+    # What it stands for: each query head's projected value, without the root.
+    moved = torch.einsum("hnd,hgdm->hgnm", value.double(), weight.double())
+    expected = (moved**2).sum(dim=-1).mean(dim=1).sqrt()
+    torch.testing.assert_close(effect.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_value_effect_by_hand():
+    value = torch.tensor([[[1.0, -2.0], [0.0, 0.0]]])
+    # Two query heads: one passes the value on, the other adds its elements and triples them.
+    weight = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[3.0, 0.0], [3.0, 0.0]]]])
+    # (1 + 4) and 9, their mean is 7.
+    effect = ops.value_effect(value, ops.output_root(weight))
+    torch.testing.assert_close(effect, torch.tensor([[7.0**0.5, 0.0]]))
+
+
 @pytest.mark.parametrize("shape", [(16,), (3, 48), (2, 3, 32), (2, 0)], ids=str)
 def test_page_scores(shape, generator):
     scores = torch.randn(shape, generator=generator)
@@ -425,6 +452,9 @@ ZEROS = torch.zeros
         (lambda: ops.pool_scores(ZEROS(4), -3, "max"), "odd and positive, got -3"),
         (lambda: ops.pool_scores(ZEROS(4), 3, "min"), "'min'"),
         (lambda: ops.projected_value_norm(ZEROS(9, 8), ZEROS(2, 1, 8, 4)), r"\(9, 8\)"),
+        (lambda: ops.value_effect(ZEROS(2, 9, 8), ZEROS(2, 8, 7)), r"\(2, 8, 7\)"),
+        (lambda: ops.value_effect(ZEROS(9, 8), ZEROS(2, 8, 8)), r"\(9, 8\)"),
+        (lambda: ops.output_root(ZEROS(2, 8, 8)), r"\(2, 8, 8\)"),
         (lambda: ops.projected_value_norm(ZEROS(2, 9, 8), ZEROS(2, 8, 4)), r"\(2, 8, 4\)"),
         (
             lambda: ops.projected_value_norm(ZEROS(2, 9, 8), ZEROS(3, 1, 8, 4)),
@@ -493,6 +523,7 @@ def test_page_order_must_be_a_permutation(key_offsets, value_offsets):
         lambda backend: ops.projected_value_norm(
             ZEROS(1, 1, 2), ZEROS(1, 1, 2, 3), backend=backend
         ),
+        lambda backend: ops.value_effect(ZEROS(1, 1, 2), ZEROS(1, 2, 2), backend=backend),
         lambda backend: ops.page_scores(ZEROS(4), 2, backend=backend),
         lambda backend: ops.joint_top_counts(ZEROS(1, 2), 1, 0, backend=backend),
         lambda backend: ops.select_top(ZEROS(1, 2), torch.tensor([1]), backend=backend),
@@ -501,6 +532,7 @@ def test_page_order_must_be_a_permutation(key_offsets, value_offsets):
         "window_attention",
         "pool_scores",
         "projected_value_norm",
+        "value_effect",
         "page_scores",
         "joint_top_counts",
         "select_top",

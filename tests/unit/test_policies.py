@@ -24,6 +24,7 @@ OPTIONAL_INPUTS = {
     "window_query": ("window_query",),
     "value": ("value",),
     "output_weight": ("output_weight",),
+    "output_root": ("output_root",),
     "rotary": ("rotary",),
     "all_queries": ("observed",),
 }
@@ -168,6 +169,8 @@ def test_parts_of_a_recipe_take_options_of_different_names():
                 *SCORERS[recipe.scorer].options,
                 *BUDGETS[budgets].options,
             ]
+            if SCORERS[recipe.scorer].scores_window:
+                names.append("recent_tokens")
             assert len(names) == len(set(names))
             assert set(names) == set(option_specs(recipe, budgets))
 
@@ -176,8 +179,8 @@ def test_parts_of_a_recipe_take_options_of_different_names():
     ("method", "expected"),
     [
         ("kvc", {"score_power": 2, "window_reduce": "sum", "group_reduce": "sum"}),
-        ("span", {"mass_first": 0.0, "span_kernel": 7, "page_reduce": "rms", "floor": 0.05}),
-        ("defensivekv", {"mass_first": 0.9, "span_kernel": 1, "value_norm": True, "alpha": 0.2}),
+        ("span", {"span_kernel": 7, "near_tokens": 8, "page_reduce": "rms", "floor": 0.05}),
+        ("defensivekv", {"mass_first": 0.9, "value_norm": True, "alpha": 0.2}),
         ("snapkv", {"score_power": 1, "window_reduce": "mean", "group_reduce": "mean"}),
         ("ada-pyramidkv", {"alpha": 0.2, "beta": 20.0, "pool_kernel": 7, "pool_kind": "max"}),
         ("criticalkv", {"epsilon": 1e-4, "first_stage": 0.5}),
@@ -198,7 +201,7 @@ def test_published_defaults(method, expected):
         ("snapkv", {"window_reduce": "max", "score_power": 2, "pool_first": False}),
         ("ada-pyramidkv", {"pool_kernel": 1}),
         ("kvc", {"score_power": 1}),
-        ("span", {"span_kernel": 9, "mass_first": 0.5, "value_norm": False}),
+        ("span", {"span_kernel": 9, "near_tokens": 3, "value_norm": False}),
         ("ada-criticalkv", {"epsilon": 0.25, "pool_kernel": 3}),
         ("expected-attention", {"num_future": 3, "num_sinks": 0, "covariance": False}),
         ("h2o", {"recent": 0.25, "normalize": True}),

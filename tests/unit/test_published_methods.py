@@ -1,4 +1,4 @@
-"""Methods that kvpress lacks, against their publications written out as loops in float64."""
+"""Methods that kvpress lacks, against their definitions written out as loops in float64."""
 
 from __future__ import annotations
 
@@ -147,6 +147,49 @@ def test_defensivekv_puts_at_most_the_budget_first():
         assert is_best[head, tokens].all()
     # One token has that score by itself.
     assert int(is_best.sum()) == 9
+
+
+def span_reference(inputs, near_tokens, kernel=5, span=7):
+    """Scores [H][candidates] as the docstring of `Span` tells them."""
+    num_heads, group, window, _ = inputs.window_query.shape
+    num_keys = inputs.key.shape[1]
+    rated = max(inputs.num_candidates, num_keys - window)
+    scores = []
+    for h in range(num_heads):
+        worst = [0.0] * rated
+        for g in range(group):
+            for w in range(window):
+                position = num_keys - window + w
+                row = causal_softmax(
+                    inputs.window_query[h, g, w], inputs.key[h, : position + 1], inputs.scale
+                )
+                row += [0.0] * num_keys
+                row = [x if position - i >= near_tokens else 0.0 for i, x in enumerate(row[:rated])]
+                pooled = [sum(near(row, i, kernel)) / kernel for i in range(rated)]
+                back = sum(row) / sum(pooled)
+                worst = [max(a, b * back) for a, b in zip(worst, pooled, strict=True)]
+        floor = sum(worst) / rated
+        scores.append([max(x, floor) for x in worst])
+    effects = [
+        [float((inputs.value[h, i] @ inputs.output_root[h]).double().norm()) for i in range(rated)]
+        for h in range(num_heads)
+    ]
+    for h in range(num_heads):
+        for i in range(rated):
+            scores[h][i] *= effects[h][i] / sum(effect[i] for effect in effects)
+        scores[h] = [max(near(scores[h], i, span)) for i in range(inputs.num_candidates)]
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("near_tokens", [1, 8])
+@pytest.mark.parametrize("recent", [1, 3, 34], ids="recent_{}".format)
+@by_shape
+def test_span(shape, near_tokens, recent):
+    shape = {**shape, "num_candidates": shape["num_tokens"] - recent}
+    inputs, _ = random_inputs(seed=3, **shape)
+    scores = make_scorer(token_config("span", near_tokens=near_tokens)).score(inputs).first
+    reference = span_reference(inputs, near_tokens)
+    torch.testing.assert_close(scores.double(), reference, rtol=1e-4, atol=1e-8)
 
 
 def authors_joint_top(scores, total):

@@ -12,6 +12,7 @@ from vllm_kvcompress.policies.criticalkv import CriticalKV
 from vllm_kvcompress.policies.defensivekv import DefensiveKV
 from vllm_kvcompress.policies.keydiff import KeyDiff
 from vllm_kvcompress.policies.snapkv import SnapKV
+from vllm_kvcompress.policies.span import Span
 from vllm_kvcompress.policies.span_keydiff import SpanKeyDiff
 
 NUM_HEADS, GROUP, WINDOW, NUM_KEYS, HEAD_SIZE = 2, 2, 4, 64, 8
@@ -151,7 +152,9 @@ def test_snapkv_uses_scale_and_soft_cap():
     torch.testing.assert_close(capped[0, 5] / capped[0, 0], torch.tensor(1.0).exp())
 
 
-@pytest.mark.parametrize("scorer", [SnapKV(), CriticalKV(), DefensiveKV()], ids=lambda s: type(s))
+@pytest.mark.parametrize(
+    "scorer", [SnapKV(), CriticalKV(), DefensiveKV(), Span()], ids=lambda s: type(s)
+)
 def test_half_precision_is_scored_in_float32(scorer):
     half, _ = random_inputs(dtype=torch.bfloat16)
     scores = scorer.score(half)
@@ -164,6 +167,7 @@ def test_half_precision_is_scored_in_float32(scorer):
             window_query=half.window_query.float(),
             value=half.value.float(),
             output_weight=half.output_weight.float(),
+            output_root=half.output_root,
         )
     )
     for name in ("first", "second"):
@@ -185,17 +189,6 @@ def test_criticalkv_weighs_the_second_stage_by_value_norms(epsilon):
         score_inputs.value[:, :48], score_inputs.output_weight, backend="reference"
     )
     torch.testing.assert_close(scores.second, (scores.first + epsilon) * norms)
-
-
-def test_defensivekv_spans_widen_the_finished_scores():
-    score_inputs, _ = random_inputs(num_candidates=48)
-    plain = DefensiveKV(mass_first=0.0).score(score_inputs).first
-    wide = DefensiveKV(mass_first=0.0, span_kernel=7).score(score_inputs).first
-    # Tokens between the last candidate and the window count, too.
-    everything, _ = random_inputs()
-    full = DefensiveKV(mass_first=0.0).score(everything).first
-    assert torch.equal(full[:, :48], plain)
-    assert torch.equal(wide, ops.pool_scores(full, 7, "max")[:, :48])
 
 
 def test_defensivekv_without_value_norms_ignores_the_values():
@@ -233,7 +226,7 @@ def test_defensivekv_survives_queries_that_see_nothing_before_the_window():
 def test_span_keydiff_is_span_first_and_keydiff_second():
     score_inputs, _ = random_inputs(seed=3)
     scores = SpanKeyDiff().score(score_inputs)
-    span = DefensiveKV(mass_first=0.0, span_kernel=7).score(score_inputs)
+    span = Span().score(score_inputs)
     keydiff = KeyDiff(span_kernel=5).score(score_inputs)
     assert torch.equal(scores.first, span.first)
     torch.testing.assert_close(scores.second, keydiff.first + 1)

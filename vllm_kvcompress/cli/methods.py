@@ -23,6 +23,7 @@ NEEDS = {
     "window_query": "the queries of the prompt's last tokens",
     "value": "the values",
     "output_weight": "the output projection of every layer",
+    "output_root": "the output projection of every layer, squared and small",
     "all_queries": "all queries of the prompt: compressed prompts get no prefix-cache hits",
     "rotary": "the rotary position encoding",
 }

@@ -38,8 +38,11 @@ def _head(plan: Plan) -> str:
     else:
         asked = f"keep {config.budget} tokens"
     where = " on each rank" if plan.tensor_parallel_size > 1 else ""
+    window = f"window {config.window} tokens"
+    if config.recent_tokens < config.window:
+        window += f" (the last {config.recent_tokens} always kept)"
     lines = [
-        f"setting  {config.method}, {asked}, window {config.window} tokens",
+        f"setting  {config.method}, {asked}, {window}",
         f"model    {shape.num_layers} layers, {shape.num_kv_heads} KV heads{where}, head size "
         f"{shape.head_size}, {shape.dtype}",
         f"block    {plan.block_size} tokens of all layers and heads, "

@@ -122,7 +122,7 @@ class Geometry:
         kept_tokens = self.kept_tokens_asked(compact_len)
         if kept_tokens >= compact_len:
             return dense
-        first_kept_block = (compact_len - window) // self.block_size
+        first_kept_block = (compact_len - self.config.recent_tokens) // self.block_size
         tail_tokens = compact_len - first_kept_block * self.block_size
         # Rounded down, so a request never holds more than asked, except that every head
         # keeps at least one page.

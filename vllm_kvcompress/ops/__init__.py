@@ -14,10 +14,12 @@ from vllm_kvcompress.ops.paged import (
 )
 from vllm_kvcompress.ops.scoring import (
     joint_top_counts,
+    output_root,
     page_scores,
     pool_scores,
     projected_value_norm,
     select_top,
+    value_effect,
     window_attention,
 )
 
@@ -28,10 +30,12 @@ __all__ = [
     "pack_pages",
     "page_scores",
     "pool_scores",
+    "output_root",
     "projected_value_norm",
     "ragged_page_table",
     "region_page_ids",
     "select_top",
+    "value_effect",
     "unpack_pages",
     "window_attention",
 ]

@@ -48,6 +48,17 @@ def projected_value_norm(value: torch.Tensor, output_weight: torch.Tensor) -> to
     return out.float()
 
 
+def value_effect(value: torch.Tensor, output_root: torch.Tensor) -> torch.Tensor:
+    """See `ops.value_effect`."""
+    num_heads, num_tokens, _ = value.shape
+    out = torch.zeros(num_heads, num_tokens, dtype=torch.float64)
+    for h in range(num_heads):
+        for token in range(num_tokens):
+            moved = value[h, token].double() @ output_root[h].double()
+            out[h, token] = (moved**2).sum().sqrt()
+    return out.float()
+
+
 def page_scores(scores: torch.Tensor, page_size: int, reduce: str) -> torch.Tensor:
     """See `ops.page_scores`."""
     pages = []

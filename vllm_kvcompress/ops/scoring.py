@@ -135,6 +135,56 @@ def projected_value_norm(
     return norms / group
 
 
+def output_root(output_weight: torch.Tensor) -> torch.Tensor:
+    """What `value_effect` needs of an output projection, computed once per layer.
+
+    Args:
+        output_weight: [H, g, d, m], the output projection's columns of each query head.
+
+    Returns:
+        [H, d, d] float32 R with `R @ R.T` = mean over g of `W @ W.T`, W [d, m].
+
+    Raises:
+        ValueError: on another number of dimensions.
+    """
+    _check(
+        output_weight.dim() == 4,
+        f"want output weight [H, g, d, m], got {tuple(output_weight.shape)}",
+    )
+    weight = output_weight.float()
+    squares = torch.einsum("hgdm,hgem->hde", weight, weight) / weight.shape[1]
+    values, vectors = torch.linalg.eigh(squares)
+    return vectors * values.clamp(min=0).sqrt()[:, None, :]
+
+
+def value_effect(
+    value: torch.Tensor, output_root: torch.Tensor, backend: str = "torch"
+) -> torch.Tensor:
+    """How much each token's value moves a layer's output: ||Wo v||_2, root mean square over g.
+
+    Source: ours, in place of `projected_value_norm`, at d / (g m) of its cost.
+
+    Args:
+        value: [H, n, d], any float dtype.
+        output_root: [H, d, d] float32, of `output_root`.
+        backend: 'torch' or 'reference'.
+
+    Returns:
+        [H, n] float32. No host sync.
+
+    Raises:
+        ValueError: on shapes that do not fit.
+    """
+    _check(
+        value.dim() == 3 and output_root.shape == (value.shape[0], value.shape[2], value.shape[2]),
+        f"want value [H, n, d] and output root [H, d, d], got {tuple(value.shape)}, "
+        f"{tuple(output_root.shape)}",
+    )
+    if _is_reference(backend):
+        return reference.value_effect(value, output_root)
+    return torch.bmm(value.float(), output_root).norm(dim=-1)
+
+
 def page_scores(
     scores: torch.Tensor, page_size: int, reduce: str = "max", backend: str = "torch"
 ) -> torch.Tensor:

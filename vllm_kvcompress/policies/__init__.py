@@ -25,6 +25,7 @@ def scorer_class(name: str) -> type[Scorer]:
     from vllm_kvcompress.policies.knorm import KNorm
     from vllm_kvcompress.policies.random import Random
     from vllm_kvcompress.policies.snapkv import SnapKV
+    from vllm_kvcompress.policies.span import Span
     from vllm_kvcompress.policies.span_keydiff import SpanKeyDiff
     from vllm_kvcompress.policies.streamingllm import StreamingLLM
     from vllm_kvcompress.policies.tova import TOVA
@@ -39,6 +40,7 @@ def scorer_class(name: str) -> type[Scorer]:
         "knorm": KNorm,
         "random": Random,
         "snapkv": SnapKV,
+        "span": Span,
         "span-keydiff": SpanKeyDiff,
         "streamingllm": StreamingLLM,
         "tova": TOVA,

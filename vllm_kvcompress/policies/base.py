@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-NEEDS = ("window_query", "value", "output_weight", "all_queries", "rotary")
+NEEDS = ("window_query", "value", "output_weight", "output_root", "all_queries", "rotary")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,8 @@ class ScoreInputs:
         value: [H, n, d], any float dtype.
         output_weight: [H, g, d, m], what the output projection does to each query head's
             values, m the hidden size.
+        output_root: [H, d, d] float32 R with R Rᵀ = mean over query heads of W Wᵀ, W their
+            [d, m] of `output_weight`; ||v R||_2 is how much a value v moves the layer's output.
         observed: what `observe` made of all n queries (need 'all_queries').
         rotary: the layer's position encoding.
     """
@@ -102,6 +104,7 @@ class ScoreInputs:
     window_query: torch.Tensor | None = None
     value: torch.Tensor | None = None
     output_weight: torch.Tensor | None = None
+    output_root: torch.Tensor | None = None
     observed: Any = None
     rotary: Rotary | None = None
 

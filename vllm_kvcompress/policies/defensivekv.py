@@ -1,4 +1,4 @@
-"""DefensiveKV: guard against the worst case instead of the mean; and our wider spans."""
+"""DefensiveKV: guard against the worst case instead of the mean."""
 
 from __future__ import annotations
 
@@ -23,14 +23,10 @@ class DefensiveKV(Scorer):
     'ada' with alpha 0, 'joint' with floor 0. A rank of tensor parallelism normalises over its
     own heads.
 
-    `span_kernel` is our addition: a max pooling of the finished scores, which keeps the
-    neighbours of an important token, so that a fact of several tokens stays whole.
-
     Args:
         pool_kernel: odd width of the mean pooling.
         value_norm: whether to weigh by the projected values' norms.
         mass_first: attention mass whose tokens come first, in [0, 1]; 0 = none.
-        span_kernel: odd width of the last max pooling; 1 = none.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"window_query", "value", "output_weight"})
@@ -40,12 +36,10 @@ class DefensiveKV(Scorer):
         pool_kernel: int = 5,
         value_norm: bool = True,
         mass_first: float = 0.9,
-        span_kernel: int = 1,
     ):
         self.pool_kernel = pool_kernel
         self.value_norm = value_norm
         self.mass_first = mass_first
-        self.span_kernel = span_kernel
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Worst-case scores; see the class."""
@@ -68,8 +62,6 @@ class DefensiveKV(Scorer):
             scores = scores * norms / norms.sum(dim=0, keepdim=True)
         if self.mass_first > 0:
             scores = self._lift_mass(scores, attention, window, inputs.budget_tokens)
-        if self.span_kernel > 1:
-            scores = ops.pool_scores(scores, self.span_kernel, "max")
         return LayerScores(scores[:, : inputs.num_candidates])
 
     def _lift_mass(

@@ -76,12 +76,14 @@ class ScorerInfo:
         scope: how far its scores can be compared, of `SCOPES`.
         why: the reason, where the scope is not the whole model; follows "because".
         signed: whether scores can be negative, so that their squares mean nothing.
+        scores_window: whether tokens of the window are rated too, so that they can be evicted.
     """
 
     options: dict[str, OptionSpec]
     scope: str = "model"
     why: str = ""
     signed: bool = False
+    scores_window: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,14 @@ _WINDOW_ATTENTION = {
     "score_power": OptionSpec(1, int, "1 = attention, 2 = squared attention", (1, 2)),
     "pool_first": _flag(True, "pool each query head before they are joined (else after)"),
 }
+_SPAN = {
+    "pool_kernel": _kernel(5, "width of the mean pooling along keys"),
+    "value_norm": _flag(True, "weigh by what the values do to the layer's output"),
+    "span_kernel": _kernel(7, "width of the last max pooling, so that facts stay whole"),
+    "near_tokens": OptionSpec(
+        8, int, "keys up to a query's own that do not count for it", minimum=1
+    ),
+}
 _CHUNK = {
     "chunk_length": OptionSpec(10, int, "tokens per chunk", minimum=1),
     "reuse_layers": OptionSpec(2, int, "layers that share the first one's choice", minimum=1),
@@ -182,17 +192,16 @@ SCORERS: dict[str, ScorerInfo] = {
             "pool_kernel": _kernel(5, "width of the mean pooling along keys"),
             "value_norm": _flag(True, "weigh by the norm of the projected values"),
             "mass_first": _share(0.9, "attention mass whose tokens come first; 0 = none"),
-            "span_kernel": _kernel(1, "width of a last max pooling, so that facts stay whole"),
         }
     ),
+    "span": ScorerInfo(_SPAN, scores_window=True),
     "span-keydiff": ScorerInfo(
         {
-            "pool_kernel": _kernel(5, "width of the mean pooling along keys"),
-            "value_norm": _flag(True, "weigh by the norm of the projected values"),
-            "span_kernel": _kernel(7, "width of the max pooling of attention scores"),
+            **_SPAN,
             "keydiff_kernel": _kernel(5, "width of the max pooling of KeyDiff scores"),
             "first_stage": _share(0.25, "share of a head's budget filled by attention"),
-        }
+        },
+        scores_window=True,
     ),
     "critical": ScorerInfo(
         {
@@ -327,11 +336,11 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "span",
-            "defensive",
+            "span",
             "joint",
             "DefensiveKV scores widened to whole facts, all layers and heads compete",
             "ours, docs/quality.md",
-            {"mass_first": 0.0, "span_kernel": 7, "page_reduce": "rms"},
+            {"page_reduce": "rms"},
         ),
         Recipe(
             "span-keydiff",
@@ -422,6 +431,10 @@ def option_specs(recipe: Recipe, budgets: str | None = None) -> dict[str, Option
         **SCORERS[recipe.scorer].options,
         **BUDGETS[chosen].options,
     }
+    if SCORERS[recipe.scorer].scores_window:
+        specs["recent_tokens"] = OptionSpec(
+            8, int, "latest tokens that are always kept, at most the window", minimum=1
+        )
     for name, default in recipe.defaults.items():
         if name in specs:
             specs[name] = replace(specs[name], default=default)

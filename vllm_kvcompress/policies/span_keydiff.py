@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
-from vllm_kvcompress.policies.defensivekv import DefensiveKV
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs
 from vllm_kvcompress.policies.keydiff import KeyDiff
+from vllm_kvcompress.policies.span import Span
 
 
-class SpanKeyDiff(Scorer):
+class SpanKeyDiff(Span):
     """Attention decides how much each head keeps, key geometry most of what it keeps.
 
     Source: ours; see docs/quality.md. The worst-case scores of recipe 'span' share the pages
@@ -19,26 +17,22 @@ class SpanKeyDiff(Scorer):
     want, it does not say, and key geometry does so better.
 
     Args:
-        pool_kernel, value_norm, span_kernel: of the worst-case scores, as in `DefensiveKV`.
+        pool_kernel, value_norm, span_kernel, near_tokens: of the worst-case scores, as in `Span`.
         keydiff_kernel: odd width of the max pooling of KeyDiff scores.
     """
-
-    needs: ClassVar[frozenset[str]] = DefensiveKV.needs
 
     def __init__(
         self,
         pool_kernel: int = 5,
         value_norm: bool = True,
         span_kernel: int = 7,
+        near_tokens: int = 8,
         keydiff_kernel: int = 5,
     ):
-        self.pool_kernel = pool_kernel
-        self.value_norm = value_norm
-        self.span_kernel = span_kernel
+        super().__init__(pool_kernel, value_norm, span_kernel, near_tokens)
         self.keydiff_kernel = keydiff_kernel
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Worst-case attention, and KeyDiff raised to [0, 2]."""
-        span = DefensiveKV(self.pool_kernel, self.value_norm, 0.0, self.span_kernel)
         keydiff = KeyDiff(self.keydiff_kernel).score(inputs).first
-        return LayerScores(span.score(inputs).first, keydiff.clamp(min=-1) + 1)
+        return LayerScores(super().score(inputs).first, keydiff.clamp(min=-1) + 1)

@@ -8,6 +8,7 @@ import torch
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.policies.base import Rotary
@@ -29,15 +30,18 @@ def layer_parameters(
     """
     # The module that owns the projections around the attention.
     owner = model.get_submodule(name.rpartition(".")[0])
-    output_weight = rotary = None
+    output_weight = output_root = rotary = None
     if "output_weight" in needs:
         output_weight = _output_weight(owner, name, layer)
+    if "output_root" in needs:
+        output_root = ops.output_root(_output_weight(owner, name, layer))
     if "rotary" in needs:
         rotary = _rotary(owner, name)
     return LayerParameters(
         scale=layer.impl.scale,
         logits_soft_cap=layer.impl.logits_soft_cap or 0.0,
         output_weight=output_weight,
+        output_root=output_root,
         rotary=rotary,
     )
 

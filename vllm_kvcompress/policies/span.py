@@ -1,0 +1,76 @@
+"""Span: worst-case attention times what the values do, widened so that facts stay whole."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vllm_kvcompress import ops
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+
+
+class Span(Scorer):
+    """Largest attention over window and query heads, weighted by the values' effect.
+
+    Source: ours; see docs/quality.md for the trials behind each step. As in DefensiveKV (arXiv
+    2510.13334), each query's attention is mean-pooled and brought back to its old sum, the
+    maximum over query heads and window is taken and raised to at least the head's mean. Then:
+
+    - the effect of a value on the layer's output is its L2 norm under the output projection,
+      averaged (root mean square) over the query heads: one [d, d] product per token, where
+      ||Wo v||_1 costs as much as the output projection. It is divided by its sum over the KV
+      heads, as there; a rank of tensor parallelism sums over its own heads;
+    - no attention mass comes first;
+    - a max pooling of the finished scores keeps the neighbours of an important token, so that
+      a fact of several tokens stays whole;
+    - tokens of the window are rated too, so that only the last `recent_tokens` (see `memory.
+      geometry`) are kept in any case. For that, what a query pays to its own token and the
+      `near_tokens - 1` before it does not count: every token is looked at by the next ones.
+
+    Args:
+        pool_kernel: odd width of the mean pooling.
+        value_norm: whether to weigh by the values' effect.
+        span_kernel: odd width of the last max pooling; 1 = none.
+        near_tokens: keys up to a query's own that do not count for it.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"window_query", "value", "output_root"})
+
+    def __init__(
+        self,
+        pool_kernel: int = 5,
+        value_norm: bool = True,
+        span_kernel: int = 7,
+        near_tokens: int = 8,
+    ):
+        self.pool_kernel = pool_kernel
+        self.value_norm = value_norm
+        self.span_kernel = span_kernel
+        self.near_tokens = near_tokens
+
+    def score(self, inputs: ScoreInputs) -> LayerScores:
+        """Worst-case scores; see the class."""
+        assert inputs.window_query is not None and inputs.value is not None
+        assert inputs.output_root is not None
+        num_keys, window = inputs.key.shape[1], inputs.window_query.shape[2]
+        # Pooling looks past the last candidate, as far as to the window.
+        num_rated = max(inputs.num_candidates, num_keys - window)
+        attention = ops.window_attention(
+            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap
+        )[..., :num_rated]
+        age = torch.arange(num_keys - window, num_keys)[:, None] - torch.arange(num_rated)
+        attention = attention.masked_fill((age < self.near_tokens).to(attention.device), 0.0)
+        pooled = ops.pool_scores(attention, self.pool_kernel, "avg")
+        old_sum = attention.sum(dim=-1, keepdim=True)
+        # A row that sees nothing has nothing to bring back.
+        new_sum = pooled.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        worst = (pooled / new_sum * old_sum).amax(dim=(1, 2))
+        scores = worst.clamp(min=worst.mean(dim=-1, keepdim=True))
+        if self.value_norm:
+            effect = ops.value_effect(inputs.value[:, :num_rated], inputs.output_root)
+            # A token whose values do nothing in any head divides by zero otherwise.
+            total = effect.sum(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            scores = scores * (effect / total)
+        scores = ops.pool_scores(scores, self.span_kernel, "max")
+        return LayerScores(scores[:, : inputs.num_candidates])
