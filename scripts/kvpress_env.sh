@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Regenerates tests/data/kvpress with kvpress 0.5.5, whose transformers is too old for vLLM's.
 #
-# Creates .venv-kvpress when it is missing; arguments go to kvpress_reference.py. Environment:
+# Creates .venv-kvpress when it is missing; arguments go to kvpress_reference.py. Answers for the
+# end-to-end test are written too if the model is there (scripts/setup.sh). Environment:
 #   PYTHON             interpreter for the new environment (default: python3)
 #   KVC_KVPRESS_VENV   existing environment with kvpress, instead of .venv-kvpress
+#   KVC_MODEL          folder of SmolLM2-135M-Instruct (default: .cache/models/smollm2)
 #   KVC_TORCH_INDEX    PyTorch's index of CPU builds, asked when pip's own index has none
 set -euo pipefail
 
@@ -30,4 +32,11 @@ if [[ -z "${KVC_KVPRESS_VENV:-}" && ! -f "$venv/.installed-$wanted" ]]; then
   "$python" -m pip install --quiet "kvpress==$wanted"
   touch "$venv/.installed-$wanted"
 fi
-exec "$python" "$root/scripts/kvpress_reference.py" --version "$wanted" "$@"
+"$python" "$root/scripts/kvpress_reference.py" --version "$wanted" "$@"
+model="${KVC_MODEL:-$root/.cache/models/smollm2}"
+if [[ -f "$model/config.json" ]]; then
+  "$python" "$root/scripts/kvpress_answers.py" --model "$model"
+else
+  echo "[kvpress] answers.json not written: no model at $model; scripts/setup.sh makes it" >&2
+  exit 1
+fi

@@ -89,11 +89,14 @@ def prompts(engine, needle) -> list[dict]:
     return prompts
 
 
-def _pages(record: dict, suffix: int = 0) -> list[list[int]]:
-    """Region pages of each layer and head, checked for what holds under every method."""
+def _pages(record: dict, suffix: int = 0, recent: int = WINDOW) -> list[list[int]]:
+    """Region pages of each layer and head, checked for what holds under every method.
+
+    `recent` tokens before the compaction point are kept in any case.
+    """
     compact_len = record["prompt_len"] - suffix
     assert record["compressed"]
-    num_candidate_blocks = (compact_len - WINDOW) // 32
+    num_candidate_blocks = (compact_len - recent) // 32
     assert record["blocks_returned"] == num_candidate_blocks
     dense = record["prompt_len"] - num_candidate_blocks * 32
     pages = [[(tokens - dense) / 32 for tokens in layer] for layer in record["kept_per_head"]]
@@ -125,6 +128,7 @@ def test_method_keeps_its_budget_and_generates(
     engine.kv_compress_reconfigure(method=method, budget=BUDGET, granularity=granularity)
     hits_before = read_metric(engine, "vllm:prefix_cache_hits")
     outputs = _generate(engine, prompts)
+    config = KVCompressConfig(method)
     hits = read_metric(engine, "vllm:prefix_cache_hits") - hits_before
     # Whatever an earlier method computed is used, unless every query has to be seen.
     lens = [len(prompt["prompt_token_ids"]) for prompt in prompts]
@@ -136,7 +140,7 @@ def test_method_keeps_its_budget_and_generates(
     assert [record["prompt_len"] for record in records] == lens
     for output, record in zip(outputs, records, strict=True):
         assert len(output.outputs[0].token_ids) >= 1
-        pages = _pages(record)
+        pages = _pages(record, recent=config.recent_tokens)
         by_layer = [sum(layer) for layer in pages]
         if "pyramid" in budgets:
             assert by_layer == sorted(by_layer, reverse=True)
@@ -145,6 +149,36 @@ def test_method_keeps_its_budget_and_generates(
             assert (len(set(by_layer)) > 1) == (BUDGETS[budgets].scope == "model")
         is_uneven = any(len(set(layer)) > 1 for layer in pages)
         assert is_uneven == (BUDGETS[budgets].scope != "head")
+
+
+KVPRESS = json.loads((Path(__file__).parents[1] / "data" / "kvpress" / "answers.json").read_text())[
+    "cases"
+]
+
+
+@pytest.mark.parametrize(
+    "case", KVPRESS, ids=lambda c: f"{c['press']}-{c['kept']}-of-{c['prompt_len']}"
+)
+def test_same_answers_as_kvpress(engine, case) -> None:
+    """Where both keep as many tokens of the same kind; see scripts/kvpress_answers.py."""
+    options = {"granularity": "token"}
+    if case["press"] in ("snapkv", "criticalkv"):
+        # kvpress' pooling; ours is the papers'.
+        options |= {"pool_kernel": 5, "pool_kind": "avg"}
+    kept = case["kept"]
+    engine.kv_compress_reconfigure(
+        method=case["press"], budget=kept, window=case["window"], options=options
+    )
+    outputs = _generate(engine, [{"prompt_token_ids": case["prompt"]}], max_tokens=12)
+    (record,) = _records(engine, outputs)
+    assert record["kept_tokens"] == kept
+    assert {n for layer in record["kept_per_head"] for n in layer} == {kept}
+    assert list(outputs[0].outputs[0].token_ids) == case["answer"]
+
+
+def test_kvpress_answers_are_not_those_of_the_full_cache() -> None:
+    for press in {case["press"] for case in KVPRESS}:
+        assert any(case["answer"] != case["full"] for case in KVPRESS if case["press"] == press)
 
 
 def test_attention_scores_find_what_a_control_loses(engine, needle) -> None:
@@ -296,6 +330,17 @@ def test_output_weight_is_that_of_the_checkpoint(engine, model) -> None:
             assert torch.equal(layer.output_weight, expected)
             assert layer.scale == HEAD_SIZE**-0.5
             assert layer.rotary is None
+
+
+def test_output_root_is_a_root_of_the_projections_squares(engine, model) -> None:
+    weights = _parameters(engine, "output_weight")
+    for layer, weight in zip(_parameters(engine, "output_root"), weights, strict=True):
+        assert layer.output_weight is None
+        assert layer.output_root.shape == (NUM_HEADS, HEAD_SIZE, HEAD_SIZE)
+        columns = weight.output_weight.double()
+        squares = (columns @ columns.mT).mean(dim=1)
+        root = layer.output_root.double()
+        torch.testing.assert_close(root @ root.mT, squares, rtol=1e-4, atol=1e-4)
 
 
 def test_rotary_is_that_of_transformers(engine, model) -> None:
