@@ -14,7 +14,6 @@ from vllm_kvcompress.policies.recipes import RECIPES, Recipe, option_specs, pair
 
 DEFAULT_METHOD = "span"
 DEFAULT_BUDGET = 2048
-DEFAULT_WINDOW = 32
 _CONFIG_KEYS = ("method", "budget", "ratio", "window", "options")
 
 
@@ -33,7 +32,7 @@ class KVCompressConfig:
         ratio: fraction of each prompt's tokens to remove, in [0, 1); None when `budget`
             is given. 0 removes nothing.
         window: the last prompt tokens, whose queries score the others; always kept, unless the
-            method rates them too.
+            method rates them too. None is replaced by the method's own.
         options: (name, value) pairs of the method's options, defaults filled in, sorted.
 
     Raises:
@@ -43,7 +42,8 @@ class KVCompressConfig:
     method: str
     budget: int | None = None
     ratio: float | None = None
-    window: int = DEFAULT_WINDOW
+    # Never None once made.
+    window: int = None  # type: ignore[assignment]
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -62,7 +62,8 @@ class KVCompressConfig:
             object.__setattr__(self, "budget", _as_int("budget", self.budget, minimum=1))
         if self.ratio is not None:
             object.__setattr__(self, "ratio", _as_ratio(self.ratio))
-        object.__setattr__(self, "window", _as_int("window", self.window, minimum=1))
+        window = self.recipe.window if self.window is None else self.window
+        object.__setattr__(self, "window", _as_int("window", window, minimum=1))
         object.__setattr__(self, "options", _fill_options(self.recipe, dict(self.options)))
 
     @property
@@ -135,12 +136,12 @@ class KVCompressConfig:
                 raise KVCompressConfigError(
                     f"kv_compress option {key!r} is given twice: {flat[key]!r} and {options[key]!r}"
                 )
-        window = raw.get("window")
+        window: Any = raw.get("window")
         return cls(
             method=raw["method"],
             budget=raw.get("budget"),
             ratio=raw.get("ratio"),
-            window=DEFAULT_WINDOW if window is None else window,
+            window=window,
             options=tuple(sorted({**options, **flat}.items())),
         )
 

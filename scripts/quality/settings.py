@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.config import DEFAULT_WINDOW, KVCompressConfig
+from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies.recipes import RECIPES
 
 MODES = ("aware", "agnostic")
@@ -19,13 +19,13 @@ class Method:
     Attributes:
         label: how it is written: NAME or NAME:option=value,option=value.
         name: of the recipe.
-        window: tokens of the scoring window.
+        window: tokens of the scoring window; None = the method's own.
         options: of the recipe.
     """
 
     label: str
     name: str
-    window: int = DEFAULT_WINDOW
+    window: int | None = None
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
@@ -43,7 +43,7 @@ class Method:
                 options[key] = json.loads(value)
             except json.JSONDecodeError:
                 options[key] = value
-        window = options.pop("window", DEFAULT_WINDOW)
+        window = options.pop("window", None)
         method = cls(text, name, window, options)
         KVCompressConfig.from_dict(method.setting(0.5))
         return method

@@ -132,7 +132,7 @@ def test_method_keeps_its_budget_and_generates(
     hits = read_metric(engine, "vllm:prefix_cache_hits") - hits_before
     # Whatever an earlier method computed is used, unless every query has to be seen.
     lens = [len(prompt["prompt_token_ids"]) for prompt in prompts]
-    usable = [0 if method in ALL_QUERIES else (n - WINDOW) // 32 * 32 for n in lens]
+    usable = [0 if method in ALL_QUERIES else (n - config.window) // 32 * 32 for n in lens]
     assert [output.num_cached_tokens for output in outputs] == usable
     assert hits == sum(usable)
     budgets = RECIPES[method].budgets

@@ -41,6 +41,13 @@ def test_bad_flag_is_one_line_of_the_parser(capsys, flags, message) -> None:
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_flag_without_a_name_means_the_default_method() -> None:
+    for flags in (["--kv-compress"], ["--kv-compress", "--kv-compress-budget", "512"]):
+        settings = _parse_serve(flags).additional_config["kv_compress"]
+        assert settings["method"] == "span"
+        assert settings.get("budget") == (512 if len(flags) > 1 else None)
+
+
 def test_flags_and_additional_config_merge() -> None:
     extra = '{"kv_compress": {"pool_kernel": 5, "budget": 512}, "other": 1}'
     args = _parse_serve(["--kv-compress", "snapkv", "--additional-config", extra])

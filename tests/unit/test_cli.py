@@ -32,7 +32,9 @@ def test_every_method_is_listed_with_every_option(capsys):
     entries = dict(zip(RECIPES, split_entries(out), strict=True))
     for name, recipe in RECIPES.items():
         entry = " ".join(entries[name].split())
-        assert entry.startswith(f"{name}: {recipe.summary} {recipe.paper} options: ")
+        assert entry.startswith(
+            f"{name}: {recipe.summary} {recipe.paper} window: {recipe.window}; options: "
+        )
         for option, spec in option_specs(recipe).items():
             assert f"{option}={json.dumps(spec.default)}".replace('"', "") in entry
         refused = [budgets for budgets in BUDGETS if pair_problem(recipe.scorer, budgets)]

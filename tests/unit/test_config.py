@@ -14,7 +14,6 @@ import pytest
 from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.config import (
     DEFAULT_BUDGET,
-    DEFAULT_WINDOW,
     merge_settings,
     parse_options_json,
 )
@@ -33,7 +32,7 @@ def refusal(call, *args, **kwargs):
 
 def test_defaults():
     config = KVCompressConfig("snapkv")
-    assert (config.budget, config.ratio, config.window) == (DEFAULT_BUDGET, None, DEFAULT_WINDOW)
+    assert (config.budget, config.ratio, config.window) == (DEFAULT_BUDGET, None, 32)
     assert config.granularity == config.option("granularity") == "page"
     assert config.option("pool_kernel") == 7
     assert config.recipe is RECIPES["snapkv"]
@@ -76,7 +75,7 @@ def test_bad_budget(value):
     assert message == f"KV-compression budget must be a whole number >= 1, got {value!r}"
 
 
-@pytest.mark.parametrize("value", [0, -5, 1.5, "8", None, False])
+@pytest.mark.parametrize("value", [0, -5, 1.5, "8", False])
 def test_bad_window(value):
     message = refusal(KVCompressConfig, "snapkv", window=value)
     assert message == f"KV-compression window must be a whole number >= 1, got {value!r}"
@@ -102,6 +101,13 @@ def test_budget_must_hold_the_window_and_a_page(budget, window, block_size, fits
     message = refusal(config.check_block_size, block_size)
     assert f"budget {budget} " in message
     assert f"{window} + {block_size} = {window + block_size} tokens" in message
+
+
+def test_window_is_the_methods_own_unless_given():
+    assert KVCompressConfig("span").window == RECIPES["span"].window == 16
+    assert KVCompressConfig.from_dict({"method": "span", "window": None}).window == 16
+    assert KVCompressConfig("span", window=32).window == 32
+    assert KVCompressConfig("pyramidkv").window == 32
 
 
 def test_recent_tokens_are_the_window_unless_the_scorer_rates_the_window():
@@ -207,7 +213,7 @@ def test_spelt_out_defaults_and_order_make_no_difference():
     long = KVCompressConfig(
         "ada-pyramidkv",
         budget=DEFAULT_BUDGET,
-        window=DEFAULT_WINDOW,
+        window=32,
         options=(("alpha", 0.5), ("beta", 3), ("granularity", "page")),
     )
     assert short == long

@@ -69,6 +69,7 @@ def _as_dict(recipe: Recipe) -> dict[str, Any]:
         "summary": recipe.summary,
         "paper": recipe.paper,
         "scorer": recipe.scorer,
+        "window": recipe.window,
         "needs": sorted(scorer_class(recipe.scorer).needs),
         "budgets": {
             name: {
@@ -98,7 +99,9 @@ def _specs_as_dict(specs: dict[str, OptionSpec]) -> dict[str, Any]:
 
 def _entry(recipe: Recipe) -> str:
     lines = [f"{recipe.name}: {recipe.summary}", f"    {recipe.paper}"]
-    lines.append(_wrapped(f"options: {_values(option_specs(recipe))}", "    "))
+    lines.append(
+        _wrapped(f"window: {recipe.window}; options: {_values(option_specs(recipe))}", "    ")
+    )
     refused = [name for name in BUDGETS if pair_problem(recipe.scorer, name)]
     if refused:
         lines.append(f"    refuses budgets {', '.join(refused)}")
@@ -109,6 +112,7 @@ def _details(recipe: Recipe) -> str:
     lines = [f"{recipe.name}: {recipe.summary}", f"source: {recipe.paper}"]
     needs = [NEEDS[need] for need in sorted(scorer_class(recipe.scorer).needs)]
     lines.append(f"needs beside the keys: {'; '.join(needs) or 'nothing'}")
+    lines.append(f"window: {recipe.window} tokens, unless --kv-compress-window says otherwise")
     lines += ["", "options (name, type, default):"]
     for name, spec in option_specs(recipe).items():
         lines += _option(name, spec, "  ")

@@ -112,6 +112,7 @@ class Recipe:
         summary: one line for the user.
         paper: where the method comes from.
         defaults: option defaults of this recipe that differ from its parts' own.
+        window: default of the setting `window`, tokens.
     """
 
     name: str
@@ -120,6 +121,7 @@ class Recipe:
     summary: str
     paper: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    window: int = 32
 
 
 def _flag(default: bool, help: str) -> OptionSpec:
@@ -341,6 +343,7 @@ RECIPES: dict[str, Recipe] = {
             "DefensiveKV scores widened to whole facts, all layers and heads compete",
             "ours, docs/quality.md",
             {"page_reduce": "rms"},
+            window=16,
         ),
         Recipe(
             "span-keydiff",

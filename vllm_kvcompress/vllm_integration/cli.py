@@ -9,7 +9,6 @@ from typing import Any
 from vllm_kvcompress.config import (
     DEFAULT_BUDGET,
     DEFAULT_METHOD,
-    DEFAULT_WINDOW,
     KVCompressConfig,
     KVCompressConfigError,
     merge_settings,
@@ -61,8 +60,8 @@ def add_flags(parser: Any) -> Any:
         metavar="TOKENS",
         default=None,
         type=_checked(int, "window"),
-        help="Last prompt tokens, always kept, whose queries score the others "
-        f"(default {DEFAULT_WINDOW}).",
+        help="Last prompt tokens, whose queries score the others; always kept by most methods "
+        "(default: the method's own, see `vllm-kvcompress methods`).",
     )
     group.add_argument(
         "--kv-compress-options",

@@ -22,7 +22,8 @@ class LLM(vllm.LLM):
         kv_compress: method name, see `vllm serve --help=KVCompress`; None = stock vLLM.
         kv_compress_budget: tokens kept per KV head and layer on average, window included.
         kv_compress_ratio: fraction of each prompt removed, in [0, 1); excludes the budget.
-        kv_compress_window: last prompt tokens, always kept, whose queries score the rest.
+        kv_compress_window: last prompt tokens, whose queries score the rest; None = the
+            method's own.
         kv_compress_options: options of the method.
         kwargs: passed to `vllm.LLM`.
 
