@@ -30,6 +30,7 @@ from quality.plan import PROSE_CONTEXT, PROSE_CONTINUATION, Prompt
 from quality.settings import MODES, parse_methods
 from quality.store import Store
 from quality.summary import summarise, write_csv, write_json
+from quality.tables import write_tables
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -214,6 +215,7 @@ def report(arguments: argparse.Namespace, store: Store) -> None:
     rows = summarise(store.rows)
     write_csv(arguments.out / "quality.csv", rows)
     write_json(arguments.out / "quality.json", rows, describe_run(arguments))
+    write_tables(arguments.out / "quality.md", rows)
     folder = arguments.out / "plots"
     folder.mkdir(exist_ok=True)
     model = Path(arguments.model).name if arguments.model else arguments.label

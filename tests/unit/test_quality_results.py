@@ -12,6 +12,7 @@ from quality.plan import Prompt
 from quality.settings import Method, parse_methods
 from quality.store import KEY, Store
 from quality.summary import ALL_TASKS, summarise, write_csv, write_json
+from quality.tables import write_tables
 from quality.tasks import Rendered, Sample
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
@@ -202,3 +203,22 @@ def test_kvpress_results_of_other_prompts_are_refused(tmp_path):
     store = Store(tmp_path / "results.jsonl")
     with pytest.raises(SystemExit, match=r"needle/2-0.*not one of this run's"):
         add_kvpress_results(store, path, [prompt()], {"model": "m", "seed": 1})
+
+
+def test_tables_show_every_method_the_best_first(tmp_path):
+    rows = [result(sample_id=f"1-{i}", score=float(i < 3)) for i in range(4)]
+    rows += [result("snapkv", sample_id=f"1-{i}", score=1.0) for i in range(4)]
+    rows += [result("snapkv", 0.75, sample_id="1-0", score=0.0)]
+    rows += [result("full", 0.0, sample_id=f"1-{i}", score=1.0) for i in range(4)]
+    rows += [result(task="prose", sample_id="passage-0", kl=0.125, nll=1.0)]
+    write_tables(tmp_path / "quality.md", summarise(rows))
+    text = (tmp_path / "quality.md").read_text()
+    needle = text.split("## ")[2].splitlines()
+    low, high = wilson(3, 4)
+    assert needle[0] == "needle, aware"
+    assert needle[2] == "| method | 50.00% removed | 75.00% removed |"
+    assert needle[4] == "| full cache (vllm-kvcompress) | 1.00, n = 4 | |"
+    # More ratios first, then better ones.
+    assert needle[5].startswith("| snapkv (vllm-kvcompress) | 1.00 [0.51, 1.00], 50.0% kept | 0.00")
+    assert needle[6] == f"| span (vllm-kvcompress) | 0.75 [{low:.2f}, {high:.2f}], 50.0% kept |  |"
+    assert "| span (vllm-kvcompress) | 0.1250 [0.1250, 0.1250], 50.0% kept |" in text
