@@ -149,7 +149,7 @@ def test_defensivekv_puts_at_most_the_budget_first():
     assert int(is_best.sum()) == 9
 
 
-def span_reference(inputs, near_tokens, kernel=5, span=7):
+def span_reference(inputs, near_tokens, kernel=5, span=11):
     """Scores [H][candidates] as the docstring of `Span` tells them."""
     num_heads, group, window, _ = inputs.window_query.shape
     num_keys = inputs.key.shape[1]

@@ -176,7 +176,7 @@ _WINDOW_ATTENTION = {
 _SPAN = {
     "pool_kernel": _kernel(5, "width of the mean pooling along keys"),
     "value_norm": _flag(True, "weigh by what the values do to the layer's output"),
-    "span_kernel": _kernel(7, "width of the last max pooling, so that facts stay whole"),
+    "span_kernel": _kernel(11, "width of the last max pooling, so that facts stay whole"),
     "near_tokens": OptionSpec(
         8, int, "keys up to a query's own that do not count for it", minimum=1
     ),

@@ -23,7 +23,8 @@ class Span(Scorer):
       heads, as there; a rank of tensor parallelism sums over its own heads;
     - no attention mass comes first;
     - a max pooling of the finished scores keeps the neighbours of an important token, so that
-      a fact of several tokens stays whole;
+      a fact of several tokens stays whole: queries of the window look at a number's first digit,
+      and the last one is wanted only when the first have been written;
     - tokens of the window are rated too, so that only the last `recent_tokens` (see `memory.
       geometry`) are kept in any case. For that, what a query pays to its own token and the
       `near_tokens - 1` before it does not count: every token is looked at by the next ones.
@@ -41,7 +42,7 @@ class Span(Scorer):
         self,
         pool_kernel: int = 5,
         value_norm: bool = True,
-        span_kernel: int = 7,
+        span_kernel: int = 11,
         near_tokens: int = 8,
     ):
         self.pool_kernel = pool_kernel

@@ -25,7 +25,7 @@ class SpanKeyDiff(Span):
         self,
         pool_kernel: int = 5,
         value_norm: bool = True,
-        span_kernel: int = 7,
+        span_kernel: int = 11,
         near_tokens: int = 8,
         keydiff_kernel: int = 5,
     ):
