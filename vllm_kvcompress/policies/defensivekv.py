@@ -10,6 +10,24 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
 
 
+def worst_case(attention: torch.Tensor, pool_kernel: int) -> torch.Tensor:
+    """Largest attention to each token, not below the head's mean (DefensiveKV, algorithm 1).
+
+    Args:
+        attention: [H, g, w, n] float32 weights of the window's queries.
+        pool_kernel: odd width of a mean pooling of each row, brought back to its old sum.
+
+    Returns:
+        [H, n] float32.
+    """
+    pooled = ops.pool_scores(attention, pool_kernel, "avg")
+    old_sum = attention.sum(dim=-1, keepdim=True)
+    # A row that sees nothing has nothing to bring back.
+    new_sum = pooled.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    worst = (pooled / new_sum * old_sum).amax(dim=(1, 2))
+    return worst.clamp(min=worst.mean(dim=-1, keepdim=True))
+
+
 class DefensiveKV(Scorer):
     """Largest attention over window and query heads, weighted by projected value norms.
 
@@ -49,12 +67,7 @@ class DefensiveKV(Scorer):
         attention = ops.window_attention(
             inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap
         )[..., : inputs.key.shape[1] - window]
-        pooled = ops.pool_scores(attention, self.pool_kernel, "avg")
-        old_sum = attention.sum(dim=-1, keepdim=True)
-        # A row that sees nothing before the window has nothing to bring back.
-        new_sum = pooled.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        worst = (pooled / new_sum * old_sum).amax(dim=(1, 2))
-        scores = worst.clamp(min=worst.mean(dim=-1, keepdim=True))
+        scores = worst_case(attention, self.pool_kernel)
         if self.value_norm:
             norms = ops.projected_value_norm(
                 inputs.value[:, : scores.shape[1]], inputs.output_weight

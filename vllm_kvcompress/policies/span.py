@@ -8,6 +8,7 @@ import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.defensivekv import worst_case
 
 
 class Span(Scorer):
@@ -62,12 +63,7 @@ class Span(Scorer):
         )[..., :num_rated]
         age = torch.arange(num_keys - window, num_keys)[:, None] - torch.arange(num_rated)
         attention = attention.masked_fill((age < self.near_tokens).to(attention.device), 0.0)
-        pooled = ops.pool_scores(attention, self.pool_kernel, "avg")
-        old_sum = attention.sum(dim=-1, keepdim=True)
-        # A row that sees nothing has nothing to bring back.
-        new_sum = pooled.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        worst = (pooled / new_sum * old_sum).amax(dim=(1, 2))
-        scores = worst.clamp(min=worst.mean(dim=-1, keepdim=True))
+        scores = worst_case(attention, self.pool_kernel)
         if self.value_norm:
             effect = ops.value_effect(inputs.value[:, :num_rated], inputs.output_root)
             # A token whose values do nothing in any head divides by zero otherwise.
