@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Regenerates tests/data/kvpress with kvpress 0.5.5, whose transformers is too old for vLLM's.
 #
-# Creates .venv-kvpress when it is missing; arguments go to kvpress_reference.py. Answers for the
-# end-to-end test are written too if the model is there (scripts/setup.sh). Environment:
+# Creates .venv-kvpress when it is missing; arguments go to kvpress_reference.py. Then writes
+# the answers for the end-to-end test, which needs the model of scripts/setup.sh. Environment:
 #   PYTHON             interpreter for the new environment (default: python3)
 #   KVC_KVPRESS_VENV   existing environment with kvpress, instead of .venv-kvpress
 #   KVC_MODEL          folder of SmolLM2-135M-Instruct (default: .cache/models/smollm2)

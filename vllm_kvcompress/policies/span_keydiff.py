@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs
 from vllm_kvcompress.policies.keydiff import KeyDiff
 from vllm_kvcompress.policies.span import Span
@@ -17,19 +19,12 @@ class SpanKeyDiff(Span):
     want, it does not say, and key geometry does so better.
 
     Args:
-        pool_kernel, value_norm, span_kernel, near_tokens: of the worst-case scores, as in `Span`.
         keydiff_kernel: odd width of the max pooling of KeyDiff scores.
+        options: of the worst-case scores, as in `Span`.
     """
 
-    def __init__(
-        self,
-        pool_kernel: int = 5,
-        value_norm: bool = True,
-        span_kernel: int = 11,
-        near_tokens: int = 8,
-        keydiff_kernel: int = 5,
-    ):
-        super().__init__(pool_kernel, value_norm, span_kernel, near_tokens)
+    def __init__(self, keydiff_kernel: int = 5, **options: Any):
+        super().__init__(**options)
         self.keydiff_kernel = keydiff_kernel
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
