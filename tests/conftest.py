@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# Before anything imports triton: without a GPU the kernels run in its interpreter. vLLM's CPU
+# build uses no Triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 UNIT_TESTS = Path(__file__).parent / "unit"
 ENGINE_TESTS = Path(__file__).parent / "e2e"

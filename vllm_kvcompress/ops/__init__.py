@@ -1,9 +1,10 @@
 """The front door to every computation: checks arguments, then runs the chosen backend.
 
-Backends: 'torch' (vectorised, any device; the default) and 'reference' (float64 loops, slow
-and obvious, the judge of the others).
+Backends: 'torch' (vectorised, any device), 'triton' (on CUDA's paged pool) and 'reference'
+(float64 loops, slow and obvious, the judge of the others).
 """
 
+from vllm_kvcompress.ops.decode import ROW_FIELDS, ragged_decode, store_tokens, token_slots
 from vllm_kvcompress.ops.paged import (
     PageOrder,
     copy_pages,
@@ -25,6 +26,7 @@ from vllm_kvcompress.ops.scoring import (
 
 __all__ = [
     "PageOrder",
+    "ROW_FIELDS",
     "copy_pages",
     "joint_top_counts",
     "pack_pages",
@@ -32,9 +34,12 @@ __all__ = [
     "pool_scores",
     "output_root",
     "projected_value_norm",
+    "ragged_decode",
     "ragged_page_table",
     "region_page_ids",
     "select_top",
+    "store_tokens",
+    "token_slots",
     "value_effect",
     "unpack_pages",
     "window_attention",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.ops.scoring import _check
+from vllm_kvcompress.ops.checks import check
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class PageOrder:
 
     def __post_init__(self) -> None:
         both = torch.cat([self.key_offsets.flatten(), self.value_offsets.flatten()])
-        _check(
+        check(
             torch.equal(both.sort().values, torch.arange(both.numel())),
             "key and value offsets are not a permutation of the page",
         )
@@ -54,7 +54,7 @@ def copy_pages(pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -
     Raises:
         ValueError: if the id lists differ in length.
     """
-    _check(
+    check(
         source.shape == target.shape and source.dim() == 1,
         f"want as many sources as targets, got {tuple(source.shape)} and {tuple(target.shape)}",
     )
@@ -96,7 +96,7 @@ def pack_pages(
         ValueError: if the tokens do not fill the pages exactly.
     """
     want = (page_ids.numel() * order.block_size, order.head_size)
-    _check(
+    check(
         key.shape == want and value.shape == want,
         f"want key and value {want}, got {tuple(key.shape)} and {tuple(value.shape)}",
     )
@@ -154,7 +154,7 @@ def ragged_page_table(
     num_tail = tail_blocks.numel()
     counts = page_offsets[1:] - page_offsets[:-1]
     longest = int(counts.max()) + num_tail
-    _check(longest <= width, f"a stream of {longest} pages does not fit a table of {width}")
+    check(longest <= width, f"a stream of {longest} pages does not fit a table of {width}")
     table = torch.zeros(num_streams, width, dtype=torch.int32)
     columns = torch.arange(width)
     in_region = columns < counts[:, None]

@@ -6,21 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from vllm_kvcompress.ops import reference
+from vllm_kvcompress.ops.checks import check, check_backend
 
-_BACKENDS = ("torch", "reference")
 PAGE_REDUCTIONS = ("max", "mean", "rms")
 # Tokens whose projected values are held at once: little memory, and cache-sized on a CPU.
 _TOKENS_AT_ONCE = 256
-
-
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _is_reference(backend: str) -> bool:
-    _check(backend in _BACKENDS, f"unknown ops backend {backend!r}; known: {', '.join(_BACKENDS)}")
-    return backend == "reference"
 
 
 def window_attention(
@@ -45,16 +35,16 @@ def window_attention(
     Raises:
         ValueError: on shapes that do not fit.
     """
-    _check(
+    check(
         query.dim() == 4 and key.dim() == 3 and query.shape[0] == key.shape[0],
         f"want query [H, g, w, d] and key [H, n, d], got {tuple(query.shape)}, {tuple(key.shape)}",
     )
-    _check(
+    check(
         query.shape[3] == key.shape[2] and query.shape[2] <= key.shape[1],
         f"window {query.shape[2]} of head size {query.shape[3]} does not fit "
         f"{key.shape[1]} keys of head size {key.shape[2]}",
     )
-    if _is_reference(backend):
+    if check_backend(backend, "torch") == "reference":
         return reference.window_attention(query, key, scale, logits_soft_cap)
     num_heads, group, window, head_size = query.shape
     num_keys = key.shape[1]
@@ -85,9 +75,9 @@ def pool_scores(
     Raises:
         ValueError: on an even kernel or an unknown kind.
     """
-    _check(kernel >= 1 and kernel % 2 == 1, f"pool kernel must be odd and positive, got {kernel}")
-    _check(kind in ("max", "avg"), f"pool kind must be 'max' or 'avg', got {kind!r}")
-    if _is_reference(backend):
+    check(kernel >= 1 and kernel % 2 == 1, f"pool kernel must be odd and positive, got {kernel}")
+    check(kind in ("max", "avg"), f"pool kind must be 'max' or 'avg', got {kind!r}")
+    if check_backend(backend, "torch") == "reference":
         return reference.pool_scores(scores, kernel, kind)
     if kernel == 1 or scores.shape[-1] == 0:
         return scores
@@ -114,14 +104,14 @@ def projected_value_norm(
     Raises:
         ValueError: on shapes that do not fit.
     """
-    _check(
+    check(
         value.dim() == 3
         and output_weight.dim() == 4
         and (value.shape[0], value.shape[2]) == (output_weight.shape[0], output_weight.shape[2]),
         f"want value [H, n, d] and output weight [H, g, d, m], got {tuple(value.shape)}, "
         f"{tuple(output_weight.shape)}",
     )
-    if _is_reference(backend):
+    if check_backend(backend, "torch") == "reference":
         return reference.projected_value_norm(value, output_weight)
     num_heads, group, head_size, _ = output_weight.shape
     norms = torch.empty(value.shape[:2], dtype=torch.float32, device=value.device)
@@ -147,7 +137,7 @@ def output_root(output_weight: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: on another number of dimensions.
     """
-    _check(
+    check(
         output_weight.dim() == 4,
         f"want output weight [H, g, d, m], got {tuple(output_weight.shape)}",
     )
@@ -175,12 +165,12 @@ def value_effect(
     Raises:
         ValueError: on shapes that do not fit.
     """
-    _check(
+    check(
         value.dim() == 3 and output_root.shape == (value.shape[0], value.shape[2], value.shape[2]),
         f"want value [H, n, d] and output root [H, d, d], got {tuple(value.shape)}, "
         f"{tuple(output_root.shape)}",
     )
-    if _is_reference(backend):
+    if check_backend(backend, "torch") == "reference":
         return reference.value_effect(value, output_root)
     return torch.bmm(value.float(), output_root).norm(dim=-1)
 
@@ -203,12 +193,12 @@ def page_scores(
         ValueError: if n is not a multiple of page_size, or on an unknown reduction.
     """
     num_tokens = scores.shape[-1]
-    _check(
+    check(
         num_tokens % page_size == 0,
         f"{num_tokens} scores are not whole pages of {page_size} tokens",
     )
-    _check(reduce in PAGE_REDUCTIONS, f"unknown page reduction {reduce!r}")
-    if _is_reference(backend):
+    check(reduce in PAGE_REDUCTIONS, f"unknown page reduction {reduce!r}")
+    if check_backend(backend, "torch") == "reference":
         return reference.page_scores(scores, page_size, reduce)
     pages = scores.unflatten(-1, (num_tokens // page_size, page_size))
     best = pages.amax(dim=-1)
@@ -240,11 +230,11 @@ def joint_top_counts(
         ValueError: if the numbers do not fit.
     """
     num_rows, num_entries = scores.shape
-    _check(
+    check(
         0 <= guaranteed <= num_entries and num_rows * guaranteed <= total <= scores.numel(),
         f"cannot give {total} of {num_rows} x {num_entries} entries, {guaranteed} sure per row",
     )
-    if _is_reference(backend):
+    if check_backend(backend, "torch") == "reference":
         return reference.joint_top_counts(scores, total, guaranteed)
     by_rank = scores.sort(dim=1, descending=True, stable=True).values
     # Rank by rank, so that a stable sort prefers the higher rank, then the lower row.
@@ -269,11 +259,11 @@ def select_top(scores: torch.Tensor, counts: torch.Tensor, backend: str = "torch
         ValueError: if the counts do not fit the scores.
     """
     num_rows, num_entries = scores.shape
-    _check(
+    check(
         counts.shape == (num_rows,) and bool(((counts >= 0) & (counts <= num_entries)).all()),
         f"want {num_rows} counts in [0, {num_entries}], got {counts.tolist()}",
     )
-    if _is_reference(backend):
+    if check_backend(backend, "torch") == "reference":
         return reference.select_top(scores, counts)
     order = scores.sort(dim=1, descending=True, stable=True).indices
     ranks = torch.arange(num_entries, device=scores.device).expand(num_rows, -1)

@@ -1,0 +1,279 @@
+"""`ops.ragged_decode` against the float64 reference, and against stray reads."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from closeness import assert_close
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from paged_pool import PagedBatch, Request, Shape, compressed, make_batch
+
+from vllm_kvcompress import ops
+
+BASE = Shape()
+
+
+def ragged_requests(shape: Shape, query_len: int = 1) -> list[Request]:
+    """A dense row, ragged regions, a stream with no page, lengths around a block's edge."""
+    b, streams = shape.block_size, shape.num_streams
+    one_has_all = [0] * (streams - 1) + [2 * streams]
+    return [
+        Request(seq_len=3 * b + 5, query_len=query_len),
+        compressed(shape, 8 * b + 3, 3, 8 * b + 3 + query_len, query_len=query_len, seed=1),
+        compressed(shape, 6 * b, 2, 6 * b + query_len, query_len=query_len, pages=one_has_all),
+        compressed(shape, 7 * b - 1, 1, 9 * b, query_len=query_len, pages=[1] * streams),
+        compressed(shape, 5 * b + 1, 2, 7 * b + 1, query_len=query_len, window=b + 2, seed=4),
+    ]
+
+
+def in_same_dtype(batch: PagedBatch, layer: int, **options) -> torch.Tensor:
+    """What torch makes of it in the query's type, stream by stream."""
+    shape, d = batch.shape, batch.shape.head_size
+    scale = options["scale"]
+    sinks = options.get("sinks")
+    out = torch.zeros_like(batch.query)
+    starts = batch.query_start_loc.tolist()
+    for r in range(len(batch.requests)):
+        for head in range(shape.num_kv_heads):
+            stream = layer * shape.num_kv_heads + head
+            entries, num_region_tokens = batch.stream_entries(r, stream)
+            entries = entries.to(shape.dtype)
+            key, value = entries[:, :d], entries[:, d:]
+            if options.get("key_scale") is not None:
+                key = key * options["key_scale"][stream].to(shape.dtype)
+                value = value * options["value_scale"][stream].to(shape.dtype)
+            for token in range(starts[r], starts[r + 1]):
+                limit = len(entries) - (starts[r + 1] - 1 - token)
+                hidden = torch.arange(len(entries), device=key.device) >= limit
+                if window := options.get("sliding_window", 0):
+                    places = torch.arange(len(entries), device=key.device)
+                    hidden |= (places >= num_region_tokens) & (places < limit - window)
+                heads = slice(head * shape.group, (head + 1) * shape.group)
+                logits = batch.query[token, heads] @ key.T * scale
+                if cap := options.get("logits_soft_cap", 0.0):
+                    logits = cap * torch.tanh(logits / cap)
+                logits = logits.masked_fill(hidden, float("-inf")).float()
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[heads, None]], dim=1)
+                weights = logits.softmax(dim=1)[:, : len(entries)].to(shape.dtype)
+                out[token, heads] = weights @ value
+    return out
+
+
+def check(batch: PagedBatch, layer: int, **options) -> None:
+    # Few splits: the interpreter runs one program after another.
+    options = {"scale": batch.shape.head_size**-0.5, "num_splits": 4, **options}
+    max_query_len = max(request.query_len for request in batch.requests)
+    arguments = {
+        "layer": layer,
+        "num_kv_heads": batch.shape.num_kv_heads,
+        "max_query_len": max(1, max_query_len),
+    }
+    outs = {
+        backend: ops.ragged_decode(
+            *batch.arguments,
+            **arguments,
+            **options,
+            out=torch.full_like(batch.query, float("nan")),
+            backend=backend,
+        )
+        for backend in ("triton", "reference")
+    }
+    assert outs["triton"].isfinite().all()
+    options.pop("num_splits", None)
+    assert_close(
+        outs["triton"],
+        outs["reference"],
+        in_same_dtype(batch, layer, **options),
+        batch.shape.dtype,
+    )
+
+
+SHAPES = {
+    "float32": BASE,
+    "bfloat16": Shape(dtype=torch.bfloat16),
+    "float16": Shape(dtype=torch.float16),
+    "head size 80": Shape(head_size=80, dtype=torch.bfloat16),
+    "head size 96": Shape(head_size=96, dtype=torch.float16),
+    "head size 128": Shape(head_size=128, num_layers=1, dtype=torch.bfloat16),
+    "head size 256": Shape(head_size=256, num_kv_heads=1, dtype=torch.bfloat16),
+    "block size 32": Shape(block_size=32, num_layers=1),
+    "block size 64": Shape(block_size=64, num_layers=1),
+    "block size 128": Shape(block_size=128, num_layers=1, num_kv_heads=1),
+    "group 1": Shape(group=1, num_kv_heads=3),
+    "group 3": Shape(group=3, num_kv_heads=3),
+    "group 8": Shape(group=8),
+    "group 16": Shape(group=16, num_kv_heads=1),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_matches_reference(shape, device):
+    batch = make_batch(shape, ragged_requests(shape), device)
+    check(batch, layer=shape.num_layers - 1)
+
+
+@pytest.mark.parametrize("query_len", [2, 3, 8])
+def test_several_queries_per_row_are_causal(query_len, device):
+    shape = Shape(group=3)
+    check(make_batch(shape, ragged_requests(shape, query_len), device), layer=0)
+
+
+def test_rows_of_different_query_lengths(device):
+    requests = [
+        dataclasses.replace(request, query_len=query_len)
+        for request, query_len in zip(ragged_requests(BASE), (1, 2, 0, 1, 4), strict=True)
+    ]
+    batch = make_batch(BASE, requests, device)
+    check(batch, layer=1)
+
+
+def test_a_row_without_queries_is_left_alone(device):
+    shape = BASE
+    batch = make_batch(shape, [Request(20), Request(0, query_len=0)], device)
+    out = ops.ragged_decode(*batch.arguments, layer=0, num_kv_heads=2, scale=0.1)
+    assert out.shape[0] == 1
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 16])
+def test_any_number_of_splits(num_splits, device):
+    shape = Shape(num_layers=1, num_kv_heads=2)
+    requests = [
+        Request(seq_len=700),
+        compressed(shape, 900, 20, 901, pages=[1, 39]),
+        Request(seq_len=1),
+    ]
+    check(make_batch(shape, requests, device), layer=0, num_splits=num_splits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logits_soft_cap": 2.0},
+        {"sliding_window": 5},
+        {"sliding_window": 40},
+        {"sliding_window": 1},
+        {"logits_soft_cap": 3.0, "sliding_window": 20, "num_splits": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_options_of_the_softmax(options, query_len, device):
+    check(make_batch(BASE, ragged_requests(BASE, query_len), device), layer=1, **options)
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_attention_sinks(num_splits, device):
+    batch = make_batch(BASE, [*ragged_requests(BASE), Request(400)], device)
+    sinks = torch.linspace(-3, 5, BASE.num_heads, device=device)
+    check(batch, layer=1, sinks=sinks, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp8_pool_with_scales(pool_dtype, dtype, device):
+    shape = Shape(dtype=dtype, pool_dtype=pool_dtype)
+    batch = make_batch(shape, ragged_requests(shape), device)
+    scales = torch.linspace(0.25, 2.0, shape.num_streams, device=device)
+    check(batch, layer=1, key_scale=scales, value_scale=scales.flip(0))
+
+
+def test_non_contiguous_query_and_out(device):
+    batch = make_batch(BASE, ragged_requests(BASE), device)
+    num_tokens, num_heads, d = batch.query.shape
+    fused = torch.full((num_tokens, 3 * num_heads, d + 16), float("nan"), device=device)
+    query, out = fused[:, :num_heads, :d], fused[:, num_heads : 2 * num_heads, :d]
+    query.copy_(batch.query)
+    options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125, "num_splits": 4}
+    want = ops.ragged_decode(*batch.arguments, **options)
+    ops.ragged_decode(query, *batch.arguments[1:], **options, out=out)
+    assert torch.equal(out, want)
+    assert fused[:, 2 * num_heads :].isnan().all()
+
+
+def test_same_result_each_time(device):
+    batch = make_batch(BASE, [*ragged_requests(BASE), Request(900)], device)
+    options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125, "num_splits": 4}
+    first = ops.ragged_decode(*batch.arguments, **options)
+    assert torch.equal(first, ops.ragged_decode(*batch.arguments, **options))
+
+
+@hypothesis_settings(max_examples=15)
+@given(data=st.data())
+def test_any_ragged_layout(data):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = Shape(
+        num_layers=data.draw(st.integers(1, 3)),
+        num_kv_heads=data.draw(st.integers(1, 3)),
+        group=data.draw(st.integers(1, 5)),
+    )
+    requests = []
+    for seed in range(data.draw(st.integers(1, 4))):
+        prompt_len = data.draw(st.integers(1, 150))
+        generated = data.draw(st.integers(1, 40))
+        query_len = data.draw(st.integers(1, min(4, generated)))
+        window = data.draw(st.integers(1, 20))
+        num_region_blocks = data.draw(st.integers(0, 4))
+        seq_len = prompt_len + generated
+        if num_region_blocks == 0 or prompt_len <= window:
+            requests.append(Request(seq_len, query_len))
+            continue
+        requests.append(
+            compressed(
+                shape,
+                prompt_len,
+                num_region_blocks,
+                seq_len,
+                query_len=query_len,
+                window=window,
+                seed=seed,
+            )
+        )
+    batch = make_batch(shape, requests, device, seed=data.draw(st.integers(0, 99)))
+    num_splits = data.draw(st.sampled_from([None, 1, 2, 8]))
+    check(batch, layer=shape.num_layers - 1, num_splits=num_splits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 2}, "layer 2 is not among 2"),
+        ({"max_query_len": 9}, "1 to 8 queries"),
+        ({"num_splits": 3}, "power of two"),
+        ({"num_kv_heads": 3}, "query heads"),
+        ({"sinks": torch.zeros(3)}, "want sinks"),
+        ({"key_scale": torch.ones(3)}, "4 float32 scales"),
+        ({"sliding_window": -1}, "must not be negative"),
+        ({"backend": "cuda"}, "unknown ops backend 'cuda'; known: triton, reference"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(change, message, device):
+    batch = make_batch(BASE, ragged_requests(BASE), device)
+    options = {"layer": 0, "num_kv_heads": 2, "scale": 1.0, **change}
+    with pytest.raises(ValueError, match=message):
+        ops.ragged_decode(*batch.arguments, **options)
+
+
+def test_shapes_that_do_not_fit_are_refused(device):
+    batch = make_batch(BASE, ragged_requests(BASE), device)
+    options = {"layer": 0, "num_kv_heads": 2, "scale": 1.0}
+    for position, wrong, message in (
+        (0, batch.query[..., :32], "head size 32"),
+        (0, batch.query.half(), "does not fit"),
+        (1, batch.pool[:, :, :96], "contiguous pool"),
+        (1, batch.pool[:-1], "not whole blocks"),
+        (2, batch.rows[:, :3], "row descriptors"),
+        (3, batch.page_offsets.long(), "page offsets"),
+        (4, batch.block_table[1:], "block table"),
+        (5, batch.query_start_loc[1:], "query starts"),
+    ):
+        arguments = list(batch.arguments)
+        arguments[position] = wrong
+        with pytest.raises(ValueError, match=message):
+            ops.ragged_decode(*arguments, **options)

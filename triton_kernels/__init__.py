@@ -1,0 +1,22 @@
+"""Triton kernels on vLLM's paged KV pool, installed as `vllm_kvcompress.triton_kernels`.
+
+Imports nothing of the package around it. The launchers take tensors that fit each other and
+check nothing: `vllm_kvcompress.ops` is the front door that does. None of them reads a value
+back to the host.
+
+Words used throughout: R requests (rows of the batch), L layers, H KV heads, g query heads per
+KV head, d head size, b tokens per page, S = L * H streams. The pool is [num_pages, b, 2 d], page
+`(block * L + layer) * H + head`, a token's key before its value.
+"""
+
+from .paging import is_interpreted
+from .ragged_decode import num_decode_splits, ragged_decode
+from .store import store_tokens, token_slots
+
+__all__ = [
+    "is_interpreted",
+    "num_decode_splits",
+    "ragged_decode",
+    "store_tokens",
+    "token_slots",
+]

@@ -1,0 +1,92 @@
+"""What the kernels share: addresses in the paged pool, and products of any float type."""
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies bfloat16 numbers as integers.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# Columns of a row descriptor; see `ops.RowLayout`.
+ROW_SEQ_LEN = tl.constexpr(0)
+ROW_NUM_REGION_BLOCKS = tl.constexpr(1)
+ROW_BOUNDARY_BLOCK = tl.constexpr(2)
+ROW_FIRST_KEPT_BLOCK = tl.constexpr(3)
+ROW_WIDTH = tl.constexpr(4)
+
+
+def is_interpreted() -> bool:
+    """Whether the kernels were loaded into Triton's interpreter, and so run on CPU tensors."""
+    return bool(INTERPRETED.value)
+
+
+@triton.jit
+def dot(a, b, INPUT_PRECISION: tl.constexpr = "ieee"):
+    """Matrix product in float32; float32 operands are not rounded unless asked."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """float32 to a stored type, rounded to nearest, ties to even."""
+    if INTERPRETED and dtype.primitive_bitwidth < 32 and dtype != tl.float16:
+        # The interpreter rounds wrongly; what is rounded already, it keeps.
+        DROPPED: tl.constexpr = 23 - dtype.fp_mantissa_width
+        bits = x.to(tl.uint32, bitcast=True)
+        odd = (bits >> DROPPED) & 1
+        bits = (bits + (1 << (DROPPED - 1)) - 1 + odd) >> DROPPED << DROPPED
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def squash(logits, cap):
+    """`cap * tanh(logits / cap)`."""
+    return cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
+
+
+@triton.jit
+def row_column(block, num_region_blocks, boundary_block):
+    """Column of a block-table row that holds a token block: those after the region are shifted."""
+    return block + tl.where(block >= boundary_block, num_region_blocks, 0)
+
+
+@triton.jit
+def stream_page_ids(
+    tokens,
+    mask,
+    table_ptr,
+    stream,
+    num_region_tokens,
+    first_virtual_page,
+    num_region_blocks,
+    boundary_block,
+    first_kept_block,
+    BLOCK_SIZE: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,
+):
+    """Page of each token of one stream: its region pages first, then its dense tail.
+
+    Args:
+        tokens: index into the stream, >= 0.
+        mask: which of them to look up.
+        table_ptr: the request's block-table row.
+        stream: layer * H + head.
+        num_region_tokens: tokens of the stream's region pages, all of them full.
+        first_virtual_page: of the stream in the region.
+
+    Returns:
+        int64 page ids, 0 where masked.
+    """
+    in_region = tokens < num_region_tokens
+    page = first_virtual_page + tokens // BLOCK_SIZE
+    tail_block = first_kept_block + (tokens - num_region_tokens) // BLOCK_SIZE
+    column = tl.where(
+        in_region,
+        boundary_block + page // PAGES_PER_BLOCK,
+        row_column(tail_block, num_region_blocks, boundary_block),
+    )
+    slot = tl.where(in_region, page % PAGES_PER_BLOCK, stream)
+    block = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
+    return tl.where(mask, block * PAGES_PER_BLOCK + slot, 0)

@@ -1,0 +1,143 @@
+"""Plain references of the ops on the paged pool: loops in float64 over tokens and pages."""
+
+from __future__ import annotations
+
+import torch
+
+
+def tail_block_id(table: list[int], row: list[int], block: int) -> int:
+    """Id of a dense block of a request, by its number in token order."""
+    _, num_region_blocks, boundary_block, _ = row
+    return table[block + num_region_blocks if block >= boundary_block else block]
+
+
+def stream_tokens(
+    row: list[int],
+    offsets: list[int],
+    table: list[int],
+    stream: int,
+    num_streams: int,
+    block_size: int,
+) -> tuple[list[tuple[int, int]], int]:
+    """Where one stream's tokens lie, in order.
+
+    Args:
+        row: descriptor of the request, see `decode.ROW_FIELDS`.
+        offsets: its page offsets; not read if it is dense.
+        table: its block-table row.
+        stream: layer * H + head.
+        num_streams: L * H.
+        block_size: tokens per page.
+
+    Returns:
+        (page id, place in the page) of every token, and how many of them are the region's.
+    """
+    seq_len, num_region_blocks, boundary_block, first_kept_block = row
+    places = []
+    if num_region_blocks:
+        for page in range(offsets[stream], offsets[stream + 1]):
+            block = table[boundary_block + page // num_streams]
+            page_id = block * num_streams + page % num_streams
+            places += [(page_id, i) for i in range(block_size)]
+    num_region_tokens = len(places)
+    for position in range(first_kept_block * block_size, seq_len):
+        block = tail_block_id(table, row, position // block_size)
+        places.append((block * num_streams + stream, position % block_size))
+    return places, num_region_tokens
+
+
+def ragged_decode(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    page_offsets: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    layer: int,
+    num_kv_heads: int,
+    scale: float,
+    logits_soft_cap: float,
+    sliding_window: int,
+    sinks: torch.Tensor | None,
+) -> None:
+    """See `ops.ragged_decode`."""
+    block_size, head_size = pool.shape[1], query.shape[2]
+    group = query.shape[1] // num_kv_heads
+    num_streams = page_offsets.shape[1] - 1
+    starts = query_start_loc.tolist()
+    for r, (row, offsets, table) in enumerate(
+        zip(rows.tolist(), page_offsets.tolist(), block_table.tolist(), strict=True)
+    ):
+        for head in range(num_kv_heads if starts[r + 1] > starts[r] else 0):
+            stream = layer * num_kv_heads + head
+            places, num_region_tokens = stream_tokens(
+                row, offsets, table, stream, num_streams, block_size
+            )
+            pages, slots = (torch.tensor(x, device=pool.device) for x in zip(*places, strict=True))
+            entries = pool[pages, slots].double()
+            keys = entries[:, :head_size] * key_scale[stream].double()
+            values = entries[:, head_size:] * value_scale[stream].double()
+            for token in range(starts[r], starts[r + 1]):
+                limit = len(places) - (starts[r + 1] - 1 - token)
+                visible = list(range(limit))
+                if sliding_window:
+                    first = max(num_region_tokens, limit - sliding_window)
+                    visible = [*range(num_region_tokens), *range(first, limit)]
+                for q in range(head * group, (head + 1) * group):
+                    logits = keys[visible] @ query[token, q].double() * scale
+                    if logits_soft_cap > 0:
+                        logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+                    if sinks is not None:
+                        logits = torch.cat([logits, sinks[q : q + 1].double()])
+                    weights = logits.softmax(dim=0)[: len(visible)]
+                    out[token, q] = (weights @ values[visible]).to(out.dtype)
+
+
+def token_slots(
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    block_size: int,
+    slots: torch.Tensor,
+) -> None:
+    """See `ops.token_slots`."""
+    slots.fill_(-1)
+    starts = query_start_loc.tolist()
+    for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
+        query_len = starts[r + 1] - starts[r]
+        for i in range(query_len):
+            position = row[0] - query_len + i
+            block = tail_block_id(table, row, position // block_size)
+            slots[starts[r] + i] = block * block_size + position % block_size
+
+
+def store_tokens(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pool: torch.Tensor,
+    slots: torch.Tensor,
+    key_scale: torch.Tensor,
+    value_scale: torch.Tensor,
+    layer: int,
+    num_layers: int,
+) -> None:
+    """See `ops.store_tokens`."""
+    _, num_heads, head_size = key.shape
+    block_size = pool.shape[1]
+    for token, slot in enumerate(slots.tolist()):
+        for head in range(num_heads if slot >= 0 else 0):
+            stream = layer * num_heads + head
+            page = slot // block_size * num_layers * num_heads + stream
+            for new, scale, start in (
+                (key[token, head], key_scale[stream], 0),
+                (value[token, head], value_scale[stream], head_size),
+            ):
+                scaled = new.float() / scale
+                if pool.dtype.itemsize == 1:
+                    largest = torch.finfo(pool.dtype).max
+                    scaled = scaled.clamp(-largest, largest)
+                pool[page, slot % block_size, start : start + head_size] = scaled.to(pool.dtype)
