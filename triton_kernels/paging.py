@@ -6,6 +6,8 @@ import triton.language as tl
 # Triton's interpreter multiplies bfloat16 numbers as integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 # Columns of a row descriptor; see `ops.RowLayout`.
 ROW_SEQ_LEN = tl.constexpr(0)
 ROW_NUM_REGION_BLOCKS = tl.constexpr(1)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .paging import (
+    LOG2E,
     ROW_BOUNDARY_BLOCK,
     ROW_FIRST_KEPT_BLOCK,
     ROW_NUM_REGION_BLOCKS,
@@ -18,7 +19,6 @@ from .paging import (
     stream_page_ids,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # Programs wanted for a full GPU, several waves of them, so that long streams even out.
 _PROGRAMS_WANTED = 4096
 _MAX_SPLITS = 64

@@ -23,14 +23,17 @@ from vllm_kvcompress.ops.scoring import (
     value_effect,
     window_attention,
 )
+from vllm_kvcompress.ops.window import join_scores, paged_value_effect, window_scores
 
 __all__ = [
     "PageOrder",
     "ROW_FIELDS",
     "copy_pages",
+    "join_scores",
     "joint_top_counts",
     "pack_pages",
     "page_scores",
+    "paged_value_effect",
     "pool_scores",
     "output_root",
     "projected_value_norm",
@@ -43,4 +46,5 @@ __all__ = [
     "value_effect",
     "unpack_pages",
     "window_attention",
+    "window_scores",
 ]

@@ -105,10 +105,11 @@ def ragged_decode(
         ValueError: on shapes or types that do not fit.
         RuntimeError: if the backend cannot run here.
     """
-    _check_pool(pool, query, num_kv_heads)
+    check_pool(pool, query, num_kv_heads)
     num_rows = rows.shape[0]
     num_streams = page_offsets.shape[-1] - 1
-    _check_rows(rows, block_table, query_start_loc)
+    check_rows(rows, block_table)
+    _check_query_starts(query_start_loc, rows.shape[0])
     check(
         page_offsets.shape == (num_rows, num_streams + 1)
         and num_streams > 0
@@ -140,8 +141,8 @@ def ragged_decode(
         logits_soft_cap >= 0 and sliding_window >= 0,
         f"soft cap {logits_soft_cap} and sliding window {sliding_window} must not be negative",
     )
-    key_scale = _stream_scales(key_scale, num_streams, pool)
-    value_scale = _stream_scales(value_scale, num_streams, pool)
+    key_scale = stream_scales(key_scale, num_streams, pool)
+    value_scale = stream_scales(value_scale, num_streams, pool)
     if out is None:
         out = torch.empty_like(query)
     check(
@@ -206,7 +207,8 @@ def token_slots(
         ValueError: on shapes or types that do not fit.
         RuntimeError: if the backend cannot run here.
     """
-    _check_rows(rows, block_table, query_start_loc)
+    check_rows(rows, block_table)
+    _check_query_starts(query_start_loc, rows.shape[0])
     slots = torch.empty(num_tokens, dtype=torch.int64, device=rows.device)
     arguments = (rows, block_table, query_start_loc, block_size, slots)
     if check_backend(backend, "triton") == "reference":
@@ -244,7 +246,7 @@ def store_tokens(
         RuntimeError: if the backend cannot run here.
     """
     num_tokens, num_heads, _ = key.shape
-    _check_pool(pool, key, num_heads)
+    check_pool(pool, key, num_heads)
     check(
         value.shape == key.shape and value.dtype == key.dtype and value.stride(2) == 1,
         f"want value like key {tuple(key.shape)}, got {tuple(value.shape)} {value.dtype}",
@@ -254,8 +256,8 @@ def store_tokens(
         f"want {num_tokens} int64 slots, got {tuple(slots.shape)} {slots.dtype}",
     )
     check(0 <= layer < num_layers, f"layer {layer} is not among {num_layers}")
-    key_scale = _stream_scales(key_scale, num_layers * num_heads, pool)
-    value_scale = _stream_scales(value_scale, num_layers * num_heads, pool)
+    key_scale = stream_scales(key_scale, num_layers * num_heads, pool)
+    value_scale = stream_scales(value_scale, num_layers * num_heads, pool)
     arguments = (key, value, pool, slots, key_scale, value_scale, layer, num_layers)
     if check_backend(backend, "triton") == "reference":
         reference.store_tokens(*arguments)
@@ -263,7 +265,8 @@ def store_tokens(
         triton_kernels(key, value, pool, slots).store_tokens(*arguments)
 
 
-def _check_pool(pool: torch.Tensor, query: torch.Tensor, num_kv_heads: int) -> None:
+def check_pool(pool: torch.Tensor, query: torch.Tensor, num_kv_heads: int) -> None:
+    """Raise ValueError unless queries (or keys, [tokens, heads, d]) and the pool go together."""
     check(
         query.dim() == 3 and query.stride(2) == 1 and query.dtype in QUERY_DTYPES,
         f"want [tokens, heads, head size] of bf16, fp16 or fp32, "
@@ -288,9 +291,8 @@ def _check_pool(pool: torch.Tensor, query: torch.Tensor, num_kv_heads: int) -> N
     )
 
 
-def _check_rows(
-    rows: torch.Tensor, block_table: torch.Tensor, query_start_loc: torch.Tensor
-) -> None:
+def check_rows(rows: torch.Tensor, block_table: torch.Tensor) -> None:
+    """Raise ValueError unless these are row descriptors and their block table."""
     num_rows = rows.shape[0]
     check(
         rows.shape == (num_rows, len(ROW_FIELDS))
@@ -306,6 +308,9 @@ def _check_rows(
         f"want a block table [{num_rows}, W] int32, "
         f"got {tuple(block_table.shape)} {block_table.dtype}",
     )
+
+
+def _check_query_starts(query_start_loc: torch.Tensor, num_rows: int) -> None:
     check(
         query_start_loc.shape == (num_rows + 1,) and query_start_loc.dtype == torch.int32,
         f"want {num_rows + 1} int32 query starts, "
@@ -313,9 +318,10 @@ def _check_rows(
     )
 
 
-def _stream_scales(
+def stream_scales(
     scales: torch.Tensor | None, num_streams: int, pool: torch.Tensor
 ) -> torch.Tensor:
+    """[num_streams] float32 scales, 1 where none are given; ValueError on another shape or type."""
     if scales is None:
         return torch.ones(num_streams, dtype=torch.float32, device=pool.device)
     check(

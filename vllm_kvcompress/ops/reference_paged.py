@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+
+from vllm_kvcompress.ops import reference
 
 
 def tail_block_id(table: list[int], row: list[int], block: int) -> int:
@@ -141,3 +145,145 @@ def store_tokens(
                     largest = torch.finfo(pool.dtype).max
                     scaled = scaled.clamp(-largest, largest)
                 pool[page, slot % block_size, start : start + head_size] = scaled.to(pool.dtype)
+
+
+def prompt_entries(
+    pool: torch.Tensor, row: list[int], table: list[int], stream: int, num_streams: int
+) -> torch.Tensor:
+    """[n, 2 d] float64 keys and values of one stream of a prompt that is still dense."""
+    seq_len, num_region_blocks, boundary_block, _ = row
+    dense = [seq_len, num_region_blocks, boundary_block, 0]
+    block_size = pool.shape[1]
+    places = []
+    for position in range(seq_len):
+        block = tail_block_id(table, dense, position // block_size)
+        places.append((block * num_streams + stream, position % block_size))
+    pages, slots = (torch.tensor(x, device=pool.device) for x in zip(*places, strict=True))
+    return pool[pages, slots].double()
+
+
+def window_scores(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    num_rated: torch.Tensor,
+    max_rated: int,
+    key_scale: torch.Tensor,
+    *,
+    layer: int,
+    num_layers: int,
+    num_kv_heads: int,
+    scale: float,
+    logits_soft_cap: float,
+    reduce: str,
+    power: int,
+    near_tokens: int,
+    pool_kernel: int,
+    lse: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `ops.window_scores`; a given lse is not believed but computed."""
+    num_requests, window, num_heads, head_size = query.shape
+    group = num_heads // num_kv_heads
+    num_groups = 1 if reduce == "defensive" else group
+    size = (num_requests, num_kv_heads, num_groups, max_rated)
+    scores = torch.full(size, float("nan"), dtype=torch.float64, device=query.device)
+    for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
+        num_keys, rated = row[0], int(num_rated[r])
+        for head in range(num_kv_heads):
+            stream = layer * num_kv_heads + head
+            entries = prompt_entries(pool, row, table, stream, num_layers * num_kv_heads)
+            keys = entries[:, :head_size] * key_scale[stream].double()
+            worst = torch.zeros(rated, dtype=torch.float64, device=query.device)
+            for g in range(group):
+                logits = query[r, :, head * group + g].double() @ keys.T * scale
+                if logits_soft_cap > 0:
+                    logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+                positions = torch.arange(num_keys - window, num_keys, device=query.device)
+                age = positions[:, None] - torch.arange(num_keys, device=query.device)
+                weights = logits.masked_fill(age < 0, float("-inf")).softmax(dim=-1)
+                weights = weights.masked_fill(age < near_tokens, 0.0)[:, :rated] ** power
+                if reduce == "defensive":
+                    worst = worst.maximum(_defensive(weights, pool_kernel))
+                elif reduce == "max":
+                    scores[r, head, g, :rated] = weights.amax(dim=0)
+                else:
+                    joined = weights.mean(dim=0) if reduce == "mean" else weights.sum(dim=0)
+                    scores[r, head, g, :rated] = joined
+            if reduce == "defensive":
+                scores[r, head, 0, :rated] = worst
+    return scores.float()
+
+
+def _defensive(weights: torch.Tensor, pool_kernel: int) -> torch.Tensor:
+    """Largest of [w, n] weights, each row mean-pooled and brought back to its old sum."""
+    half = pool_kernel // 2
+    pooled = torch.zeros_like(weights)
+    for shift in range(-half, half + 1):
+        source = weights[:, max(0, -shift) : weights.shape[1] - max(0, shift)]
+        pooled[:, max(0, shift) : weights.shape[1] - max(0, -shift)] += source / pool_kernel
+    old_sum = weights.sum(dim=1, keepdim=True)
+    new_sum = pooled.sum(dim=1, keepdim=True)
+    return torch.where(new_sum > 0, pooled / new_sum * old_sum, 0.0).amax(dim=0)
+
+
+def value_effect(
+    pool: torch.Tensor,
+    output_root: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    num_rated: torch.Tensor,
+    value_scale: torch.Tensor,
+    effect: torch.Tensor,
+    *,
+    layer: int,
+    num_layers: int,
+) -> None:
+    """See `ops.paged_value_effect`."""
+    num_kv_heads, head_size, _ = output_root.shape
+    for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
+        for head in range(num_kv_heads):
+            stream = layer * num_kv_heads + head
+            entries = prompt_entries(pool, row, table, stream, num_layers * num_kv_heads)
+            values = entries[: int(num_rated[r]), head_size:] * value_scale[stream].double()
+            moved = values @ output_root[head].double()
+            effect[r, head, : len(moved)] = moved.norm(dim=1).float()
+
+
+def join_scores(
+    scores: torch.Tensor,
+    num_rated: torch.Tensor,
+    num_candidates: torch.Tensor,
+    effect: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    group_reduce: str,
+    pool_kernel: int,
+    pool_kind: str,
+    pool_first: bool,
+    floor_at_mean: bool,
+    span_kernel: int,
+    page_reduce: str,
+    page_size: int,
+) -> None:
+    """See `ops.join_scores`."""
+    joins: dict[str, Any] = {"mean": torch.mean, "sum": torch.sum, "max": torch.amax}
+    join = joins[group_reduce]
+    for r, (rated, candidates) in enumerate(
+        zip(num_rated.tolist(), num_candidates.tolist(), strict=True)
+    ):
+        joined = scores[r, :, :, :rated].double()
+        if pool_first:
+            joined = join(reference.pool_scores(joined, pool_kernel, pool_kind).double(), dim=1)
+        else:
+            joined = reference.pool_scores(join(joined, dim=1), pool_kernel, pool_kind).double()
+        if floor_at_mean:
+            joined = joined.maximum(joined.mean(dim=1, keepdim=True))
+        if effect is not None:
+            own = effect[r, :, :rated].double()
+            total = own.sum(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+            joined = joined * (own / total)
+        joined = reference.pool_scores(joined, span_kernel, "max")[:, :candidates]
+        if page_reduce != "token":
+            joined = reference.page_scores(joined, page_size, page_reduce)
+        out[r, :, : joined.shape[1]] = joined

@@ -1,0 +1,330 @@
+"""Window scores, value effects and their joining against the float64 references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from paged_pool import PagedBatch, Request, Shape, make_batch, random_like
+
+from vllm_kvcompress import ops
+from vllm_kvcompress.ops.reference_paged import prompt_entries
+
+BASE = Shape()
+
+
+def prompts(shape: Shape, lens: tuple[int, ...]) -> PagedBatch:
+    """Dense prompts; every other one has region blocks in its row already."""
+    requests = []
+    for i, length in enumerate(lens):
+        boundary = length // shape.block_size
+        region = {"num_region_blocks": 2, "boundary_block": boundary} if i % 2 else {}
+        requests.append(Request(length, **region))
+    return make_batch(shape, requests, DEVICE, seed=len(lens))
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def window_query(shape: Shape, num_requests: int, window: int, sharpness: float = 2.0):
+    generator = torch.Generator(DEVICE).manual_seed(9)
+    size = (num_requests, window, shape.num_heads, shape.head_size)
+    return sharpness * random_like(size, shape.dtype, generator)
+
+
+def window_lse(batch: PagedBatch, query: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
+    """Natural lse of each window query over the keys that it sees."""
+    shape, window = batch.shape, query.shape[1]
+    lse = torch.empty(query.shape[:3], dtype=torch.float64, device=query.device)
+    for r, request in enumerate(batch.requests):
+        for head in range(shape.num_heads):
+            entries = prompt_entries(
+                batch.pool,
+                request.descriptor,
+                batch.block_table[r].tolist(),
+                layer * shape.num_kv_heads + head // shape.group,
+                shape.num_streams,
+            )
+            logits = query[r, :, head].double() @ entries[:, : shape.head_size].T * scale
+            positions = torch.arange(request.seq_len - window, request.seq_len)
+            future = torch.arange(request.seq_len) > positions[:, None]
+            hidden = logits.masked_fill(future.to(logits.device), float("-inf"))
+            lse[r, :, head] = hidden.logsumexp(dim=1)
+    return lse.float()
+
+
+def check_scores(
+    shape: Shape,
+    lens: tuple[int, ...],
+    num_rated: tuple[int, ...],
+    window: int,
+    with_lse: bool = False,
+    **options,
+) -> None:
+    batch = prompts(shape, lens)
+    query = window_query(shape, len(lens), window)
+    layer, scale = shape.num_layers - 1, shape.head_size**-0.5
+    if with_lse:
+        options["lse"] = window_lse(batch, query, layer, scale)
+    rated = int32(*num_rated)
+    arguments = (query, batch.pool, batch.rows, batch.block_table, rated, max(num_rated))
+    options = {
+        "layer": layer,
+        "num_layers": shape.num_layers,
+        "num_kv_heads": shape.num_kv_heads,
+        "scale": scale,
+        **options,
+    }
+    got = ops.window_scores(*arguments, **options)
+    want = ops.window_scores(*arguments, **options, backend="reference")
+    if options.get("reduce") == "defensive":
+        got = got.amax(dim=2, keepdim=True)
+    for r, rated_here in enumerate(num_rated):
+        # Inputs are multiplied exactly and summed in float32.
+        exact = want[r, ..., :rated_here]
+        assert_close(got[r, ..., :rated_here], exact, exact, torch.float32, ulps=64)
+
+
+CASES = {
+    "float32": (BASE, 16),
+    "bfloat16": (Shape(dtype=torch.bfloat16), 16),
+    "head size 80, group 3": (Shape(head_size=80, group=3, dtype=torch.float16), 8),
+    "head size 96, window 32": (Shape(head_size=96, group=1), 32),
+    "head size 128, block size 32": (Shape(head_size=128, block_size=32, num_layers=1), 16),
+    "head size 256, block size 128": (Shape(head_size=256, block_size=128, num_kv_heads=1), 5),
+    "group 16 in several tiles": (Shape(group=16, num_kv_heads=1, num_layers=1), 16),
+    "group 5 in several tiles, window 64": (Shape(group=5, num_kv_heads=1, num_layers=1), 64),
+}
+
+
+@pytest.mark.parametrize("reduce", ["mean", "defensive"])
+@pytest.mark.parametrize(("shape", "window"), CASES.values(), ids=CASES)
+def test_matches_reference(shape, window, reduce):
+    lens = (150, 3 * shape.block_size + window, window + 1)
+    check_scores(shape, lens, (150 - window, 3 * shape.block_size, 1), window, reduce=reduce)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reduce": "sum"},
+        {"reduce": "max"},
+        {"reduce": "sum", "power": 2},
+        {"reduce": "mean", "near_tokens": 3},
+        {"reduce": "defensive", "near_tokens": 8},
+        {"reduce": "defensive", "pool_kernel": 1},
+        {"reduce": "defensive", "pool_kernel": 9, "near_tokens": 20},
+    ],
+    ids=str,
+)
+def test_reductions(options, with_lse):
+    # Keys of the window itself are rated, and every length around a tile's.
+    check_scores(BASE, (64, 200, 129), (60, 192, 128), 12, with_lse, **options)
+
+
+def test_soft_cap_and_scales():
+    scales = torch.linspace(0.5, 2.0, BASE.num_streams, device=DEVICE)
+    check_scores(BASE, (90,), (80,), 8, logits_soft_cap=3.0, key_scale=scales)
+
+
+@pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_fp8_pool(pool_dtype):
+    shape = Shape(dtype=torch.bfloat16, pool_dtype=pool_dtype)
+    check_scores(shape, (90, 40), (80, 16), 8, reduce="defensive")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduce", ["mean", "defensive"])
+def test_long_prompts(reduce):
+    shape = Shape(num_kv_heads=8, head_size=128, num_layers=4, dtype=torch.bfloat16)
+    check_scores(shape, (8192, 5000, 33), (8160, 4960, 16), 32, reduce=reduce)
+
+
+@pytest.mark.parametrize(
+    ("shape", "root_dtype"),
+    [
+        (BASE, torch.float32),
+        (Shape(head_size=80, dtype=torch.bfloat16), torch.bfloat16),
+        (Shape(head_size=256, num_kv_heads=1, dtype=torch.float16), torch.float16),
+        (Shape(dtype=torch.bfloat16, pool_dtype=torch.float8_e4m3fn), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_value_effect(shape, root_dtype):
+    batch = prompts(shape, (150, 70))
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    size = (shape.num_kv_heads, shape.head_size, shape.head_size)
+    root = random_like(size, root_dtype, generator)
+    scales = torch.linspace(0.5, 2.0, shape.num_streams, device=DEVICE)
+    arguments = (batch.pool, root, batch.rows, batch.block_table, int32(130, 70), 130)
+    options = {"layer": 1, "num_layers": 2, "value_scale": scales}
+    got = ops.paged_value_effect(*arguments, **options)
+    want = ops.paged_value_effect(*arguments, **options, backend="reference")
+    for r, rated in enumerate((130, 70)):
+        exact = want[r, :, :rated]
+        assert_close(got[r, :, :rated], exact, exact, torch.float32, ulps=64)
+
+
+def raw_scores(num_requests: int, num_heads: int, num_groups: int, num_tokens: int):
+    generator = torch.Generator(DEVICE).manual_seed(4)
+    size = (num_requests, num_heads, num_groups, num_tokens)
+    return random_like(size, torch.float32, generator).abs()
+
+
+JOINS = {
+    "nothing": {},
+    "SnapKV": {"pool_kernel": 7},
+    "kvpress": {"pool_kernel": 5, "pool_kind": "avg"},
+    "Ada-KV's code": {"pool_kernel": 7, "pool_first": False},
+    "KV-Compress": {"pool_kernel": 7, "group_reduce": "sum"},
+    "maximum": {"group_reduce": "max", "pool_first": False, "pool_kernel": 3},
+    "maximum, mean first": {"group_reduce": "max", "pool_kind": "avg", "pool_kernel": 3},
+    "span": {
+        "group_reduce": "max",
+        "floor_at_mean": True,
+        "span_kernel": 11,
+        "page_reduce": "rms",
+    },
+    "best of a page": {"page_reduce": "max", "pool_kernel": 7},
+    "mean of a page": {"page_reduce": "mean", "span_kernel": 3},
+    "pages of 64": {"page_reduce": "rms", "page_size": 64},
+}
+
+
+@pytest.mark.parametrize("with_effect", [False, True])
+@pytest.mark.parametrize("options", JOINS.values(), ids=JOINS)
+def test_join_scores(options, with_effect):
+    scores = raw_scores(3, 2, 3, 700)
+    rated, candidates = (700, 290, 65), (640, 256, 64)
+    # What is not rated is not read.
+    for r, num_rated in enumerate(rated):
+        scores[r, :, :, num_rated:] = float("nan")
+    effect = raw_scores(3, 2, 1, 700)[:, :, 0] if with_effect else None
+    if effect is not None:
+        effect[1, :, 7] = 0.0
+    arguments = (scores, int32(*rated), int32(*candidates), 640)
+    got = ops.join_scores(*arguments, **options, effect=effect)
+    want = ops.join_scores(*arguments, **options, effect=effect, backend="reference")
+    page = options.get("page_size", 16) if "page_reduce" in options else 1
+    for r, num_candidates in enumerate(candidates):
+        exact = want[r, :, : num_candidates // page]
+        assert_close(got[r, :, : num_candidates // page], exact, exact, torch.float32, ulps=16)
+
+
+def test_small_scores_keep_their_order_as_pages():
+    scores = torch.full((1, 1, 1, 32), 1e-30, device=DEVICE)
+    scores[..., 16:] = 2e-30
+    pages = ops.join_scores(scores, int32(32), int32(32), 32, page_reduce="rms")
+    assert torch.allclose(pages, torch.tensor([[[1e-30, 2e-30]]], device=DEVICE), rtol=1e-5, atol=0)
+
+
+def test_same_as_the_policies_steps():
+    """The fused steps of span give what the scorer on the CPU gives."""
+    from vllm_kvcompress.policies.base import ScoreInputs
+    from vllm_kvcompress.policies.span import Span
+
+    window, num_tokens, num_candidates = 16, 150, 128
+    batch = prompts(BASE, (num_tokens,))
+    query = window_query(BASE, 1, window)
+    generator = torch.Generator(DEVICE).manual_seed(3)
+    root = random_like((2, 64, 64), torch.float32, generator)
+    shared = {"layer": 0, "num_layers": 2}
+    num_rated = num_tokens - window
+    prompt = (batch.rows, batch.block_table, int32(num_rated), num_rated)
+    scores = ops.window_scores(
+        query,
+        batch.pool,
+        *prompt,
+        **shared,
+        num_kv_heads=2,
+        scale=0.125,
+        reduce="defensive",
+        near_tokens=8,
+    )
+    got = ops.join_scores(
+        scores,
+        int32(num_rated),
+        int32(num_candidates),
+        num_candidates,
+        group_reduce="max",
+        floor_at_mean=True,
+        effect=ops.paged_value_effect(batch.pool, root, *prompt, **shared),
+        span_kernel=11,
+    )
+    entries = torch.stack(
+        [
+            prompt_entries(
+                batch.pool, batch.rows[0].tolist(), batch.block_table[0].tolist(), head, 4
+            )
+            for head in range(2)
+        ]
+    ).float()
+    want = Span().score(
+        ScoreInputs(
+            key=entries[..., :64].cpu(),
+            value=entries[..., 64:].cpu(),
+            window_query=query[0].view(window, 2, 4, 64).permute(1, 2, 0, 3).cpu(),
+            output_root=root.cpu(),
+            num_candidates=num_candidates,
+            budget_tokens=32,
+            scale=0.125,
+            logits_soft_cap=0.0,
+            layer=0,
+            earlier_scores=[],
+        )
+    )
+    assert torch.allclose(got[0].cpu(), want.first, rtol=1e-4, atol=1e-7)
+
+
+@hypothesis_settings(max_examples=10)
+@given(
+    window=st.integers(1, 40),
+    group=st.integers(1, 6),
+    extra=st.lists(st.integers(0, 140), min_size=1, max_size=3),
+    reduce=st.sampled_from(["mean", "max", "defensive"]),
+    near_tokens=st.integers(0, 12),
+    with_lse=st.booleans(),
+)
+def test_any_prompt(window, group, extra, reduce, near_tokens, with_lse):
+    shape = Shape(num_layers=1, num_kv_heads=2, group=group)
+    lens = tuple(window + n for n in extra)
+    num_rated = tuple(max(1, n) for n in extra)
+    check_scores(shape, lens, num_rated, window, with_lse, reduce=reduce, near_tokens=near_tokens)
+
+
+def test_what_does_not_fit_is_refused():
+    batch = prompts(BASE, (40,))
+    query = window_query(BASE, 1, 8)
+    options = {"layer": 0, "num_layers": 2, "num_kv_heads": 2, "scale": 1.0}
+    arguments = (query, batch.pool, batch.rows, batch.block_table, int32(32), 32)
+    for change, message in (
+        ({"reduce": "median"}, "unknown window reduction 'median'"),
+        ({"reduce": "defensive", "power": 2}, "power 2 does not go with 'defensive'"),
+        ({"pool_kernel": 4}, "must be odd"),
+        ({"near_tokens": -1}, "must not be negative"),
+        ({"layer": 2}, "layer 2 is not among 2"),
+        ({"lse": torch.zeros(1, 8, 3)}, "want lse"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.window_scores(*arguments, **{**options, **change})
+    with pytest.raises(ValueError, match="want num_rated"):
+        ops.window_scores(*arguments[:4], int32(3, 4), 32, **options)
+    scores = raw_scores(1, 2, 1, 64)
+    for change, message in (
+        ({"group_reduce": "min"}, "unknown group reduction"),
+        ({"pool_kind": "min"}, "pool kind"),
+        ({"page_reduce": "min"}, "unknown page reduction"),
+        ({"page_reduce": "max", "page_size": 48}, "pages of 48"),
+        ({"page_reduce": "max", "page_size": 128}, "64 candidates do not fit"),
+        ({"effect": torch.zeros(1, 2, 63)}, "want effect"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.join_scores(scores, int32(64), int32(64), 64, **change)

@@ -1,0 +1,300 @@
+"""Window scores on the paged pool of a GPU, for many prompts of different lengths at once.
+
+The steps of `scoring.py` in the order in which the kernels fuse them: attention of the window to
+all keys, reduced over the window (`window_scores`); what values do (`paged_value_effect`); pooling,
+the group's query heads, weights and pages (`join_scores`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_kvcompress.ops import reference_paged as reference
+from vllm_kvcompress.ops.checks import check, check_backend
+from vllm_kvcompress.ops.decode import (
+    check_pool,
+    check_rows,
+    stream_scales,
+    triton_kernels,
+)
+from vllm_kvcompress.ops.scoring import PAGE_REDUCTIONS
+
+WINDOW_REDUCTIONS = ("mean", "sum", "max", "defensive")
+GROUP_REDUCTIONS = ("mean", "sum", "max")
+MAX_WINDOW = 128
+MAX_POOL_KERNEL = 31
+
+
+def window_scores(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    num_rated: torch.Tensor,
+    max_rated: int,
+    *,
+    layer: int,
+    num_layers: int,
+    num_kv_heads: int,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    reduce: str = "mean",
+    power: int = 1,
+    near_tokens: int = 0,
+    pool_kernel: int = 5,
+    lse: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    backend: str = "triton",
+) -> torch.Tensor:
+    """Attention weights of each prompt's last queries, joined over the window.
+
+    `exp(q . k * scale - lse)`, causal inside the window, float32. 'mean', 'sum' and 'max' join the
+    window's queries, per query head. 'defensive' (DefensiveKV, arXiv 2510.13334, algorithm 1) pools
+    each query's weights by a mean over `pool_kernel` rated keys, brings them back to their old sum
+    and takes the maximum over the window (and over some query heads, see the result).
+
+    Args:
+        query: [R, w, Hq, d] queries of the last w tokens, w at most 128 and at most the prompt.
+        pool: [num_pages, b, 2 d] as in `ragged_decode`.
+        rows: [R, 4] int32; seq_len is the prompt's length, first_kept_block is not read: the prompt
+            is still dense. Blocks at and past `boundary_block` are shifted by `num_region_blocks`.
+        block_table: [R, W] int32.
+        num_rated: [R] int32, the first keys of each prompt that get a score, at most seq_len.
+        max_rated: greatest number of them.
+        layer: index of the layer among the num_layers that share the pool.
+        num_kv_heads: H.
+        scale: factor on the products.
+        logits_soft_cap: squash logits into (-cap, cap) by tanh; 0 = not.
+        reduce: see above.
+        power: exponent of the weights before they are joined, 1 or 2; 1 for 'defensive'.
+        near_tokens: keys up to a query's own that count as 0 for it.
+        pool_kernel: odd width of the pooling; 'defensive' only.
+        lse: [R, w, Hq] float32, natural logarithm of each query's sum over the keys it sees, as
+            prefill attention leaves it; None = computed, which reads the keys twice.
+        key_scale: [L * H] float32; None = 1.
+        backend: 'triton' or 'reference'.
+
+    Returns:
+        [R, H, G, max_rated] float32, entries past num_rated undefined. G = g; for 'defensive' any
+        number of which the maximum is meant. No host sync, graph-safe, deterministic.
+
+    Raises:
+        ValueError: on shapes, types or options that do not fit.
+        RuntimeError: if the backend cannot run here.
+    """
+    check(
+        query.dim() == 4 and query.shape[0] > 0,
+        f"want window queries [R, w, heads, d], got {tuple(query.shape)}",
+    )
+    num_requests, window, num_heads, _ = query.shape
+    check_pool(pool, query[0], num_kv_heads)
+    _check_prompts(rows, block_table, num_rated, num_requests)
+    check(1 <= window <= MAX_WINDOW, f"a window has 1 to {MAX_WINDOW} queries, not {window}")
+    check(0 <= layer < num_layers, f"layer {layer} is not among {num_layers}")
+    check(reduce in WINDOW_REDUCTIONS, f"unknown window reduction {reduce!r}")
+    check(
+        power == 1 or (power == 2 and reduce != "defensive"),
+        f"power {power} does not go with {reduce!r}",
+    )
+    _check_kernel(pool_kernel)
+    check(near_tokens >= 0, f"near_tokens must not be negative, got {near_tokens}")
+    check(
+        lse is None
+        or (
+            lse.shape == (num_requests, window, num_heads)
+            and lse.dtype == torch.float32
+            and lse.is_contiguous()
+        ),
+        f"want lse [{num_requests}, {window}, {num_heads}] float32",
+    )
+    key_scale = stream_scales(key_scale, num_layers * num_kv_heads, pool)
+    options: dict[str, Any] = {
+        "layer": layer,
+        "num_layers": num_layers,
+        "num_kv_heads": num_kv_heads,
+        "scale": scale,
+        "logits_soft_cap": logits_soft_cap,
+        "reduce": reduce,
+        "power": power,
+        "near_tokens": near_tokens,
+        "pool_kernel": pool_kernel,
+        "lse": lse,
+    }
+    if check_backend(backend, "triton") == "reference":
+        return reference.window_scores(
+            query, pool, rows, block_table, num_rated, max_rated, key_scale, **options
+        )
+    kernels = triton_kernels(query, pool, rows, block_table, num_rated)
+    num_groups = kernels.num_score_groups(num_heads // num_kv_heads, window, reduce)
+    size = (num_requests, num_kv_heads, num_groups, max_rated)
+    scores = torch.empty(size, dtype=torch.float32, device=query.device)
+    kernels.window_scores(query, pool, rows, block_table, num_rated, key_scale, scores, **options)
+    return scores
+
+
+def paged_value_effect(
+    pool: torch.Tensor,
+    output_root: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    num_rated: torch.Tensor,
+    max_rated: int,
+    *,
+    layer: int,
+    num_layers: int,
+    value_scale: torch.Tensor | None = None,
+    backend: str = "triton",
+) -> torch.Tensor:
+    """`scoring.value_effect` of every rated token's value, read from pages.
+
+    Args:
+        pool, rows, block_table, num_rated, max_rated, layer, num_layers: as in `window_scores`.
+        output_root: [H, d, d] of `output_root`, in the type to multiply in: bf16, fp16 or fp32.
+        value_scale: [L * H] float32; None = 1.
+        backend: 'triton' or 'reference'.
+
+    Returns:
+        [R, H, max_rated] float32, entries past num_rated undefined. No host sync, graph-safe,
+        deterministic.
+
+    Raises:
+        ValueError: on shapes or types that do not fit.
+        RuntimeError: if the backend cannot run here.
+    """
+    check(
+        output_root.dim() == 3
+        and output_root.shape[1] == output_root.shape[2]
+        and output_root.is_contiguous(),
+        f"want a contiguous output root [H, d, d], got {tuple(output_root.shape)}",
+    )
+    num_kv_heads = output_root.shape[0]
+    check_pool(pool, output_root, output_root.shape[1])
+    _check_prompts(rows, block_table, num_rated, rows.shape[0])
+    check(0 <= layer < num_layers, f"layer {layer} is not among {num_layers}")
+    value_scale = stream_scales(value_scale, num_layers * num_kv_heads, pool)
+    size = (rows.shape[0], num_kv_heads, max_rated)
+    effect = torch.empty(size, dtype=torch.float32, device=pool.device)
+    arguments = (pool, output_root, rows, block_table, num_rated, value_scale, effect)
+    options: dict[str, Any] = {"layer": layer, "num_layers": num_layers}
+    if check_backend(backend, "triton") == "reference":
+        reference.value_effect(*arguments, **options)
+    else:
+        triton_kernels(*arguments).value_effect(*arguments, **options)
+    return effect
+
+
+def join_scores(
+    scores: torch.Tensor,
+    num_rated: torch.Tensor,
+    num_candidates: torch.Tensor,
+    max_candidates: int,
+    *,
+    group_reduce: str = "mean",
+    pool_kernel: int = 1,
+    pool_kind: str = "max",
+    pool_first: bool = True,
+    floor_at_mean: bool = False,
+    effect: torch.Tensor | None = None,
+    span_kernel: int = 1,
+    page_reduce: str | None = None,
+    page_size: int = 16,
+    backend: str = "triton",
+) -> torch.Tensor:
+    """One score per KV head and token or page, from what `window_scores` returns.
+
+    In this order: pooling along the rated tokens and joining the group (or the other way round),
+    not below the head's mean, times each head's share of the values' effect, maximum over
+    `span_kernel` tokens, one score per page.
+
+    Args:
+        scores: [R, H, G, N] float32.
+        num_rated, num_candidates: [R] int32, tokens with a score, and those that get one here:
+            whole pages of them if pages are asked for, never more than are rated.
+        max_candidates: greatest number of them, at most N.
+        group_reduce: 'mean', 'sum' or 'max' over G.
+        pool_kernel: odd width, stride 1, same length; 1 = none.
+        pool_kind: 'max' or 'avg' (tokens outside count as 0).
+        pool_first: pool each of G, then join them.
+        floor_at_mean: raise each head's scores to their mean over the rated tokens.
+        effect: [R, H, N] float32 of `paged_value_effect`.
+        span_kernel: odd width of the last pooling; 1 = none.
+        page_reduce: 'max', 'mean' or 'rms' of a page's tokens; None = a score per token.
+        page_size: tokens per page, 16 to 128.
+        backend: 'triton' or 'reference'.
+
+    Returns:
+        [R, H, max_candidates or max_candidates / page_size] float32, entries past the candidates
+        undefined. No host sync, graph-safe, deterministic.
+
+    Raises:
+        ValueError: on shapes, types or options that do not fit.
+        RuntimeError: if the backend cannot run here.
+    """
+    check(
+        scores.dim() == 4 and scores.dtype == torch.float32 and scores.stride(3) == 1,
+        f"want scores [R, H, G, N] float32, got {tuple(scores.shape)} {scores.dtype}",
+    )
+    num_requests, num_kv_heads, _, max_rated = scores.shape
+    for name, lens in (("num_rated", num_rated), ("num_candidates", num_candidates)):
+        check(
+            lens.shape == (num_requests,) and lens.dtype == torch.int32,
+            f"want {name} [{num_requests}] int32, got {tuple(lens.shape)} {lens.dtype}",
+        )
+    check(group_reduce in GROUP_REDUCTIONS, f"unknown group reduction {group_reduce!r}")
+    check(pool_kind in ("max", "avg"), f"pool kind must be 'max' or 'avg', got {pool_kind!r}")
+    check(page_reduce in (None, *PAGE_REDUCTIONS), f"unknown page reduction {page_reduce!r}")
+    check(page_size in (16, 32, 64, 128), f"pages of {page_size} tokens are not supported")
+    for kernel in (pool_kernel, span_kernel):
+        _check_kernel(kernel)
+    check(
+        0 <= max_candidates <= max_rated
+        and (page_reduce is None or max_candidates % page_size == 0),
+        f"{max_candidates} candidates do not fit {max_rated} scores and pages of {page_size}",
+    )
+    check(
+        effect is None
+        or (effect.shape == (num_requests, num_kv_heads, max_rated) and effect.stride(2) == 1),
+        f"want effect [{num_requests}, {num_kv_heads}, {max_rated}]",
+    )
+    width = max_candidates if page_reduce is None else max_candidates // page_size
+    size = (num_requests, num_kv_heads, width)
+    out = torch.empty(size, dtype=torch.float32, device=scores.device)
+    arguments = (scores, num_rated, num_candidates, effect, out)
+    options: dict[str, Any] = {
+        "group_reduce": group_reduce,
+        "pool_kernel": pool_kernel,
+        "pool_kind": pool_kind,
+        "pool_first": pool_first,
+        "floor_at_mean": floor_at_mean,
+        "span_kernel": span_kernel,
+        "page_reduce": page_reduce or "token",
+        "page_size": page_size,
+    }
+    if check_backend(backend, "triton") == "reference":
+        reference.join_scores(*arguments, **options)
+    else:
+        triton_kernels(scores, num_rated, num_candidates).join_scores(*arguments, **options)
+    return out
+
+
+def _check_kernel(kernel: int) -> None:
+    check(
+        1 <= kernel <= MAX_POOL_KERNEL and kernel % 2 == 1,
+        f"a pool kernel must be odd, 1 to {MAX_POOL_KERNEL}, got {kernel}",
+    )
+
+
+def _check_prompts(
+    rows: torch.Tensor, block_table: torch.Tensor, num_rated: torch.Tensor, num_requests: int
+) -> None:
+    check(
+        rows.shape[0] == num_requests,
+        f"want {num_requests} row descriptors, got {rows.shape[0]}",
+    )
+    check_rows(rows, block_table)
+    check(
+        num_rated.shape == (num_requests,) and num_rated.dtype == torch.int32,
+        f"want num_rated [{num_requests}] int32, got {tuple(num_rated.shape)} {num_rated.dtype}",
+    )
