@@ -9,18 +9,23 @@ KV head, d head size, b tokens per page, S = L * H streams. The pool is [num_pag
 `(block * L + layer) * H + head`, a token's key before its value.
 """
 
+from .compact import compact
 from .join_scores import join_scores
 from .paging import is_interpreted
 from .ragged_decode import num_decode_splits, ragged_decode
+from .select import joint_page_counts, select_entries
 from .store import store_tokens, token_slots
 from .window_score import num_score_groups, value_effect, window_scores
 
 __all__ = [
+    "compact",
     "is_interpreted",
     "join_scores",
+    "joint_page_counts",
     "num_decode_splits",
     "num_score_groups",
     "ragged_decode",
+    "select_entries",
     "store_tokens",
     "token_slots",
     "value_effect",

@@ -23,13 +23,17 @@ from vllm_kvcompress.ops.scoring import (
     value_effect,
     window_attention,
 )
+from vllm_kvcompress.ops.selection import apportion, compact, joint_page_counts, select_entries
 from vllm_kvcompress.ops.window import join_scores, paged_value_effect, window_scores
 
 __all__ = [
     "PageOrder",
     "ROW_FIELDS",
+    "apportion",
+    "compact",
     "copy_pages",
     "join_scores",
+    "joint_page_counts",
     "joint_top_counts",
     "pack_pages",
     "page_scores",
@@ -40,6 +44,7 @@ __all__ = [
     "ragged_decode",
     "ragged_page_table",
     "region_page_ids",
+    "select_entries",
     "select_top",
     "store_tokens",
     "token_slots",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -287,3 +288,73 @@ def join_scores(
         if page_reduce != "token":
             joined = reference.page_scores(joined, page_size, page_reduce)
         out[r, :, : joined.shape[1]] = joined
+
+
+def joint_page_counts(
+    scores: torch.Tensor,
+    num_entries: torch.Tensor,
+    total_pages: torch.Tensor,
+    guaranteed: torch.Tensor,
+    num_pages: torch.Tensor,
+    page_size: int,
+    apportion: Callable[..., list[int]],
+) -> None:
+    """See `ops.joint_page_counts`."""
+    num_groups = total_pages.shape[1]
+    size = scores.shape[1] // num_groups
+    lowest = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    for r, entries in enumerate(num_entries.tolist()):
+        for group in range(num_groups):
+            streams = slice(group * size, (group + 1) * size)
+            total = int(total_pages[r, group])
+            counts = reference.joint_top_counts(
+                lowest[r, streams, :entries], total * page_size, int(guaranteed[r, group])
+            ).tolist()
+            if page_size > 1:
+                ideal = [count / page_size for count in counts]
+                counts = apportion(ideal, total, 1, entries // page_size)
+            num_pages[r, streams] = torch.tensor(counts, dtype=torch.int32)
+
+
+def select_entries(
+    scores: torch.Tensor,
+    num_entries: torch.Tensor,
+    num_pages: torch.Tensor,
+    page_offsets: torch.Tensor,
+    indices: torch.Tensor,
+    page_size: int,
+) -> None:
+    """See `ops.select_entries`."""
+    lowest = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    for r, entries in enumerate(num_entries.tolist()):
+        page_offsets[r, 0] = 0
+        page_offsets[r, 1:] = num_pages[r].cumsum(0)
+        chosen = reference.select_top(lowest[r, :, :entries], num_pages[r] * page_size)
+        indices[r, : len(chosen)] = chosen.to(torch.int32)
+
+
+def compact(
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    page_offsets: torch.Tensor,
+    indices: torch.Tensor,
+    entries_per_page: int,
+) -> None:
+    """See `ops.compact`."""
+    num_streams = page_offsets.shape[1] - 1
+    block_size = pool.shape[1]
+    tokens_per_entry = block_size // entries_per_page
+    bits = pool.view(torch.uint8)
+    for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
+        _, num_region_blocks, boundary_block, _ = row
+        offsets = page_offsets[r].tolist()
+        for stream in range(num_streams if num_region_blocks else 0):
+            for page in range(offsets[stream], offsets[stream + 1]):
+                block = table[boundary_block + page // num_streams]
+                target = block * num_streams + page % num_streams
+                for slot in range(block_size):
+                    entry = page * entries_per_page + slot // tokens_per_entry
+                    token = int(indices[r, entry]) * tokens_per_entry + slot % tokens_per_entry
+                    source = table[token // block_size] * num_streams + stream
+                    bits[target, slot] = bits[source, token % block_size]

@@ -1,0 +1,129 @@
+"""Copies of what is kept from a prompt's pages into its region, all layers and heads at once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .paging import ROW_BOUNDARY_BLOCK, ROW_NUM_REGION_BLOCKS, ROW_WIDTH
+
+# Elements that one program has in flight.
+_TILE_ELEMENTS = 8192
+
+
+@triton.jit
+def _stream_of_page(page, offsets_ptr, NUM_STREAMS: tl.constexpr, STEPS: tl.constexpr):
+    """Number of the last stream that starts at or before each virtual page."""
+    stream = tl.zeros_like(page)
+    for step in tl.static_range(0, STEPS):
+        later = stream + (1 << (STEPS - 1 - step))
+        exists = later < NUM_STREAMS
+        start = tl.load(offsets_ptr + later, mask=exists, other=0)
+        stream = tl.where(exists & (start <= page), later, stream)
+    return stream
+
+
+@triton.jit
+def _compact_kernel(
+    pool_ptr,
+    rows_ptr,
+    table_ptr,
+    offsets_ptr,
+    indices_ptr,
+    table_stride,
+    indices_stride,
+    NUM_STREAMS: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKEN_ELEMENTS: tl.constexpr,
+    PAGE_ENTRIES: tl.constexpr,
+    TILE_PAGES: tl.constexpr,
+    TILE_TOKENS: tl.constexpr,
+    TILE_E: tl.constexpr,
+):
+    """PAGE_ENTRIES is 1 where whole pages are kept, BLOCK_SIZE where single tokens are."""
+    request = tl.program_id(1)
+    row_ptr = rows_ptr + request * ROW_WIDTH
+    num_pages = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS) * NUM_STREAMS
+    first = tl.program_id(0) * TILE_PAGES
+    if first >= num_pages:
+        return
+    boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
+    table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
+    page = first + tl.arange(0, TILE_PAGES)
+    is_page = page < num_pages
+    stream = _stream_of_page(
+        page, offsets_ptr + request.to(tl.int64) * (NUM_STREAMS + 1), NUM_STREAMS, STEPS
+    )
+    target_block = tl.load(
+        table_row_ptr + boundary_block + page // NUM_STREAMS, mask=is_page, other=0
+    ).to(tl.int64)
+    target = (target_block * NUM_STREAMS + page % NUM_STREAMS) * BLOCK_SIZE
+    element = tl.arange(0, TILE_E)
+    for start in tl.static_range(0, BLOCK_SIZE, TILE_TOKENS):
+        # [TILE_PAGES, TILE_TOKENS] tokens of the target pages.
+        slot = start + tl.arange(0, TILE_TOKENS)
+        entry = page[:, None] * PAGE_ENTRIES + slot[None, :] % PAGE_ENTRIES
+        is_token = tl.broadcast_to(is_page[:, None], (TILE_PAGES, TILE_TOKENS))
+        index = tl.load(
+            indices_ptr + request.to(tl.int64) * indices_stride + entry, mask=is_token, other=0
+        )
+        if PAGE_ENTRIES == 1:
+            source_column = index
+            source_slot = tl.broadcast_to(slot[None, :], (TILE_PAGES, TILE_TOKENS))
+        else:
+            source_column = index // BLOCK_SIZE
+            source_slot = index % BLOCK_SIZE
+        source_block = tl.load(table_row_ptr + source_column, mask=is_token, other=0).to(tl.int64)
+        source = (source_block * NUM_STREAMS + stream[:, None]) * BLOCK_SIZE + source_slot
+        mask = is_token[:, :, None] & (element < TOKEN_ELEMENTS)[None, None, :]
+        source_ptrs = pool_ptr + source[:, :, None] * TOKEN_ELEMENTS + element[None, None, :]
+        moved = tl.load(source_ptrs, mask=mask)
+        target_token = target[:, None] + slot[None, :]
+        target_ptrs = pool_ptr + target_token[:, :, None] * TOKEN_ELEMENTS + element[None, None, :]
+        tl.store(target_ptrs, moved, mask=mask)
+
+
+def compact(
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    page_offsets: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    max_region_blocks: int,
+    entries_per_page: int,
+) -> None:
+    """See `ops.compact`."""
+    num_requests = rows.shape[0]
+    num_streams = page_offsets.shape[1] - 1
+    block_size = pool.shape[1]
+    if num_requests == 0 or max_region_blocks == 0:
+        return
+    # Bits are moved, whatever they mean; wider elements where a token has whole ones.
+    token_bytes = pool.shape[2] * pool.element_size()
+    bits = pool.view(torch.int32 if token_bytes % 4 == 0 else torch.int8)
+    token_elements = bits.shape[2]
+    tile_e = triton.next_power_of_2(token_elements)
+    tile_tokens = min(block_size, max(1, _TILE_ELEMENTS // tile_e))
+    tile_pages = max(1, min(8, _TILE_ELEMENTS // (tile_e * tile_tokens)))
+    grid = (triton.cdiv(max_region_blocks * num_streams, tile_pages), num_requests)
+    _compact_kernel[grid](
+        bits,
+        rows,
+        block_table,
+        page_offsets,
+        indices,
+        block_table.stride(0),
+        indices.stride(0),
+        NUM_STREAMS=num_streams,
+        STEPS=num_streams.bit_length(),
+        BLOCK_SIZE=block_size,
+        TOKEN_ELEMENTS=token_elements,
+        PAGE_ENTRIES=entries_per_page,
+        TILE_PAGES=tile_pages,
+        TILE_TOKENS=tile_tokens,
+        TILE_E=tile_e,
+        num_warps=8,
+    )

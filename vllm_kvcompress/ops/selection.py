@@ -1,0 +1,232 @@
+"""Which entries every stream keeps, and moving them, on a GPU and without the host.
+
+An entry is what scores are given to: a page, or a token. Streams are (layer, KV head), layer first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_kvcompress.ops import reference_paged as reference
+from vllm_kvcompress.ops.checks import check, check_backend
+from vllm_kvcompress.ops.decode import BLOCK_SIZES, check_rows, triton_kernels
+
+MAX_STREAMS = 8192
+
+
+def apportion(ideal: Sequence[float], total: int, lower: int, upper: int) -> list[int]:
+    """Whole numbers close to `ideal` that sum to `total`, by largest remainder. On the host.
+
+    Args:
+        ideal: wished shares; their sum should be near `total`.
+        total: exact sum of the result.
+        lower, upper: inclusive bounds of every share.
+
+    Returns:
+        One share per entry; equal remainders go to the earlier entry.
+
+    Raises:
+        ValueError: if the bounds cannot hold `total`.
+    """
+    size = len(ideal)
+    check(
+        size * lower <= total <= size * upper,
+        f"cannot share {total} pages among {size} places of {lower} to {upper} pages each",
+    )
+    shares = [min(max(int(x), lower), upper) for x in ideal]
+    missing = total - sum(shares)
+    step = 1 if missing > 0 else -1
+    for _ in range(abs(missing)):
+        open_places = [
+            i for i in range(size) if (shares[i] < upper if step > 0 else shares[i] > lower)
+        ]
+        best = max(open_places, key=lambda i: (step * (ideal[i] - shares[i]), -i))
+        shares[best] += step
+    return shares
+
+
+def joint_page_counts(
+    scores: torch.Tensor,
+    num_entries: torch.Tensor,
+    total_pages: torch.Tensor,
+    guaranteed: torch.Tensor,
+    page_size: int = 1,
+    backend: str = "triton",
+) -> torch.Tensor:
+    """How many pages each stream gets when the streams of a group compete.
+
+    The best entries of a group win, each stream being sure of its best `guaranteed`; equal scores
+    as in `scoring.joint_top_counts`. Where entries are tokens, shares are made whole pages by
+    largest remainder, at least one each. A group is a layer's heads (Ada-KV) or all streams.
+
+    Args:
+        scores: [R, S, N] float32; entries past num_entries are not read. NaN counts as lowest.
+        num_entries: [R] int32, whole pages' worth of entries that each stream can choose from.
+        total_pages: [R, G] int32, pages to share in each group of S / G streams one after
+            another; at least one and at most num_entries / page_size per stream.
+        guaranteed: [R, G] int32, entries; S / G of them are at most the group's total.
+        page_size: entries per page: 1, or 16 to 128 tokens.
+        backend: 'triton' or 'reference'.
+
+    Returns:
+        [R, S] int32, sums per group exactly total_pages. No host sync, graph-safe, deterministic.
+
+    Raises:
+        ValueError: on shapes or types that do not fit. Values are not looked at.
+        RuntimeError: if the backend cannot run here.
+    """
+    num_requests, num_streams = _check_scores(scores, num_entries, page_size)
+    num_groups = total_pages.shape[-1]
+    for name, numbers in (("total_pages", total_pages), ("guaranteed", guaranteed)):
+        check(
+            numbers.shape == (num_requests, num_groups)
+            and numbers.dtype == torch.int32
+            and numbers.is_contiguous(),
+            f"want {name} [{num_requests}, G] int32, got {tuple(numbers.shape)} {numbers.dtype}",
+        )
+    check(
+        num_groups > 0 and num_streams % num_groups == 0,
+        f"{num_streams} streams are not {num_groups} equal groups",
+    )
+    num_pages = scores.new_empty(num_requests, num_streams, dtype=torch.int32)
+    arguments = (scores, num_entries, total_pages, guaranteed, num_pages)
+    if check_backend(backend, "triton") == "reference":
+        reference.joint_page_counts(*arguments, page_size, apportion)
+    else:
+        triton_kernels(*arguments).joint_page_counts(*arguments, page_size=page_size)
+    return num_pages
+
+
+def select_entries(
+    scores: torch.Tensor,
+    num_entries: torch.Tensor,
+    num_pages: torch.Tensor,
+    max_pages: int,
+    page_size: int = 1,
+    backend: str = "triton",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each stream's best entries, `num_pages * page_size` of them.
+
+    Args:
+        scores, num_entries, page_size: as in `joint_page_counts`.
+        num_pages: [R, S] int32, at most num_entries / page_size each.
+        max_pages: greatest sum of a request's num_pages.
+        backend: 'triton' or 'reference'.
+
+    Returns:
+        page_offsets [R, S + 1] int32, first virtual page of each stream, and indices
+        [R, max_pages * page_size] int32: streams one after another, each ascending; equal scores:
+        the lower index first. Entries past a request's last are undefined. No host sync,
+        graph-safe, deterministic.
+
+    Raises:
+        ValueError: on shapes or types that do not fit. Values are not looked at.
+        RuntimeError: if the backend cannot run here.
+
+    Example:
+        scores [[[1, 3, 2], [5, 4, 5]]], num_pages [[1, 2]]: page_offsets [[0, 1, 3]],
+        indices [[1, 0, 2]].
+    """
+    num_requests, num_streams = _check_scores(scores, num_entries, page_size)
+    check(
+        num_pages.shape == (num_requests, num_streams)
+        and num_pages.dtype == torch.int32
+        and num_pages.is_contiguous(),
+        f"want num_pages [{num_requests}, {num_streams}] int32, "
+        f"got {tuple(num_pages.shape)} {num_pages.dtype}",
+    )
+    page_offsets = scores.new_empty(num_requests, num_streams + 1, dtype=torch.int32)
+    indices = scores.new_empty(num_requests, max_pages * page_size, dtype=torch.int32)
+    arguments = (scores, num_entries, num_pages, page_offsets, indices)
+    if check_backend(backend, "triton") == "reference":
+        reference.select_entries(*arguments, page_size)
+    else:
+        triton_kernels(*arguments).select_entries(*arguments, page_size=page_size)
+    return page_offsets, indices
+
+
+def compact(
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    page_offsets: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    max_region_blocks: int,
+    granularity: str = "page",
+    backend: str = "triton",
+) -> None:
+    """Copy what is kept of each prompt into its region, keys and values of all streams.
+
+    Args:
+        pool: [num_pages, b, 2 d] as in `ragged_decode`, written at the regions' pages. Prompt
+            pages are only read, so no order of the copies matters.
+        rows, block_table: as in `ragged_decode`; requests without a region are left alone.
+        page_offsets, indices: of `select_entries`; entries are pages or tokens of the prompt,
+            all of them before `boundary_block`. Sums are num_region_blocks * S pages.
+        max_region_blocks: greatest number of region blocks.
+        granularity: 'page' or 'token'.
+        backend: 'triton' or 'reference'.
+
+    No host sync, graph-safe, deterministic.
+
+    Raises:
+        ValueError: on shapes or types that do not fit. Values are not looked at.
+        RuntimeError: if the backend cannot run here.
+    """
+    check_rows(rows, block_table)
+    num_requests, num_streams = rows.shape[0], page_offsets.shape[-1] - 1
+    check(
+        pool.dim() == 3 and pool.is_contiguous() and pool.shape[1] in BLOCK_SIZES,
+        f"want a contiguous pool [pages, block size, 2 d], got {tuple(pool.shape)}",
+    )
+    check(
+        page_offsets.shape == (num_requests, num_streams + 1)
+        and num_streams > 0
+        and pool.shape[0] % num_streams == 0
+        and page_offsets.dtype == torch.int32
+        and page_offsets.is_contiguous(),
+        f"want page offsets [{num_requests}, L * H + 1] int32 of a pool of {pool.shape[0]} pages, "
+        f"got {tuple(page_offsets.shape)} {page_offsets.dtype}",
+    )
+    check(granularity in ("page", "token"), f"unknown granularity {granularity!r}")
+    entries_per_page = 1 if granularity == "page" else pool.shape[1]
+    want = max_region_blocks * num_streams * entries_per_page
+    check(
+        indices.dim() == 2
+        and indices.shape[0] == num_requests
+        and indices.shape[1] >= want
+        and indices.dtype == torch.int32
+        and indices.stride(1) == 1,
+        f"want indices [{num_requests}, {want}] int32, got {tuple(indices.shape)} {indices.dtype}",
+    )
+    arguments = (pool, rows, block_table, page_offsets, indices)
+    if check_backend(backend, "triton") == "reference":
+        reference.compact(*arguments, entries_per_page)
+        return
+    triton_kernels(*arguments).compact(
+        *arguments, max_region_blocks=max_region_blocks, entries_per_page=entries_per_page
+    )
+
+
+def _check_scores(
+    scores: torch.Tensor, num_entries: torch.Tensor, page_size: int
+) -> tuple[int, int]:
+    check(
+        scores.dim() == 3 and scores.dtype == torch.float32 and scores.stride(2) == 1,
+        f"want scores [R, S, N] float32, got {tuple(scores.shape)} {scores.dtype}",
+    )
+    num_requests, num_streams, _ = scores.shape
+    check(
+        num_entries.shape == (num_requests,) and num_entries.dtype == torch.int32,
+        f"want num_entries [{num_requests}] int32, "
+        f"got {tuple(num_entries.shape)} {num_entries.dtype}",
+    )
+    check(
+        0 < num_streams <= MAX_STREAMS,
+        f"1 to {MAX_STREAMS} streams can be selected from, not {num_streams}",
+    )
+    check(page_size in (1, *BLOCK_SIZES), f"pages of {page_size} entries are not supported")
+    return num_requests, num_streams
