@@ -15,7 +15,8 @@ from .paging import is_interpreted
 from .ragged_decode import num_decode_splits, ragged_decode
 from .select import joint_page_counts, select_entries
 from .store import store_tokens, token_slots
-from .window_score import num_score_groups, value_effect, window_scores
+from .value_effect import value_effect
+from .window_score import num_score_groups, window_scores
 
 __all__ = [
     "compact",

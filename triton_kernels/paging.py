@@ -92,3 +92,25 @@ def stream_page_ids(
     slot = tl.where(in_region, page % PAGES_PER_BLOCK, stream)
     block = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
     return tl.where(mask, block * PAGES_PER_BLOCK + slot, 0)
+
+
+@triton.jit
+def prompt_entries(
+    tokens,
+    mask,
+    row_ptr,
+    table_row_ptr,
+    stream,
+    PAGES_PER_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+):
+    """Element offset of each token's key in the pool, for a prompt that is still dense."""
+    column = row_column(
+        tokens // BLOCK_SIZE,
+        tl.load(row_ptr + ROW_NUM_REGION_BLOCKS),
+        tl.load(row_ptr + ROW_BOUNDARY_BLOCK),
+    )
+    block = tl.load(table_row_ptr + column, mask=mask, other=0).to(tl.int64)
+    page = block * PAGES_PER_BLOCK + stream
+    return tl.where(mask, (page * BLOCK_SIZE + tokens % BLOCK_SIZE) * (2 * HEAD_SIZE), 0)

@@ -6,16 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .paging import (
-    LOG2E,
-    ROW_BOUNDARY_BLOCK,
-    ROW_NUM_REGION_BLOCKS,
-    ROW_SEQ_LEN,
-    ROW_WIDTH,
-    dot,
-    row_column,
-    squash,
-)
+from .paging import LOG2E, ROW_SEQ_LEN, ROW_WIDTH, dot, prompt_entries, squash
 
 # Reductions over the window, as the kernels know them.
 REDUCE = {"mean": 0, "sum": 1, "max": 2, "defensive": 3}
@@ -24,28 +15,6 @@ DEFENSIVE = tl.constexpr(REDUCE["defensive"])
 _MAX_TILE_M = 128
 _MAX_SPLITS = 32
 _PROGRAMS_WANTED = 1024
-
-
-@triton.jit
-def _prompt_entries(
-    tokens,
-    mask,
-    row_ptr,
-    table_row_ptr,
-    stream,
-    PAGES_PER_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-):
-    """Element offset of each token's key in the pool, for a prompt that is still dense."""
-    column = row_column(
-        tokens // BLOCK_SIZE,
-        tl.load(row_ptr + ROW_NUM_REGION_BLOCKS),
-        tl.load(row_ptr + ROW_BOUNDARY_BLOCK),
-    )
-    block = tl.load(table_row_ptr + column, mask=mask, other=0).to(tl.int64)
-    page = block * PAGES_PER_BLOCK + stream
-    return tl.where(mask, (page * BLOCK_SIZE + tokens % BLOCK_SIZE) * (2 * HEAD_SIZE), 0)
 
 
 @triton.jit
@@ -68,7 +37,7 @@ def _window_logits(
     """[M, N] base-2 logits of query rows and keys; keys that are not there count as 0."""
     dim = tl.arange(0, TILE_D)
     exists = (tokens >= 0) & (tokens < num_keys)
-    entry = _prompt_entries(
+    entry = prompt_entries(
         tokens,
         exists,
         row_ptr,
@@ -408,72 +377,6 @@ def _window_scores_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _value_effect_kernel(
-    effect_ptr,
-    pool_ptr,
-    root_ptr,
-    rows_ptr,
-    table_ptr,
-    num_rated_ptr,
-    value_scale_ptr,
-    layer,
-    table_stride,
-    effect_stride_request,
-    effect_stride_head,
-    NUM_KV_HEADS: tl.constexpr,
-    PAGES_PER_BLOCK: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_D: tl.constexpr,
-    TILE_E: tl.constexpr,
-):
-    head = tl.program_id(1)
-    request = tl.program_id(2)
-    num_rated = tl.load(num_rated_ptr + request)
-    tokens = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    if tl.program_id(0) * TILE_N >= num_rated:
-        return
-    mask = tokens < num_rated
-    stream = layer * NUM_KV_HEADS + head
-    entry = _prompt_entries(
-        tokens,
-        mask,
-        rows_ptr + request * ROW_WIDTH,
-        table_ptr + request.to(tl.int64) * table_stride,
-        stream,
-        PAGES_PER_BLOCK,
-        BLOCK_SIZE,
-        HEAD_SIZE,
-    )
-    dim = tl.arange(0, TILE_D)
-    dim_mask = dim < HEAD_SIZE
-    root_row_ptr = root_ptr + head.to(tl.int64) * HEAD_SIZE * HEAD_SIZE + dim * HEAD_SIZE
-    value = tl.load(
-        pool_ptr + HEAD_SIZE + entry[:, None] + dim[None, :],
-        mask=mask[:, None] & dim_mask[None, :],
-        other=0.0,
-    ).to(root_ptr.dtype.element_ty)
-    squares = tl.zeros([TILE_N], tl.float32)
-    for start in tl.static_range(0, HEAD_SIZE, TILE_E):
-        column = start + tl.arange(0, TILE_E)
-        root = tl.load(
-            root_row_ptr[:, None] + column[None, :],
-            mask=dim_mask[:, None] & (column < HEAD_SIZE)[None, :],
-            other=0.0,
-        )
-        moved = dot(value, root)
-        squares += tl.sum(moved * moved, axis=1)
-    effect = tl.sqrt(squares) * tl.load(value_scale_ptr + stream)
-    effect_row_ptr = (
-        effect_ptr
-        + request.to(tl.int64) * effect_stride_request
-        + head.to(tl.int64) * effect_stride_head
-    )
-    tl.store(effect_row_ptr + tokens, effect, mask=mask)
-
-
 def _window_tiles(group: int, window: int) -> tuple[int, int, int]:
     """(TILE_W, TILE_M, number of tiles of query rows)."""
     tile_w = max(16, triton.next_power_of_2(window))
@@ -609,44 +512,3 @@ def _lse_by_stat(
     by_head = lse.view(num_requests, window, num_kv_heads, group).permute(0, 2, 3, 1)
     by_stat[:, :, :group, :window] = by_head * LOG2E.value
     return by_stat
-
-
-def value_effect(
-    pool: torch.Tensor,
-    output_root: torch.Tensor,
-    rows: torch.Tensor,
-    block_table: torch.Tensor,
-    num_rated: torch.Tensor,
-    value_scale: torch.Tensor,
-    effect: torch.Tensor,
-    *,
-    layer: int,
-    num_layers: int,
-) -> None:
-    """See `ops.paged_value_effect`."""
-    num_requests, num_kv_heads, max_rated = effect.shape
-    head_size = output_root.shape[1]
-    if num_requests == 0 or max_rated == 0:
-        return
-    tile_n = 64
-    _value_effect_kernel[(triton.cdiv(max_rated, tile_n), num_kv_heads, num_requests)](
-        effect,
-        pool,
-        output_root,
-        rows,
-        block_table,
-        num_rated,
-        value_scale,
-        layer,
-        block_table.stride(0),
-        effect.stride(0),
-        effect.stride(1),
-        NUM_KV_HEADS=num_kv_heads,
-        PAGES_PER_BLOCK=num_layers * num_kv_heads,
-        HEAD_SIZE=head_size,
-        BLOCK_SIZE=pool.shape[1],
-        TILE_N=tile_n,
-        TILE_D=triton.next_power_of_2(head_size),
-        TILE_E=min(64, triton.next_power_of_2(head_size)),
-        num_warps=4,
-    )
