@@ -325,7 +325,8 @@ def ragged_decode(
     partial = torch.empty(*size, head_size, dtype=torch.float32, device=query.device)
     lse = torch.empty(size, dtype=torch.float32, device=query.device)
     tile_d = triton.next_power_of_2(head_size)
-    tile_n = 64 if tile_d * pool.element_size() >= 256 else 128
+    tile_m = max(16, triton.next_power_of_2(max_query_len * group))
+    tile_n = 64 if tile_d >= 128 else 128
     shape = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
@@ -365,8 +366,8 @@ def ragged_decode(
         block_table.stride(0),
         PAGES_PER_BLOCK=num_layers * num_kv_heads,
         HAS_SOFT_CAP=logits_soft_cap > 0,
-        TILE_M=max(16, triton.next_power_of_2(max_query_len * group)),
-        num_warps=4,
+        TILE_M=tile_m,
+        num_warps=8 if tile_m * tile_d > 8192 else 4,
         num_stages=3,
         **shape,
     )
@@ -385,6 +386,6 @@ def ragged_decode(
             out.stride(0),
             out.stride(1),
             page_offsets.stride(0),
-            num_warps=4,
+            num_warps=8 if tile_d > 128 else 4,
             **shape,
         )

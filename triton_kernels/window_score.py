@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .paging import LOG2E, ROW_SEQ_LEN, ROW_WIDTH, dot, prompt_entries, squash
+from .paging import INTERPRETED, LOG2E, ROW_SEQ_LEN, ROW_WIDTH, dot, prompt_entries, squash
 
 # Reductions over the window, as the kernels know them.
 REDUCE = {"mean": 0, "sum": 1, "max": 2, "defensive": 3}
@@ -256,6 +256,20 @@ def _merge_sums_kernel(
     tl.store(gain_ptr + stat, gain, mask=stat < num_stats)
 
 
+@triton.jit
+def _sums_of_near(weights, near):
+    """[M, N] float32 times an [N, N] matrix of ones and zeros, in float32."""
+    if INTERPRETED:
+        return dot(weights, near.to(tl.float32))
+    # Three bfloat16 numbers hold a float32, and ones are exact.
+    ones = near.to(tl.bfloat16)
+    high = weights.to(tl.bfloat16)
+    rest = weights - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(high, ones, tl.dot(middle, ones, tl.dot(low, ones)))
+
+
 @triton.jit(do_not_specialize=["layer"])
 def _window_scores_kernel(
     scores_ptr,
@@ -353,10 +367,8 @@ def _window_scores_kernel(
         lane = tl.arange(0, TILE_N)
         distance = lane[:, None] - lane[None, :]
         near = (distance <= HALO) & (distance >= -HALO)
-        band = tl.where(near, 1.0 / POOL_KERNEL, 0.0)
-        gain = tl.load(gain_ptr + stat, mask=row_mask, other=0.0)
-        pooled = dot(weights, band, "tf32x3") * gain[:, None]
-        score = tl.max(pooled, axis=0)
+        gain = tl.load(gain_ptr + stat, mask=row_mask, other=0.0) / POOL_KERNEL
+        score = tl.max(_sums_of_near(weights, near) * gain[:, None], axis=0)
         written = (lane >= HALO) & (lane < TILE_N - HALO) & (tokens < num_rated)
         tl.store(score_ptr + m_tile * scores_stride_group + tokens, score, mask=written)
     else:
