@@ -47,7 +47,7 @@ def record(run: Callable[[], Any]) -> list[Launch]:
     package = triton_kernels.__name__
     for module in [m for name, m in sys.modules.items() if name.startswith(package + ".")]:
         for name, value in vars(module).copy().items():
-            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+            if hasattr(value, "__getitem__") and name.endswith("_kernel"):
                 setattr(module, name, _Recorder(value, launches))
                 replaced.append((module, name, value))
     try:

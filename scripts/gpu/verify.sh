@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# GPU verification in one command: the kernel tests, then the kernel benchmarks.
+#
+#   scripts/gpu/verify.sh [OUT]        OUT: folder for the JSON (default: benchmarks/results/gpu)
+#
+# Needs torch with CUDA, triton, pytest and hypothesis in $PYTHON (default: python3), and neither
+# vLLM nor an installed package. KVC_COMMIT names the commit where there is no git.
+# Exit status 1 if a test failed; the benchmarks run all the same, and the JSON says so.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+python="${PYTHON:-python3}"
+out="${1:-$root/benchmarks/results/gpu}"
+mkdir -p "$out"
+
+"$python" - <<'PY'
+import torch
+assert torch.cuda.is_available(), "no CUDA device"
+print(torch.cuda.get_device_name(), "torch", torch.__version__)
+PY
+
+# The kernels are a part of the package only once installed; here they are put beside it.
+stage="$(mktemp -d)"
+trap 'rm -rf "$stage"' EXIT
+cp -r "$root/vllm_kvcompress" "$stage/"
+cp -r "$root/triton_kernels" "$stage/vllm_kvcompress/"
+export PYTHONPATH="$stage${PYTHONPATH:+:$PYTHONPATH}"
+export TRITON_DEFAULT_FP_FUSION=1
+cd "$root"
+
+status=0
+"$python" -P -m pytest tests/kernels -q -p no:cacheprovider --junit-xml="$out/tests.xml" || status=1
+"$python" -P scripts/gpu/compile_kernels.py --out "$out/compiled.json" >"$stage/compiled.txt" ||
+  { status=1; tail -n 20 "$stage/compiled.txt"; }
+"$python" -P scripts/bench_kernels.py --out "$out/kernels.json" \
+  --shapes Llama-3.1-8B --prompts 4096 32768 --batches 1 32 256
+"$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" \
+  --shapes "Llama-3.1-70B TP8" --prompts 32768 --batches 32 --kept 1024 4096
+
+"$python" - "$out" "$status" <<'PY'
+import json, sys, xml.etree.ElementTree as tree
+from pathlib import Path
+out, status = Path(sys.argv[1]), int(sys.argv[2])
+suite = tree.parse(out / "tests.xml").getroot().find("testsuite")
+counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+run = json.loads((out / "kernels.json").read_text())["run"]
+(out / "verify.json").write_text(json.dumps({"run": run, **counts, "passed": status == 0}) + "\n")
+(out / "tests.xml").unlink()
+print(counts)
+PY
+exit "$status"
