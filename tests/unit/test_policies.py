@@ -179,7 +179,7 @@ def test_parts_of_a_recipe_take_options_of_different_names():
     ("method", "expected"),
     [
         ("kvc", {"score_power": 2, "window_reduce": "sum", "group_reduce": "sum"}),
-        ("span", {"span_kernel": 11, "near_tokens": 8, "page_reduce": "rms", "floor": 0.05}),
+        ("span", {"span_kernel": 11, "near_tokens": 8, "page_reduce": "mean", "floor": 0.05}),
         ("defensivekv", {"mass_first": 0.9, "value_norm": True, "alpha": 0.2}),
         ("snapkv", {"score_power": 1, "window_reduce": "mean", "group_reduce": "mean"}),
         ("ada-pyramidkv", {"alpha": 0.2, "beta": 20.0, "pool_kernel": 7, "pool_kind": "max"}),
@@ -187,6 +187,7 @@ def test_parts_of_a_recipe_take_options_of_different_names():
         ("expected-attention", {"num_future": 512, "num_sinks": 4, "covariance": True}),
         ("h2o", {"recent": 0.5, "normalize": False}),
         ("chunkkv", {"chunk_length": 10, "reuse_layers": 2}),
+        ("keydiff", {"granularity": "token"}),
     ],
 )
 def test_published_defaults(method, expected):

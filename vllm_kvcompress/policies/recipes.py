@@ -342,7 +342,7 @@ RECIPES: dict[str, Recipe] = {
             "joint",
             "DefensiveKV scores widened to whole facts, all layers and heads compete",
             "ours, docs/quality.md",
-            {"page_reduce": "rms"},
+            {"page_reduce": "mean"},
             window=16,
         ),
         Recipe(
@@ -394,6 +394,7 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "keys least like the mean key; blind to the question",
             "KeyDiff, arXiv 2504.15364",
+            {"granularity": "token"},
         ),
         Recipe(
             "knorm",
