@@ -98,19 +98,17 @@ def stream_page_ids(
 def prompt_entries(
     tokens,
     mask,
-    row_ptr,
     table_row_ptr,
     stream,
+    num_region_blocks,
+    boundary_block,
     PAGES_PER_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
     """Element offset of each token's key in the pool, for a prompt that is still dense."""
-    column = row_column(
-        tokens // BLOCK_SIZE,
-        tl.load(row_ptr + ROW_NUM_REGION_BLOCKS),
-        tl.load(row_ptr + ROW_BOUNDARY_BLOCK),
-    )
+    column = row_column(tokens // BLOCK_SIZE, num_region_blocks, boundary_block)
     block = tl.load(table_row_ptr + column, mask=mask, other=0).to(tl.int64)
-    page = block * PAGES_PER_BLOCK + stream
-    return tl.where(mask, (page * BLOCK_SIZE + tokens % BLOCK_SIZE) * (2 * HEAD_SIZE), 0)
+    page = tl.where(mask, block * PAGES_PER_BLOCK + stream, 0)
+    # Multiplied last, so that the compiler sees whole rows, and loads and copies 16 bytes at once.
+    return (page * BLOCK_SIZE + tl.where(mask, tokens % BLOCK_SIZE, 0)) * (2 * HEAD_SIZE)

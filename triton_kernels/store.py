@@ -141,6 +141,7 @@ def store_tokens(
     num_tokens, num_heads, head_size = key.shape
     if num_tokens == 0:
         return
+    tile_h, tile_d = triton.next_power_of_2(num_heads), triton.next_power_of_2(head_size)
     _store_tokens_kernel[(num_tokens,)](
         key,
         value,
@@ -158,7 +159,7 @@ def store_tokens(
         HEAD_SIZE=head_size,
         BLOCK_SIZE=pool.shape[1],
         LARGEST=torch.finfo(pool.dtype).max if pool.element_size() == 1 else 0.0,
-        TILE_H=triton.next_power_of_2(num_heads),
-        TILE_D=triton.next_power_of_2(head_size),
-        num_warps=4,
+        TILE_H=tile_h,
+        TILE_D=tile_d,
+        num_warps=4 if tile_h * tile_d > 512 else 1,
     )

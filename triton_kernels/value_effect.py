@@ -6,7 +6,30 @@ import torch
 import triton
 import triton.language as tl
 
-from .paging import ROW_WIDTH, dot, prompt_entries
+from .paging import (
+    ROW_BOUNDARY_BLOCK,
+    ROW_NUM_REGION_BLOCKS,
+    ROW_WIDTH,
+    dot,
+    prompt_entries,
+)
+
+_PROGRAMS_WANTED = 512
+_MAX_TILES_PER_PROGRAM = 8
+
+
+@triton.jit
+def _root_columns(
+    root_ptr, start, HEAD_SIZE: tl.constexpr, TILE_D: tl.constexpr, TILE_E: tl.constexpr
+):
+    """[E, D], columns of the root from `start` on as rows."""
+    dim = tl.arange(0, TILE_D)
+    column = start + tl.arange(0, TILE_E)
+    return tl.load(
+        root_ptr + column[:, None] + dim[None, :] * HEAD_SIZE,
+        mask=(column < HEAD_SIZE)[:, None] & (dim < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit(do_not_specialize=["layer"])
@@ -19,6 +42,7 @@ def _value_effect_kernel(
     num_rated_ptr,
     value_scale_ptr,
     layer,
+    tiles_per_program,
     table_stride,
     effect_stride_request,
     effect_stride_head,
@@ -33,46 +57,51 @@ def _value_effect_kernel(
     head = tl.program_id(1)
     request = tl.program_id(2)
     num_rated = tl.load(num_rated_ptr + request)
-    tokens = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
-    if tl.program_id(0) * TILE_N >= num_rated:
+    start = tl.program_id(0) * tiles_per_program * TILE_N
+    if start >= num_rated:
         return
-    mask = tokens < num_rated
+    end = tl.minimum(start + tiles_per_program * TILE_N, num_rated)
+    # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
+    num_region_blocks = tl.load(rows_ptr + request * ROW_WIDTH + ROW_NUM_REGION_BLOCKS)
+    boundary_block = tl.load(rows_ptr + request * ROW_WIDTH + ROW_BOUNDARY_BLOCK)
+    table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
     stream = layer * NUM_KV_HEADS + head
-    entry = prompt_entries(
-        tokens,
-        mask,
-        rows_ptr + request * ROW_WIDTH,
-        table_ptr + request.to(tl.int64) * table_stride,
-        stream,
-        PAGES_PER_BLOCK,
-        BLOCK_SIZE,
-        HEAD_SIZE,
-    )
-    dim = tl.arange(0, TILE_D)
-    dim_mask = dim < HEAD_SIZE
-    root_row_ptr = root_ptr + head.to(tl.int64) * HEAD_SIZE * HEAD_SIZE + dim * HEAD_SIZE
-    value = tl.load(
-        pool_ptr + HEAD_SIZE + entry[:, None] + dim[None, :],
-        mask=mask[:, None] & dim_mask[None, :],
-        other=0.0,
-    ).to(root_ptr.dtype.element_ty)
-    squares = tl.zeros([TILE_N], tl.float32)
-    for start in tl.static_range(0, HEAD_SIZE, TILE_E):
-        column = start + tl.arange(0, TILE_E)
-        root = tl.load(
-            root_row_ptr[:, None] + column[None, :],
-            mask=dim_mask[:, None] & (column < HEAD_SIZE)[None, :],
-            other=0.0,
-        )
-        moved = dot(value, root)
-        squares += tl.sum(moved * moved, axis=1)
-    effect = tl.sqrt(squares) * tl.load(value_scale_ptr + stream)
+    value_scale = tl.load(value_scale_ptr + stream)
+    root_ptr += head.to(tl.int64) * HEAD_SIZE * HEAD_SIZE
     effect_row_ptr = (
         effect_ptr
         + request.to(tl.int64) * effect_stride_request
         + head.to(tl.int64) * effect_stride_head
     )
-    tl.store(effect_row_ptr + tokens, effect, mask=mask)
+    dim = tl.arange(0, TILE_D)
+    # The root is the left factor, which stays in registers; values come through shared memory.
+    root = _root_columns(root_ptr, 0, HEAD_SIZE, TILE_D, TILE_E)
+    for first in range(start, end, TILE_N):
+        tokens = first + tl.arange(0, TILE_N)
+        mask = tokens < num_rated
+        entry = prompt_entries(
+            tokens,
+            mask,
+            table_row_ptr,
+            stream,
+            num_region_blocks,
+            boundary_block,
+            PAGES_PER_BLOCK,
+            BLOCK_SIZE,
+            HEAD_SIZE,
+        )
+        value = tl.load(
+            pool_ptr + HEAD_SIZE + entry[:, None] + dim[None, :],
+            mask=mask[:, None] & (dim < HEAD_SIZE)[None, :],
+            other=0.0,
+        )
+        value = tl.trans(value.to(root_ptr.dtype.element_ty))
+        moved = dot(root, value)
+        squares = tl.sum(moved * moved, axis=0)
+        for column in tl.static_range(TILE_E, HEAD_SIZE, TILE_E):
+            more = dot(_root_columns(root_ptr, column, HEAD_SIZE, TILE_D, TILE_E), value)
+            squares += tl.sum(more * more, axis=0)
+        tl.store(effect_row_ptr + tokens, tl.sqrt(squares) * value_scale, mask=mask)
 
 
 def value_effect(
@@ -92,8 +121,12 @@ def value_effect(
     head_size = output_root.shape[1]
     if num_requests == 0 or max_rated == 0:
         return
-    tile_n = 64
-    _value_effect_kernel[(triton.cdiv(max_rated, tile_n), num_kv_heads, num_requests)](
+    tile_n, tile_d = 64, triton.next_power_of_2(head_size)
+    num_tiles = triton.cdiv(max_rated, tile_n)
+    num_programs = num_tiles * num_kv_heads * num_requests
+    tiles_per_program = max(1, min(_MAX_TILES_PER_PROGRAM, num_programs // _PROGRAMS_WANTED))
+    grid = (triton.cdiv(num_tiles, tiles_per_program), num_kv_heads, num_requests)
+    _value_effect_kernel[grid](
         effect,
         pool,
         output_root,
@@ -102,6 +135,7 @@ def value_effect(
         num_rated,
         value_scale,
         layer,
+        tiles_per_program,
         block_table.stride(0),
         effect.stride(0),
         effect.stride(1),
@@ -110,7 +144,9 @@ def value_effect(
         HEAD_SIZE=head_size,
         BLOCK_SIZE=pool.shape[1],
         TILE_N=tile_n,
-        TILE_D=triton.next_power_of_2(head_size),
-        TILE_E=min(64, triton.next_power_of_2(head_size)),
-        num_warps=4,
+        TILE_D=tile_d,
+        TILE_E=min(tile_d, 128 * 128 // tile_d),
+        num_warps=8,
+        # Several parts of a large root would be copied ahead too, and not fit.
+        num_stages=3 if tile_d <= 128 else 1,
     )

@@ -6,7 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .paging import INTERPRETED, LOG2E, ROW_SEQ_LEN, ROW_WIDTH, dot, prompt_entries, squash
+from .paging import (
+    INTERPRETED,
+    LOG2E,
+    ROW_BOUNDARY_BLOCK,
+    ROW_NUM_REGION_BLOCKS,
+    ROW_SEQ_LEN,
+    ROW_WIDTH,
+    dot,
+    prompt_entries,
+    squash,
+)
 
 # Reductions over the window, as the kernels know them.
 REDUCE = {"mean": 0, "sum": 1, "max": 2, "defensive": 3}
@@ -14,7 +24,8 @@ DEFENSIVE = tl.constexpr(REDUCE["defensive"])
 # Query rows (head of the group x window) that one program holds.
 _MAX_TILE_M = 128
 _MAX_SPLITS = 32
-_PROGRAMS_WANTED = 1024
+_PROGRAMS_WANTED = 512
+_MAX_TILES_PER_PROGRAM = 8
 
 
 @triton.jit
@@ -23,9 +34,10 @@ def _window_logits(
     tokens,
     num_keys,
     pool_ptr,
-    row_ptr,
     table_row_ptr,
     stream,
+    num_region_blocks,
+    boundary_block,
     factor,
     soft_cap,
     PAGES_PER_BLOCK: tl.constexpr,
@@ -40,9 +52,10 @@ def _window_logits(
     entry = prompt_entries(
         tokens,
         exists,
-        row_ptr,
         table_row_ptr,
         stream,
+        num_region_blocks,
+        boundary_block,
         PAGES_PER_BLOCK,
         BLOCK_SIZE,
         HEAD_SIZE,
@@ -139,6 +152,9 @@ def _window_sums_kernel(
     table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
     stream = layer * NUM_KV_HEADS + head
     num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
+    # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
+    num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
+    boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
     num_rated = tl.load(num_rated_ptr + request)
     rows = m_tile * TILE_M + tl.arange(0, TILE_M)
     query, place, row_mask = _window_query(
@@ -181,9 +197,10 @@ def _window_sums_kernel(
             tokens,
             num_keys,
             pool_ptr,
-            row_ptr,
             table_row_ptr,
             stream,
+            num_region_blocks,
+            boundary_block,
             factor,
             soft_cap,
             PAGES_PER_BLOCK,
@@ -285,6 +302,7 @@ def _window_scores_kernel(
     scale,
     soft_cap,
     near_tokens,
+    tiles_per_program,
     query_stride_request,
     query_stride_token,
     query_stride_head,
@@ -314,12 +332,19 @@ def _window_scores_kernel(
     num_rated = tl.load(num_rated_ptr + request)
     # The defensive reduction pools along keys, and reads a few more than it writes.
     HALO: tl.constexpr = POOL_KERNEL // 2 if REDUCTION == DEFENSIVE else 0
-    first = tl.program_id(0) // NUM_M_TILES * (TILE_N - 2 * HALO)
-    if first >= num_rated:
+    STEP: tl.constexpr = TILE_N - 2 * HALO
+    start = tl.program_id(0) // NUM_M_TILES * tiles_per_program * STEP
+    if start >= num_rated:
         return
+    end = tl.minimum(start + tiles_per_program * STEP, num_rated)
     row_ptr = rows_ptr + request * ROW_WIDTH
+    table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
     stream = layer * NUM_KV_HEADS + head
     num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
+    # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
+    num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
+    boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
+    factor = scale * tl.load(key_scale_ptr + stream)
     rows = m_tile * TILE_M + tl.arange(0, TILE_M)
     query, place, row_mask = _window_query(
         query_ptr,
@@ -335,58 +360,63 @@ def _window_scores_kernel(
         TILE_W,
         TILE_D,
     )
-    tokens = first - HALO + tl.arange(0, TILE_N)
-    logits = _window_logits(
-        query,
-        tokens,
-        num_keys,
-        pool_ptr,
-        row_ptr,
-        table_ptr + request.to(tl.int64) * table_stride,
-        stream,
-        scale * tl.load(key_scale_ptr + stream),
-        soft_cap,
-        PAGES_PER_BLOCK,
-        BLOCK_SIZE,
-        HEAD_SIZE,
-        HAS_SOFT_CAP,
-        TILE_D,
-    )
     stat = ((request * NUM_KV_HEADS + head) * NUM_M_TILES * TILE_M + rows).to(tl.int64)
     lse = tl.load(lse_ptr + stat, mask=row_mask, other=0.0)
-    age = (num_keys - WINDOW + place)[:, None] - tokens[None, :]
-    is_rated = row_mask[:, None] & (age >= tl.maximum(near_tokens, 0))
-    is_rated = is_rated & ((tokens >= 0) & (tokens < num_rated))[None, :]
-    weights = tl.where(is_rated, tl.exp2(logits - lse[:, None]), 0.0)
+    gain = tl.zeros([TILE_M], tl.float32)
+    if REDUCTION == DEFENSIVE:
+        gain = tl.load(gain_ptr + stat, mask=row_mask, other=0.0) / POOL_KERNEL
+    position = num_keys - WINDOW + place
+    lane = tl.arange(0, TILE_N)
     score_ptr = (
         scores_ptr
         + request.to(tl.int64) * scores_stride_request
         + head.to(tl.int64) * scores_stride_head
     )
-    if REDUCTION == DEFENSIVE:
-        lane = tl.arange(0, TILE_N)
-        distance = lane[:, None] - lane[None, :]
-        near = (distance <= HALO) & (distance >= -HALO)
-        gain = tl.load(gain_ptr + stat, mask=row_mask, other=0.0) / POOL_KERNEL
-        score = tl.max(_sums_of_near(weights, near) * gain[:, None], axis=0)
-        written = (lane >= HALO) & (lane < TILE_N - HALO) & (tokens < num_rated)
-        tl.store(score_ptr + m_tile * scores_stride_group + tokens, score, mask=written)
-    else:
-        if POWER == 2:
-            weights = weights * weights
-        by_head = tl.reshape(weights, [TILE_M // TILE_W, TILE_W, TILE_N])
-        if REDUCTION == 2:
-            score = tl.max(by_head, axis=1)
-        else:
-            score = tl.sum(by_head, axis=1)
-            if REDUCTION == 0:
-                score = score / WINDOW
-        group_head = m_tile * (TILE_M // TILE_W) + tl.arange(0, TILE_M // TILE_W)
-        tl.store(
-            score_ptr + group_head[:, None] * scores_stride_group + tokens[None, :],
-            score,
-            mask=(group_head < GROUP)[:, None] & (tokens < num_rated)[None, :],
+    for first in range(start, end, STEP):
+        tokens = first - HALO + lane
+        logits = _window_logits(
+            query,
+            tokens,
+            num_keys,
+            pool_ptr,
+            table_row_ptr,
+            stream,
+            num_region_blocks,
+            boundary_block,
+            factor,
+            soft_cap,
+            PAGES_PER_BLOCK,
+            BLOCK_SIZE,
+            HEAD_SIZE,
+            HAS_SOFT_CAP,
+            TILE_D,
         )
+        age = position[:, None] - tokens[None, :]
+        is_rated = row_mask[:, None] & (age >= tl.maximum(near_tokens, 0))
+        is_rated = is_rated & ((tokens >= 0) & (tokens < num_rated))[None, :]
+        weights = tl.where(is_rated, tl.exp2(logits - lse[:, None]), 0.0)
+        if REDUCTION == DEFENSIVE:
+            distance = lane[:, None] - lane[None, :]
+            near = (distance <= HALO) & (distance >= -HALO)
+            score = tl.max(_sums_of_near(weights, near) * gain[:, None], axis=0)
+            written = (lane >= HALO) & (lane < TILE_N - HALO) & (tokens < num_rated)
+            tl.store(score_ptr + m_tile * scores_stride_group + tokens, score, mask=written)
+        else:
+            if POWER == 2:
+                weights = weights * weights
+            by_head = tl.reshape(weights, [TILE_M // TILE_W, TILE_W, TILE_N])
+            if REDUCTION == 2:
+                score = tl.max(by_head, axis=1)
+            else:
+                score = tl.sum(by_head, axis=1)
+                if REDUCTION == 0:
+                    score = score / WINDOW
+            group_head = m_tile * (TILE_M // TILE_W) + tl.arange(0, TILE_M // TILE_W)
+            tl.store(
+                score_ptr + group_head[:, None] * scores_stride_group + tokens[None, :],
+                score,
+                mask=(group_head < GROUP)[:, None] & (tokens < num_rated)[None, :],
+            )
 
 
 def _window_tiles(group: int, window: int) -> tuple[int, int, int]:
@@ -488,7 +518,12 @@ def window_scores(
             num_warps=4,
         )
     step = tile_n - 2 * (shape["POOL_KERNEL"] // 2)
-    _window_scores_kernel[(triton.cdiv(max_rated, step) * num_m_tiles, num_kv_heads, num_requests)](
+    num_tiles = triton.cdiv(max_rated, step)
+    # Loading the queries pays off over several tiles of keys, if there are enough programs.
+    num_programs = num_tiles * num_m_tiles * num_kv_heads * num_requests
+    tiles_per_program = max(1, min(_MAX_TILES_PER_PROGRAM, num_programs // _PROGRAMS_WANTED))
+    grid = (triton.cdiv(num_tiles, tiles_per_program) * num_m_tiles, num_kv_heads, num_requests)
+    _window_scores_kernel[grid](
         scores,
         query,
         pool,
@@ -502,6 +537,7 @@ def window_scores(
         scale,
         logits_soft_cap,
         near_tokens,
+        tiles_per_program,
         *query_strides,
         block_table.stride(0),
         scores.stride(0),

@@ -48,19 +48,24 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as one launch would run it."""
+    """One kernel as one launch would run it.
+
+    narrow_loads counts instructions that read one or two bytes where 16 could be read: a sign
+    that the compiler could not see that rows are whole.
+    """
 
     kernel: str
     shape: str
     launch: str
     registers: int
     stack_bytes: int
+    narrow_loads: int
     shared_bytes: int
     num_warps: int
 
 
-def compile_launch(launch: Launch, arch: int) -> tuple[int, int, int, int]:
-    """(registers, bytes of stack, bytes of shared memory, warps) of a launch."""
+def compile_launch(launch: Launch, arch: int) -> tuple[int, int, int, int, int]:
+    """(registers, bytes of stack, narrow loads, bytes of shared memory, warps) of a launch."""
     kernel, options = launch.kernel, launch.options
     values = dict(zip([p.name for p in kernel.params], launch.args, strict=False))
     values |= {k: v for k, v in options.items() if k not in LAUNCH_OPTIONS}
@@ -87,7 +92,9 @@ def compile_launch(launch: Launch, arch: int) -> tuple[int, int, int, int]:
     launch_options = {name: options[name] for name in LAUNCH_OPTIONS if name in options}
     compiled = triton.compile(source, target=target, options=launch_options)
     registers, stack = resource_usage(compiled.asm["cubin"])
-    return registers, stack, compiled.metadata.shared, compiled.metadata.num_warps
+    narrow = re.findall(r"ld\.global[.\w]*\.[bus](?:8|16)\b", compiled.asm["ptx"])
+    shared, num_warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return registers, stack, len(narrow), shared, num_warps
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -287,12 +294,14 @@ def main() -> int:
                 rows.append(row)
                 print(
                     f"{row.kernel:22} {name:38} {label:26} {row.registers:4} registers, "
-                    f"{row.shared_bytes:6} B shared, {row.stack_bytes} B of stack",
+                    f"{row.shared_bytes:6} B shared, {row.stack_bytes} B of stack, "
+                    f"{row.narrow_loads} narrow loads",
                     flush=True,
                 )
     num_spilling = sum(row.stack_bytes > 0 for row in rows)
     print(f"{len(rows)} compiled for sm_{arguments.arch}, {num_failed} failed, ", end="")
-    print(f"{num_spilling} use the stack")
+    num_narrow = sum(row.narrow_loads > 0 for row in rows)
+    print(f"{num_spilling} use the stack, {num_narrow} have narrow loads")
     if arguments.out:
         result = {
             "arch": arguments.arch,
