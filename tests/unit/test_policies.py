@@ -180,7 +180,7 @@ def test_parts_of_a_recipe_take_options_of_different_names():
     [
         ("kvc", {"score_power": 2, "window_reduce": "sum", "group_reduce": "sum"}),
         ("span", {"span_kernel": 11, "near_tokens": 8, "page_reduce": "mean", "floor": 0.05}),
-        ("defensivekv", {"mass_first": 0.9, "value_norm": True, "alpha": 0.2}),
+        ("defensivekv", {"mass_first": 0.0, "value_norm": True, "alpha": 0.2}),
         ("snapkv", {"score_power": 1, "window_reduce": "mean", "group_reduce": "mean"}),
         ("ada-pyramidkv", {"alpha": 0.2, "beta": 20.0, "pool_kernel": 7, "pool_kind": "max"}),
         ("criticalkv", {"epsilon": 1e-4, "first_stage": 0.5}),

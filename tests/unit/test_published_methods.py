@@ -141,7 +141,7 @@ def test_defensivekv_puts_at_most_the_budget_first():
     inputs, _ = random_inputs(seed=3, budget_tokens=4, sharpness=0.1)
     _, first = defensive_reference(inputs, 0.9)
     assert [len(tokens) for tokens in first] == [4, 4]
-    scores = make_scorer(token_config("defensivekv")).score(inputs).first
+    scores = make_scorer(token_config("defensivekv", mass_first=0.9)).score(inputs).first
     is_best = scores == scores.max()
     for head, tokens in enumerate(first):
         assert is_best[head, tokens].all()
