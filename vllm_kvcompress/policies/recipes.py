@@ -193,7 +193,7 @@ SCORERS: dict[str, ScorerInfo] = {
         {
             "pool_kernel": _kernel(5, "width of the mean pooling along keys"),
             "value_norm": _flag(True, "weigh by the norm of the projected values"),
-            "mass_first": _share(0.0, "attention mass whose tokens come first (the paper: 0.9); 0 = none"),
+            "mass_first": _share(0.0, "attention mass whose tokens come first; the paper: 0.9"),
         }
     ),
     "span": ScorerInfo(_SPAN, scores_window=True),
