@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from paged_pool import DEVICE
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return DEVICE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

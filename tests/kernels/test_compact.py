@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_pool import PagedBatch, Request, Shape, compressed, make_batch
+from paged_pool import DEVICE, PagedBatch, Request, Shape, compressed, make_batch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.ops.reference_paged import prompt_entries
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BASE = Shape()
 
 

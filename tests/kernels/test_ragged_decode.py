@@ -10,7 +10,7 @@ from closeness import assert_close
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from paged_pool import PagedBatch, Request, Shape, compressed, make_batch
+from paged_pool import DEVICE, PagedBatch, Request, Shape, compressed, make_batch
 
 from vllm_kvcompress import ops
 
@@ -206,7 +206,6 @@ def test_same_result_each_time(device):
 @hypothesis_settings(max_examples=15)
 @given(data=st.data())
 def test_any_ragged_layout(data):
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = Shape(
         num_layers=data.draw(st.integers(1, 3)),
         num_kv_heads=data.draw(st.integers(1, 3)),
@@ -234,7 +233,7 @@ def test_any_ragged_layout(data):
                 seed=seed,
             )
         )
-    batch = make_batch(shape, requests, device, seed=data.draw(st.integers(0, 99)))
+    batch = make_batch(shape, requests, DEVICE, seed=data.draw(st.integers(0, 99)))
     num_splits = data.draw(st.sampled_from([None, 1, 2, 8]))
     check(batch, layer=shape.num_layers - 1, num_splits=num_splits)
 

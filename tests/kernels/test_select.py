@@ -7,10 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from paged_pool import DEVICE
 
 from vllm_kvcompress import ops
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def int32(values) -> torch.Tensor:

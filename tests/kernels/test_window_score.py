@@ -8,7 +8,7 @@ from closeness import assert_close
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from paged_pool import PagedBatch, Request, Shape, make_batch, random_like
+from paged_pool import DEVICE, PagedBatch, Request, Shape, make_batch, random_like
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.ops.reference_paged import prompt_entries
@@ -24,9 +24,6 @@ def prompts(shape: Shape, lens: tuple[int, ...]) -> PagedBatch:
         region = {"num_region_blocks": 2, "boundary_block": boundary} if i % 2 else {}
         requests.append(Request(length, **region))
     return make_batch(shape, requests, DEVICE, seed=len(lens))
-
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def int32(*values: int) -> torch.Tensor:

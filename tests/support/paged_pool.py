@@ -11,6 +11,9 @@ import torch
 from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.ops.reference_paged import stream_tokens
 
+# The GPU if there is one; else kernels run in Triton's interpreter.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
 
 @dataclass(frozen=True)
 class Request:
