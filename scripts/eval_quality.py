@@ -226,10 +226,7 @@ def report(arguments: argparse.Namespace, store: Store) -> None:
             title = f"{task}, {model}, question {'seen' if mode == 'aware' else 'not seen'}"
             plots.lines(rows, task, mode, "score", title, folder / f"{name}_{mode}.png")
         for ratio in arguments.ratios:
-            labels = list(dict.fromkeys(row["method"] for row in store.rows))
-            plots.heatmaps(
-                store.rows, labels, ratio, mode, folder / f"needle_heatmap_{ratio:g}_{mode}.png"
-            )
+            plots.heatmaps(store.rows, ratio, mode, folder / f"needle_heatmap_{ratio:g}_{mode}.png")
     plots.lines(rows, "prose", "aware", "kl", f"prose, {model}", folder / "prose_kl.png")
     heads = arguments.out / "kept_per_head.json"
     if heads.exists():

