@@ -5,9 +5,9 @@
 
 Every row has p20, p50 and p80 in microseconds, the bytes that the work must move, the GB/s
 reached, the bandwidth of a plain copy measured in the same run, and the ratio of the two. Peers
-run on the same number of kept tokens where they are installed: torch's SDPA, and FlashAttention
-through vLLM, FlashInfer and xformers on pages. `--count` runs nothing: it lists launches and
-bytes. Caches are flushed before each repetition.
+run on the same number of kept tokens where they are installed: torch's SDPA and FlexAttention, and
+FlashAttention through vLLM, FlashInfer and xformers on pages. `--count` runs nothing: it lists
+launches and bytes. Caches are flushed before each repetition.
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ the number of layers, H of KV heads on this rank, g of query heads per KV head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from vllm_kvcompress import ops
+from vllm_kvcompress.candidates import Candidates, LayerPages
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import RequestGeometry, cdiv
 from vllm_kvcompress.ops import PageOrder
@@ -35,6 +36,10 @@ class CacheShape:
     def pages_per_block(self) -> int:
         """Pages that one block owns, L * H."""
         return self.num_layers * self.num_kv_heads
+
+    def layer_pages(self, pool: torch.Tensor, layer: int, blocks: torch.Tensor) -> LayerPages:
+        """One layer of the prompt that lies in `blocks` of the cache's own pool."""
+        return LayerPages(pool, blocks, self.pages_per_block, layer * self.num_kv_heads)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class PromptCompaction:
         observed: [L] what the scorer has made of all queries so far.
         num_observed: [L] how many queries that were.
         layer_scores: of the layers scored so far.
+        candidates: what is held of a prompt that has no blocks; None for one that has.
     """
 
     geometry: RequestGeometry
@@ -77,6 +83,7 @@ class PromptCompaction:
     observed: list[Any] = field(init=False)
     num_observed: list[int] = field(init=False)
     layer_scores: list[LayerScores] = field(init=False)
+    candidates: Candidates | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.reset()
@@ -88,6 +95,7 @@ class PromptCompaction:
         self.observed = [None] * self.num_layers
         self.num_observed = [0] * self.num_layers
         self.layer_scores = []
+        self.candidates = None
 
     @property
     def is_scored(self) -> bool:
@@ -130,18 +138,16 @@ class Compactor:
         layer: int,
         query: torch.Tensor,
         first: int,
-        pool: torch.Tensor,
-        prompt_blocks: torch.Tensor,
+        pages: LayerPages,
     ) -> None:
-        """Take in the queries of one chunk, whose keys are in the pool.
+        """Take in the queries of one chunk, whose keys are in their pages.
 
         Args:
             prompt: the prompt they belong to; written to.
             layer: 0-based index among the compressed layers.
             query: [m, H * g, d], consecutive tokens, not kept by reference.
             first: position of the first of them in the prompt.
-            pool: [num_pages, page_elements].
-            prompt_blocks: block ids in token order, at least to the chunk's last token.
+            pages: the prompt's, at least to the chunk's last token.
         """
         shape = self.shape
         num_tokens = query.shape[0]
@@ -155,7 +161,7 @@ class Compactor:
                 in_window = grouped[:, :, skipped:]
                 self._save_window_queries(prompt, layer, in_window, first + skipped - window_start)
         if "all_queries" in self.scorer.needs:
-            self._observe(prompt, layer, grouped, first, pool, prompt_blocks)
+            self._observe(prompt, layer, grouped, first, pages)
 
     def _save_window_queries(
         self, prompt: PromptCompaction, layer: int, query: torch.Tensor, first: int
@@ -181,8 +187,7 @@ class Compactor:
         layer: int,
         query: torch.Tensor,
         first: int,
-        pool: torch.Tensor,
-        prompt_blocks: torch.Tensor,
+        pages: LayerPages,
     ) -> None:
         """Show [H, g, m, d] queries from position `first` on to the scorer."""
         if first == 0:
@@ -191,11 +196,11 @@ class Compactor:
             f"queries of layer {layer} arrive at {first}, expected {prompt.num_observed[layer]}"
         )
         end = first + query.shape[2]
-        blocks = prompt_blocks[: cdiv(end, self.shape.block_size)]
+        pages = replace(pages, blocks=pages.blocks[: cdiv(end, self.shape.block_size)])
         parameters = self.layers[layer]
         chunk = ChunkInputs(
             query=query,
-            key=self._read(pool, blocks, layer, self.order.key_offsets)[:, :end],
+            key=self._read(pages, self.order.key_offsets)[:, :end],
             first=first,
             scale=parameters.scale,
             logits_soft_cap=parameters.logits_soft_cap,
@@ -204,29 +209,18 @@ class Compactor:
         prompt.observed[layer] = self.scorer.observe(chunk, prompt.observed[layer])
         prompt.num_observed[layer] = end
 
-    def _read(
-        self, pool: torch.Tensor, blocks: torch.Tensor, layer: int, offsets: torch.Tensor
-    ) -> torch.Tensor:
+    def _read(self, pages: LayerPages, offsets: torch.Tensor) -> torch.Tensor:
         """[H, len(blocks) * block_size, d] keys or values of one layer."""
-        shape = self.shape
-        heads = torch.arange(shape.num_kv_heads)[:, None]
-        pages = blocks[None] * shape.pages_per_block + layer * shape.num_kv_heads + heads
-        return ops.unpack_pages(pool, pages, offsets)
+        heads = torch.arange(self.shape.num_kv_heads)[:, None]
+        return ops.unpack_pages(pages.pool, pages.page_ids(pages.blocks, heads), offsets)
 
-    def score_layer(
-        self,
-        prompt: PromptCompaction,
-        layer: int,
-        pool: torch.Tensor,
-        prompt_blocks: torch.Tensor,
-    ) -> None:
-        """Score one layer of a prompt whose keys are all in the pool; layers in order.
+    def score_layer(self, prompt: PromptCompaction, layer: int, pages: LayerPages) -> None:
+        """Score one layer of a prompt whose keys are all in their pages; layers in order.
 
         Args:
             prompt: written to.
             layer: 0-based index among the compressed layers.
-            pool: [num_pages, page_elements].
-            prompt_blocks: [ceil(compact_len / block_size)] int64 block ids in token order.
+            pages: the prompt's, ceil(compact_len / block_size) blocks.
         """
         assert layer == len(prompt.layer_scores), (
             f"layer {layer} is scored after {len(prompt.layer_scores)} others"
@@ -241,9 +235,8 @@ class Compactor:
         if "all_queries" in needs:
             assert prompt.num_observed[layer] == num_tokens
         if "value" in needs:
-            value = self._read(pool, prompt_blocks, layer, self.order.value_offsets)
-            value = value[:, :num_tokens]
-        key = self._read(pool, prompt_blocks, layer, self.order.key_offsets)[:, :num_tokens]
+            value = self._read(pages, self.order.value_offsets)[:, :num_tokens]
+        key = self._read(pages, self.order.key_offsets)[:, :num_tokens]
         scores = self.scorer.score(
             ScoreInputs(
                 key=key,
@@ -264,6 +257,21 @@ class Compactor:
         prompt.observed[layer] = None
         prompt.layer_scores.append(scores)
 
+    def hold(self, prompt: PromptCompaction, pages: LayerPages) -> None:
+        """Set aside what may be kept of the layer scored last, whose pages are about to go.
+
+        Args:
+            prompt: written to; from its first layer on, all of them must be held.
+            pages: as in `score_layer`.
+        """
+        if len(prompt.layer_scores) == 1:
+            shape = self.shape
+            prompt.candidates = Candidates(
+                self.config, prompt.geometry, shape.num_layers, self.order
+            )
+        assert prompt.candidates is not None
+        prompt.candidates.add(prompt.layer_scores[-1], pages)
+
     def compact(
         self,
         prompt: PromptCompaction,
@@ -274,16 +282,17 @@ class Compactor:
         """Select over all layers and copy what is kept into the region.
 
         Args:
-            prompt: fully scored; its scores and queries are dropped.
+            prompt: fully scored; what it has collected is dropped.
             pool: [num_pages, page_elements], written at the region's pages only.
-            prompt_blocks: as in `score_layer`; never written to.
+            prompt_blocks: [ceil(compact_len / block_size)] int64 block ids in token order, never
+                written to; not read if the prompt's layers were held.
             region_blocks: [num_region_blocks] int64 block ids.
 
         Returns:
             What was kept; its `page_offsets` address the region.
         """
         assert prompt.is_scored
-        shape, geometry = self.shape, prompt.geometry
+        shape, geometry, candidates = self.shape, prompt.geometry, prompt.candidates
         selection = select(
             prompt.layer_scores,
             self.config,
@@ -293,29 +302,18 @@ class Compactor:
         )
         prompt.reset()
         target = ops.region_page_ids(region_blocks, shape.pages_per_block)
+        if candidates is not None:
+            candidates.write(selection, pool, target)
+            return selection
         streams = torch.arange(shape.pages_per_block)
         stream_of_page = streams.repeat_interleave(selection.num_pages.reshape(-1))
         if selection.granularity == "page":
             source = prompt_blocks[selection.indices] * shape.pages_per_block + stream_of_page
             ops.copy_pages(pool, source, target)
-        else:
-            self._gather_tokens(pool, prompt_blocks, selection, stream_of_page, target)
+            return selection
+        block_size = shape.block_size
+        source = prompt_blocks[selection.indices // block_size] * shape.pages_per_block
+        source += stream_of_page.repeat_interleave(block_size)
+        kept = ops.gather_tokens(pool, source, selection.indices % block_size, self.order)
+        ops.pack_pages(pool, target, *kept, self.order)
         return selection
-
-    def _gather_tokens(
-        self,
-        pool: torch.Tensor,
-        prompt_blocks: torch.Tensor,
-        selection: Selection,
-        stream_of_page: torch.Tensor,
-        target: torch.Tensor,
-    ) -> None:
-        block_size = self.shape.block_size
-        stream_of_token = stream_of_page.repeat_interleave(block_size)
-        # One row per kept token: its source page, and its elements inside that page.
-        source_blocks = prompt_blocks[selection.indices // block_size]
-        source = source_blocks * self.shape.pages_per_block + stream_of_token
-        slots = selection.indices % block_size
-        key = pool[source[:, None], self.order.key_offsets[slots]]
-        value = pool[source[:, None], self.order.value_offsets[slots]]
-        ops.pack_pages(pool, target, key, value, self.order)

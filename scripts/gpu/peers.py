@@ -26,6 +26,7 @@ def decode_peers(
     peers = {}
     for name, make in (
         ("torch SDPA", _sdpa),
+        ("torch FlexAttention", _flex_attention),
         ("FlashAttention (vLLM)", _flash_attention),
         ("FlashInfer", _flashinfer),
         ("xformers", _xformers),
@@ -56,14 +57,35 @@ def _pages(
     return _normal(*size, like=shape, device=device), order.view(batch, width).to(torch.int32)
 
 
+def _dense(
+    shape: ModelShape, batch: int, num_tokens: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [batch, H * g, 1, d], keys and values [batch, H, num_tokens, d]."""
+    size = (batch, shape.num_kv_heads, num_tokens, shape.head_size)
+    return (
+        _normal(batch, shape.num_heads, 1, shape.head_size, like=shape, device=device),
+        _normal(*size, like=shape, device=device),
+        _normal(*size, like=shape, device=device),
+    )
+
+
 def _sdpa(
     shape: ModelShape, batch: int, num_tokens: int, device: torch.device
 ) -> Callable[[], Any]:
-    query = _normal(batch, shape.num_heads, 1, shape.head_size, like=shape, device=device)
-    size = (batch, shape.num_kv_heads, num_tokens, shape.head_size)
-    key = _normal(*size, like=shape, device=device)
-    value = _normal(*size, like=shape, device=device)
-    return lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=shape.group > 1)
+    tensors = _dense(shape, batch, num_tokens, device)
+    return lambda: F.scaled_dot_product_attention(*tensors, enable_gqa=shape.group > 1)
+
+
+def _flex_attention(
+    shape: ModelShape, batch: int, num_tokens: int, device: torch.device
+) -> Callable[[], Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # One graph per shape. Past its limit of recompilations torch would run it uncompiled.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+    tensors = _dense(shape, batch, num_tokens, device)
+    return lambda: compiled(*tensors, enable_gqa=shape.group > 1)
 
 
 def _flash_attention(

@@ -37,9 +37,10 @@ SCALE = 0.2
 class Request:
     """A request's tokens, its row as vLLM's manager would lay it out, and its plain K/V."""
 
-    def __init__(self, name: str, prompt_len: int):
+    def __init__(self, name: str, prompt_len: int, is_one_shot: bool = False):
         self.name = name
         self.prompt_len = prompt_len
+        self.is_one_shot = is_one_shot
         self.num_computed = 0
         self.row: list[int] = []
         self.keys: list[torch.Tensor] = []
@@ -132,6 +133,9 @@ class Rig:
         for i, (request, count) in enumerate(chunks):
             geometry = self.engine.states.geometry.of(request.prompt_len)
             end = request.num_computed + count
+            if request.is_one_shot and not request.row:
+                # Block 0 is nobody's and full of NaN.
+                request.row += [0] * geometry.first_kept_block
             while len(request.row) < geometry.num_row_blocks(end):
                 block = self.free.pop()
                 index = len(request.row)
@@ -323,7 +327,7 @@ def test_suffix_attends_to_what_was_kept(name: str, dtype: torch.dtype, granular
 
 
 @pytest.mark.parametrize("method", ["h2o", "expected-attention", "ada-criticalkv", "span"])
-def test_chunks_of_a_prompt_select_what_one_shot_does(method: str, granularity: str) -> None:
+def test_chunks_of_a_prompt_select_what_a_single_step_does(method: str, granularity: str) -> None:
     shape = SHAPES["gqa_3_to_1"]
     config = KVCompressConfig(
         method, budget=128, window=WINDOW, options=(("granularity", granularity),)
@@ -344,6 +348,55 @@ def test_chunks_of_a_prompt_select_what_one_shot_does(method: str, granularity: 
         selections.append(rig.engine.states.get_or_create("a", 325).selection)
     assert torch.equal(selections[0].num_pages, selections[1].num_pages)
     assert torch.equal(selections[0].indices, selections[1].indices)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in SHAPES] + [("gqa_3_to_1", torch.bfloat16)],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["span", "ada-criticalkv", "h2o"])
+def test_one_shot_prompts_keep_what_they_would_with_blocks(
+    name: str, dtype: torch.dtype, method: str, granularity: str
+) -> None:
+    shape = SHAPES[name]
+    block = shape.block_size
+    config = KVCompressConfig(
+        method, budget=4 * block, window=WINDOW, options=(("granularity", granularity),)
+    )
+    length = 9 * block + 7
+    kept = []
+    for is_one_shot in (False, True):
+        rig = Rig(shape, config, dtype)
+        whole = [rig.random(length, *size) for size in rig.token_sizes()]
+        request = Request("a", length, is_one_shot)
+        short, other = Request("short", 20), Request("other", 8 * block, is_one_shot=True)
+        decoding = Request("decoding", 7 * block + 1)
+        rig.step([(decoding, decoding.prompt_len), (short, 10)])
+        # All three kinds of rows in a step, two prompts in one shot.
+        rig.step([(request, length), (decoding, 1), (short, 10), (other, 8 * block)], whole)
+        for _ in range(block + 1):
+            rig.step([(request, 1), (other, 1), (short, 1), (decoding, 1)])
+        # Resumed, ahead of a decoding row: the chunk holds two tokens generated before.
+        rig.engine.forget(["other"])
+        again = Request("other", 8 * block, is_one_shot=True)
+        rig.step([(again, 8 * block + 2), (request, 1)])
+        rig.step([(request, 1), (again, 1)])
+        state = rig.engine.states.get_or_create("a", length)
+        geometry = state.prompt.geometry
+        first = geometry.boundary_block
+        region = torch.tensor(request.row[first : first + geometry.num_region_blocks])
+        pages = rig.engine.pool[ops.region_page_ids(region, shape.pages_per_block)]
+        kept.append((state.selection, pages))
+        by_id = {r["request_id"]: r for r in rig.stats.snapshot()["requests"]}
+        assert by_id["a"]["one_shot"] == is_one_shot
+        spared = (0, geometry.first_kept_block) if is_one_shot else (geometry.first_kept_block, 0)
+        assert (by_id["a"]["blocks_returned"], by_id["a"]["blocks_not_taken"]) == spared
+        assert by_id["other"]["one_shot"] and not by_id["decoding"]["one_shot"]
+    (expected, usual), (selection, pages) = kept
+    assert torch.equal(selection.num_pages, expected.num_pages)
+    assert torch.equal(selection.indices, expected.indices)
+    assert torch.equal(pages, usual)
 
 
 def test_preempted_request_compacts_again_past_its_prompt_end(granularity: str) -> None:

@@ -125,6 +125,11 @@ class Machine:
         attempt = sequence.request.num_preemptions
         return [("region", sequence.id, attempt, index, slot) for slot in range(self.bs)]
 
+    def first_dense_block(self, sequence: Sequence) -> int:
+        """Row entries before this one hold no block."""
+        is_freed = sequence.is_compacted or sequence.is_one_shot
+        return self.geometry_of(sequence).first_kept_block if is_freed else 0
+
     # Operations.
 
     def _request(self, request_id: str, prompt: list[int], max_tokens: int) -> Request:
@@ -180,6 +185,11 @@ class Machine:
         base = headroom + num_evictable - hit // self.bs
         chunk_need = base + self.row_len(sequence, hit + num_new)
         full_need = base + self.row_len(sequence, request.num_tokens)
+        way = self._way_in(sequence, hit, num_new, others)
+        if self._may_be_one_shot(sequence, hit):
+            full_need -= self.geometry_of(sequence).first_kept_block
+        if way == "one shot":
+            chunk_need -= self.geometry_of(sequence).first_kept_block
         new = self.kv.allocate_slots(
             request,
             num_new,
@@ -191,9 +201,10 @@ class Machine:
         # Otherwise vLLM does not tell the manager where the prompt ends.
         gate_is_known = setup.retention == 0
         what = f"admit {sequence.id} hit {hit} new {num_new} of {request.num_tokens}"
+        self.seen[f"one-shot request: {way}"] += self._may_be_one_shot(sequence, hit)
         if new is None:
             assert others, f"{sequence.id} refused although the pool is empty otherwise"
-            if gate_is_known and not request.num_output_tokens:
+            if gate_is_known and not request.num_output_tokens and way != "later":
                 need = full_need if setup.full_sequence_must_fit else chunk_need
                 assert need > free, f"refused {need} blocks with {free} free"
             assert sequence.id not in self.manager.req_to_blocks
@@ -202,10 +213,13 @@ class Machine:
             return False
         if gate_is_known and setup.full_sequence_must_fit and not request.num_output_tokens:
             assert full_need <= free, f"admitted {full_need} blocks with {free} free"
+        assert way != "later", f"admitted to a step without room for {sequence.id}"
         assert chunk_need <= free
         self.waiting.remove(sequence)
         self.running.append(sequence)
         sequence.row = self.kv.get_block_ids(sequence.id)[0]
+        sequence.is_one_shot = way == "one shot"
+        self.seen["resumed in one shot"] += sequence.is_one_shot and request.num_preemptions > 0
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = hit
         self.seen["hit"] += hit > 0
@@ -215,6 +229,24 @@ class Machine:
         self._write(sequence, hit, hit + num_new)
         self.done(what)
         return True
+
+    def _may_be_one_shot(self, sequence: Sequence, hit: int) -> bool:
+        is_short = self.compact_len(sequence) <= self.setup.one_shot_tokens
+        is_allowed = self.setup.one_shot != "never" and is_short and hit == 0
+        return self.is_compressed(sequence) and is_allowed
+
+    def _way_in(self, sequence: Sequence, hit: int, num_new: int, others: bool) -> str:
+        """How a request gets its first blocks: "dense", "one shot", or "later"."""
+        if not self._may_be_one_shot(sequence, hit):
+            return "dense"
+        request = sequence.request
+        whole = max(num_new, request.num_prompt_tokens, request.num_tokens - 1)
+        has_room = self.row_len(sequence, whole) <= self.num_free
+        if self.setup.caching and self.setup.one_shot == "auto" and has_room:
+            return "dense"
+        if num_new >= self.compact_len(sequence):
+            return "one shot"
+        return "later" if others else "dense"
 
     def advance(self, sequence: Sequence, num_new: int) -> bool:
         """Schedule the next chunk or decode step of a running request."""
@@ -257,7 +289,10 @@ class Machine:
         """What the worker writes for tokens [start, end), in the step now being scheduled."""
         compact_len = self.compact_len(sequence)
         boundary = compact_len // self.bs * self.bs
-        for position in range(start, end):
+        sequence.num_slots = end
+        self.step.append(Chunk(sequence, start, end))
+        # What a one-shot prompt evicts is never written anywhere.
+        for position in range(max(start, self.first_dense_block(sequence) * self.bs), end):
             block = self.pool.blocks[self.block_at(sequence, position)]
             label = sequence.labels[position]
             assert not block.is_null, f"position {position} of {sequence.id} is in the null block"
@@ -266,8 +301,6 @@ class Machine:
                 cached = self.content_of_hash[get_block_hash(block.block_hash)]
                 assert cached[position % self.bs] == label, f"block {block.block_id} is cached"
             self.slots[block.block_id][position % self.bs] = label
-        sequence.num_slots = end
-        self.step.append(Chunk(sequence, start, end))
         if not self.is_compressed(sequence):
             return
         if self.setup.suffix:
@@ -304,7 +337,7 @@ class Machine:
         self.done(f"launch step {self.launched_step} with {ids}")
 
     def _compact(self, sequence: Sequence) -> None:
-        self.check_prompt_blocks(sequence, 0)
+        self.check_prompt_blocks(sequence)
         for index, block_id in enumerate(self.region(sequence)):
             block = self.pool.blocks[block_id]
             assert block.ref_cnt == 1 and block.block_hash is None and not block.is_null
@@ -383,6 +416,7 @@ class Machine:
             sequence.tokens = list(request.all_token_ids)
         sequence.row, sequence.num_slots = [], 0
         sequence.finish_step, sequence.is_compacted, sequence.has_region = None, False, False
+        sequence.is_one_shot = False
         self.relabel(sequence)
         self.waiting.insert(0, sequence)
         self.done(f"preempt {sequence.id}{' and drop its output' if drop_stale else ''}")
@@ -424,11 +458,11 @@ class Machine:
         live = set(rows) | {sequence.id for sequence in self.waiting}
         assert set(self.manager._prompt_lens) <= live
         assert set(self.manager._compacted) <= set(rows)
+        assert set(self.manager._one_shot) <= live
         self.check_pool(rows)
         for sequence in self.running:
             self.check_row(sequence)
-            first_kept = self.geometry_of(sequence).first_kept_block
-            self.check_prompt_blocks(sequence, first_kept if sequence.is_compacted else 0)
+            self.check_prompt_blocks(sequence)
             if sequence.has_region:
                 for index, block_id in enumerate(self.region(sequence)):
                     expected = self.region_content(sequence, index)
@@ -459,10 +493,9 @@ class Machine:
         assert self.num_free + len(owners) == self.num_usable_blocks
 
     def check_row(self, sequence: Sequence) -> None:
-        request, geometry = sequence.request, self.geometry_of(sequence)
-        row = self.blocks(sequence)
+        request, row = sequence.request, self.blocks(sequence)
         assert len(row) == len(sequence.row) == self.row_len(sequence, sequence.num_slots)
-        num_null = geometry.first_kept_block if sequence.is_compacted else 0
+        num_null = self.first_dense_block(sequence)
         assert [block.is_null for block in row] == [i < num_null for i in range(len(row))]
         assert [b.block_id for b in row[num_null:]] == sequence.row[num_null:]
         # Blocks that may be offered to other requests, and those that must be.
@@ -478,9 +511,9 @@ class Machine:
             else:
                 assert i >= num_cached or not self.setup.caching, f"block {i} is not cached"
 
-    def check_prompt_blocks(self, sequence: Sequence, first_block: int) -> None:
-        """Every slot from `first_block` on holds what this sequence must read there."""
-        for start in range(first_block * self.bs, sequence.num_slots, self.bs):
+    def check_prompt_blocks(self, sequence: Sequence) -> None:
+        """Every slot that the sequence still has holds what it must read there."""
+        for start in range(self.first_dense_block(sequence) * self.bs, sequence.num_slots, self.bs):
             expected = sequence.labels[start : min(start + self.bs, sequence.num_slots)]
             block_id = self.block_at(sequence, start)
             assert self.slots[block_id][: len(expected)] == expected, (
@@ -520,3 +553,4 @@ class Machine:
         assert not manager.num_cached_block
         assert not manager._prompt_lens
         assert not manager._compacted
+        assert not manager._one_shot

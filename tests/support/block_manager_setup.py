@@ -25,6 +25,8 @@ class Setup:
         full_sequence_must_fit: vLLM's `scheduler_reserve_full_isl`.
         retention: vLLM's `prefix_cache_retention_interval`.
         suffix: prompt tokens after the compaction point.
+        one_shot_tokens: of the spec; 0 = every prompt gets dense blocks.
+        one_shot: the option.
     """
 
     block_size: int = 16
@@ -39,6 +41,8 @@ class Setup:
     watermark: float = 0.0
     retention: int | None = 0
     suffix: int = 0
+    one_shot_tokens: int = 0
+    one_shot: str = "auto"
     method: str = "snapkv"
 
     @property
@@ -51,14 +55,14 @@ class Setup:
             budget=self.budget,
             ratio=self.ratio,
             window=self.window,
-            options=(("suffix_tokens", self.suffix),),
+            options=(("one_shot", self.one_shot), ("suffix_tokens", self.suffix)),
         )
 
     def spec(self) -> KVCompressSpec:
         stock = FullAttentionSpec(
             block_size=self.block_size, num_kv_heads=1, head_size=8, dtype=torch.float32
         )
-        return KVCompressSpec.from_full_attention(stock, self.config())
+        return KVCompressSpec.from_full_attention(stock, self.config(), self.one_shot_tokens)
 
 
 @dataclass(eq=False)
@@ -73,6 +77,7 @@ class Sequence:
         finish_step: step that reached the compaction point, None before.
         is_compacted: the manager has been told that `finish_step` has settled.
         has_region: the region has been written.
+        is_one_shot: the blocks it evicts were never there.
     """
 
     request: Request
@@ -85,6 +90,7 @@ class Sequence:
     finish_step: int | None = None
     is_compacted: bool = False
     has_region: bool = False
+    is_one_shot: bool = False
 
     @property
     def id(self) -> str:

@@ -121,7 +121,8 @@ def deliver_chunk(compactor, collected, prompt, first, end, query=None):
     query = prompt.query if query is None else query
     for layer in range(SHAPE.num_layers):
         chunk = query[layer, first:end]
-        compactor.collect(collected, layer, chunk, first, prompt.pool, blocks)
+        pages = SHAPE.layer_pages(prompt.pool, layer, blocks)
+        compactor.collect(collected, layer, chunk, first, pages)
 
 
 def deliver(compactor, collected, prompt, cuts=()):
@@ -136,10 +137,14 @@ def compaction_blocks(prompt):
     return prompt.blocks[: cdiv(prompt.geometry.compact_len, SHAPE.block_size)]
 
 
+def compaction_pages(prompt, layer):
+    return SHAPE.layer_pages(prompt.pool, layer, compaction_blocks(prompt))
+
+
 def score(compactor, collected, prompt):
     for layer in range(SHAPE.num_layers):
         assert not collected.is_scored
-        compactor.score_layer(collected, layer, prompt.pool, compaction_blocks(prompt))
+        compactor.score_layer(collected, layer, compaction_pages(prompt, layer))
     assert collected.is_scored
 
 

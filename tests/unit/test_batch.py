@@ -40,7 +40,8 @@ def suffix_states():
 class Row:
     """One request's part of a step. Its i-th token block is block `100 * id + i`.
 
-    The last `suffix` tokens of its prompt are behind the compaction point.
+    The last `suffix` tokens of its prompt are behind the compaction point. A one-shot request
+    has vLLM's null block in place of those that it evicts.
     """
 
     id: int
@@ -48,6 +49,7 @@ class Row:
     num_computed: int
     seq_len: int
     suffix: int = 0
+    is_one_shot: bool = False
 
     @property
     def name(self):
@@ -59,7 +61,8 @@ class Row:
         return Geometry(config, BLOCK_SIZE).of(self.prompt_len)
 
     def token_blocks(self, num_blocks):
-        return [100 * self.id + i for i in range(num_blocks)]
+        num_null = self.geometry.first_kept_block if self.is_one_shot else 0
+        return [0 if i < num_null else 100 * self.id + i for i in range(num_blocks)]
 
     @property
     def region(self):
@@ -81,7 +84,10 @@ class Row:
         """Where each of the step's tokens really goes."""
         blocks = self.token_blocks(-(-self.seq_len // BLOCK_SIZE))
         positions = range(self.num_computed, self.seq_len)
-        return [blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in positions]
+        return [
+            blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE if blocks[p // BLOCK_SIZE] else -1
+            for p in positions
+        ]
 
     @property
     def stock_slots(self):
@@ -116,7 +122,7 @@ class Step:
         assert torch.equal(self.slots, slots_before)
         assert self.result.slot_mapping.dtype == torch.int64
         assert self.result.slot_mapping.tolist() == [slot for row in rows for slot in row.slots]
-        numbers = self.result.dense_rows + self.result.compressed_rows
+        numbers = self.result.dense_rows + self.result.one_shot_rows + self.result.compressed_rows
         assert sorted(numbers) == list(range(len(rows)))
         for i in self.result.dense_rows:
             blocks = rows[i].token_blocks(-(-rows[i].seq_len // BLOCK_SIZE))
@@ -224,6 +230,47 @@ def test_prompt_of_whole_blocks(states):
     assert decode.result.compressed_rows == [0]
     assert decode.result.slot_mapping.tolist() == [106 * BLOCK_SIZE]
     assert decode.keeps_block_table
+
+
+def test_one_shot_rows_get_blocks_of_the_scratch(states):
+    first, other = Row(1, 100, 0, 100, is_one_shot=True), Row(2, 40, 0, 40)
+    second = Row(3, 96, 0, 96, is_one_shot=True)
+    step = Step(states, first, other, second)
+    assert step.keeps_block_table
+    assert step.result.dense_rows == [1]
+    assert step.result.one_shot_rows == [0, 2]
+    assert step.result.scratch_starts == [0, 7]
+    assert step.result.num_scratch_blocks == 7 + 6
+    assert step.collected == [
+        ("request-1", 92, 100, 92, True),
+        ("request-3", 228, 236, 88, True),
+    ]
+    one, two = step.result.prefill_rows
+    assert one.is_one_shot and two.is_one_shot
+    assert one.prompt_blocks.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert two.prompt_blocks.tolist() == [7, 8, 9, 10, 11, 12]
+    # What is kept goes to real blocks.
+    assert one.region_blocks.tolist() == [150, 151]
+    assert two.region_blocks.tolist() == [350, 351, 352]
+
+
+def test_one_shot_rows_decode_as_all_others(states):
+    row = Row(1, 100, 100, 101, is_one_shot=True)
+    state = keep(states, row)
+    step = Step(states, row)
+    assert step.result.compressed_rows == [0]
+    assert step.result.one_shot_rows == []
+    assert step.result.compressed_states == [state]
+
+
+def test_resumed_one_shot_row_runs_past_the_end_of_its_prompt(states):
+    row = Row(1, 100, 0, 120, is_one_shot=True)
+    step = Step(states, row, collect_all=True)
+    assert step.result.one_shot_rows == [0]
+    assert step.result.num_scratch_blocks == 8
+    assert step.collected == [("request-1", 0, 100, 0, True)]
+    (prefill,) = step.result.prefill_rows
+    assert prefill.prompt_blocks.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_window_chunk_before_the_last_partial_block(states):

@@ -42,6 +42,16 @@ SETUPS = {
     ),
     "all-queries": Setup(budget=64, method="h2o"),
     "all-queries-async": Setup(ratio=0.5, method="expected-attention", depth=1),
+    "one-shot": Setup(budget=64, one_shot_tokens=200),
+    "one-shot-async-tight": Setup(ratio=0.75, one_shot_tokens=250, depth=1, num_spare_blocks=2),
+    "one-shot-always": Setup(budget=64, one_shot_tokens=180, one_shot="always", depth=2),
+    "one-shot-no-caching": Setup(budget=80, one_shot_tokens=200, caching=False),
+    "one-shot-no-admission-check": Setup(
+        budget=64, one_shot_tokens=200, full_sequence_must_fit=False, num_spare_blocks=4
+    ),
+    "one-shot-suffix": Setup(budget=64, one_shot_tokens=200, one_shot="always", suffix=30, depth=1),
+    "one-shot-never": Setup(budget=64, one_shot_tokens=200, one_shot="never"),
+    "all-queries-one-shot": Setup(budget=64, one_shot_tokens=200, method="h2o", depth=1),
     "all-queries-suffix": Setup(budget=64, method="h2o", suffix=30, depth=1, num_spare_blocks=4),
 }
 # What every random run must have come across.
@@ -65,7 +75,7 @@ EVENTS = {
 def test_random_operations_keep_every_block_accounted_for(name: str, seed: int) -> None:
     machine = Machine(SETUPS[name], seed)
     try:
-        Driver(machine).run(num_ops=4000)
+        Driver(machine).run(num_ops=5000)
     except BaseException:
         print(f"setup {name}: {machine.setup}\nseed {seed}, operation {machine.num_ops}:")
         print("\n".join(machine.log))
@@ -83,6 +93,13 @@ def test_random_operations_keep_every_block_accounted_for(name: str, seed: int) 
             expected |= {"suffix before the compaction settled"}
     else:
         expected |= {"resumed past the prompt"}
+    if machine.setup.one_shot_tokens and machine.setup.one_shot != "never":
+        expected |= {f"one-shot request: {way}" for way in ("one shot", "later")}
+        expected |= {"resumed in one shot"}
+        if machine.setup.caching and machine.setup.one_shot == "auto":
+            expected |= {"one-shot request: dense"}
+    else:
+        assert not machine.seen["one-shot request: one shot"]
     if machine.setup.needs_all_queries:
         expected |= {"hit that may not be used"}
     assert not [what for what in sorted(expected) if not machine.seen[what]]

@@ -16,6 +16,7 @@ from compaction_prompts import (
     collection_of,
     compact,
     compaction_blocks,
+    compaction_pages,
     deliver,
     deliver_chunk,
     expected_scores,
@@ -214,7 +215,7 @@ def test_one_compactor_serves_interleaved_prompts(method):
         )
     for layer in range(SHAPE.num_layers):
         for prompt, one in zip(prompts, collected, strict=True):
-            compactor.score_layer(one, layer, prompt.pool, compaction_blocks(prompt))
+            compactor.score_layer(one, layer, compaction_pages(prompt, layer))
     for prompt, one in zip(prompts, collected, strict=True):
         selection = compactor.compact(one, prompt.pool, compaction_blocks(prompt), prompt.region)
         expected = expected_selection(config, prompt)
@@ -264,7 +265,7 @@ def test_missing_window_queries_are_noticed():
     with pytest.raises(AssertionError, match="of layer 0 arrive at 3, expected 2"):
         deliver_chunk(compactor, collected, prompt, 68, 70)
     with pytest.raises(AssertionError):
-        compactor.score_layer(collected, 0, prompt.pool, prompt.blocks)
+        compactor.score_layer(collected, 0, compaction_pages(prompt, 0))
 
 
 @pytest.mark.parametrize("method", ["h2o", "expected-attention"])
@@ -279,7 +280,7 @@ def test_missing_queries_are_noticed_by_scorers_that_need_all(method):
         deliver_chunk(compactor, collected, prompt, 21, 70)
     deliver_chunk(compactor, collected, prompt, 20, 69)
     with pytest.raises(AssertionError):
-        compactor.score_layer(collected, 0, prompt.pool, prompt.blocks)
+        compactor.score_layer(collected, 0, compaction_pages(prompt, 0))
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -289,10 +290,10 @@ def test_layers_scored_out_of_order_are_noticed(layer):
     compactor, collected = make_compactor(config, prompt), collection_of(prompt)
     deliver(compactor, collected, prompt)
     with pytest.raises(AssertionError, match=f"layer {layer} is scored after 0 others"):
-        compactor.score_layer(collected, layer, prompt.pool, prompt.blocks)
-    compactor.score_layer(collected, 0, prompt.pool, prompt.blocks)
+        compactor.score_layer(collected, layer, compaction_pages(prompt, layer))
+    compactor.score_layer(collected, 0, compaction_pages(prompt, 0))
     with pytest.raises(AssertionError, match="layer 0 is scored after 1 others"):
-        compactor.score_layer(collected, 0, prompt.pool, prompt.blocks)
+        compactor.score_layer(collected, 0, compaction_pages(prompt, 0))
     with pytest.raises(AssertionError):
         compactor.compact(collected, prompt.pool, prompt.blocks, prompt.region)
 

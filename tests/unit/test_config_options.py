@@ -99,7 +99,7 @@ def test_unknown_options_are_named_with_the_known():
     assert "'alpha', 'zeta'" in message
     assert "'knorm'" in message
     assert "budgets 'uniform'" in message
-    assert message.endswith("it takes: budgets, granularity, page_reduce, suffix_tokens")
+    assert message.endswith("it takes: budgets, granularity, one_shot, page_reduce, suffix_tokens")
 
 
 def test_option_of_another_method_is_unknown():

@@ -57,7 +57,9 @@ def test_counts_of_compressed_and_dense_prompts() -> None:
         "prompt_tokens": 240,
         "kept_tokens": 96,
         "evicted_tokens": 144,
+        "one_shot_prompts": 0,
         "blocks_returned": 11,
+        "blocks_not_taken": 0,
         "region_blocks": 2,
     }
 
@@ -69,6 +71,21 @@ def test_tokens_after_the_compaction_point_count_as_kept() -> None:
     assert record["kept_per_head"] == [[70, 102]]
     assert record["evicted_per_head"] == [[160, 128]]
     assert (record["prompt_len"], record["kept_tokens"], record["evicted_tokens"]) == (230, 86, 144)
+
+
+def test_blocks_that_were_never_taken_are_not_returned() -> None:
+    stats = CompressionStats(log=False)
+    pages = torch.tensor([[1, 3], [2, 2]])
+    stats.record_compressed("0-a74c0dd9", GEOMETRY, pages, is_one_shot=True)
+    stats.record_compressed("1-a74c0dd9", GEOMETRY, pages)
+    snapshot = stats.snapshot()
+    one_shot, usual = snapshot["requests"]
+    assert (one_shot["one_shot"], usual["one_shot"]) == (True, False)
+    assert (one_shot["blocks_returned"], one_shot["blocks_not_taken"]) == (0, 11)
+    assert (usual["blocks_returned"], usual["blocks_not_taken"]) == (11, 0)
+    totals = snapshot["totals"]
+    assert totals["one_shot_prompts"] == 1
+    assert (totals["blocks_returned"], totals["blocks_not_taken"]) == (11, 11)
 
 
 def test_only_the_newest_records_are_kept(monkeypatch) -> None:
@@ -101,11 +118,12 @@ def test_one_line_per_request_and_one_per_interval() -> None:
     assert [level for level, _ in messages] == ["DEBUG", "DEBUG", "INFO"]
     assert messages[0][1] == (
         "kv-compress: request 0-a74c0dd9: prompt 200 tokens, kept 56 per head, evicted 144, "
-        "11 blocks returned, 2 blocks of region"
+        "11 blocks returned, 0 never taken, 2 blocks of region"
     )
     assert messages[2][1] == (
-        "kv-compress: 2 prompts (1 compressed), 96 of 240 prompt tokens kept per head "
-        "(60.0% evicted), 11 blocks returned to the pool, 2 blocks of regions taken"
+        "kv-compress: 2 prompts (1 compressed, 0 in one shot), 96 of 240 prompt tokens kept "
+        "per head (60.0% evicted), 11 blocks returned to the pool, 0 never taken, "
+        "2 blocks of regions taken"
     )
 
 

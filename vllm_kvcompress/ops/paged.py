@@ -77,6 +77,30 @@ def unpack_pages(pool: torch.Tensor, page_ids: torch.Tensor, offsets: torch.Tens
     return raw.view(*page_ids.shape[:-1], page_ids.shape[-1] * block_size, head_size)
 
 
+def gather_tokens(
+    pool: torch.Tensor, page_ids: torch.Tensor, slots: torch.Tensor, order: PageOrder
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of single tokens.
+
+    Args:
+        pool: [num_pages, page_elements].
+        page_ids, slots: [n] int64 page of each token, and its place inside it.
+        order: element order of a page.
+
+    Returns:
+        key and value [n, head_size], new tensors of the pool's dtype.
+
+    Raises:
+        ValueError: if the id lists differ in length.
+    """
+    check(
+        page_ids.shape == slots.shape and slots.dim() == 1,
+        f"want a page for each slot, got {tuple(page_ids.shape)} and {tuple(slots.shape)}",
+    )
+    pages = page_ids[:, None]
+    return pool[pages, order.key_offsets[slots]], pool[pages, order.value_offsets[slots]]
+
+
 def pack_pages(
     pool: torch.Tensor,
     page_ids: torch.Tensor,

@@ -91,29 +91,86 @@ def stream_budgets(
         ValueError: if a table's shape is not the model's.
     """
     num_layers, num_heads, num_entries = scores.shape
-    max_pages = num_entries // page_size
-    none = torch.zeros(num_layers, dtype=torch.int64)
     if budgets == "joint":
         flat = scores.reshape(num_layers * num_heads, num_entries)
         guaranteed = _guaranteed(options["floor"], mean_pages, page_size)
         pages = _compete(flat, mean_pages, page_size, guaranteed)
-        return StreamBudgets(pages.view(num_layers, num_heads), none + guaranteed)
+        sure = torch.full((num_layers,), guaranteed)
+        return StreamBudgets(pages.view(num_layers, num_heads), sure)
     if budgets == "static":
         check_table(options["table"], num_layers, num_heads)
-        if isinstance(options["table"][0], tuple):
-            total = mean_pages * num_layers * num_heads
-            weights = [weight for row in options["table"] for weight in row]
-            pages = torch.tensor(apportion(_shares(weights, total), total, 1, max_pages))
-            return StreamBudgets(pages.view(num_layers, num_heads), none)
-    per_layer = layer_pages(budgets, mean_pages, num_layers, max_pages, options)
+    rows = [
+        layer_budgets(budgets, scores[layer], layer, num_layers, mean_pages, page_size, options)
+        for layer in range(num_layers)
+    ]
+    return StreamBudgets(
+        torch.stack([pages for pages, _ in rows]), torch.tensor([sure for _, sure in rows])
+    )
+
+
+def layer_budgets(
+    budgets: str,
+    scores: torch.Tensor,
+    layer: int,
+    num_layers: int,
+    mean_pages: int,
+    page_size: int,
+    options: Mapping[str, Any],
+) -> tuple[torch.Tensor, int]:
+    """One layer of `stream_budgets`, for all budgets but 'joint': layers do not compete.
+
+    Args:
+        budgets, mean_pages, page_size, options: as in `stream_budgets`.
+        scores: [H, N] float32 of this layer.
+        layer: its 0-based index.
+        num_layers: L.
+
+    Returns:
+        [H] int64 pages, and the entries that each head is assured of.
+    """
+    num_heads, num_entries = scores.shape
+    max_pages = num_entries // page_size
+    if budgets == "static" and isinstance(options["table"][0], tuple):
+        total = mean_pages * num_layers * num_heads
+        weights = [weight for row in options["table"] for weight in row]
+        pages = apportion(_shares(weights, total), total, 1, max_pages)
+        return torch.tensor(pages[layer * num_heads : (layer + 1) * num_heads]), 0
+    mean = layer_pages(budgets, mean_pages, num_layers, max_pages, options)[layer]
     if budgets in ("ada", "ada-pyramid"):
-        sure = [_guaranteed(options["alpha"], pages, page_size) for pages in per_layer]
-        rows = [
-            _compete(scores[layer], per_layer[layer], page_size, sure[layer])
-            for layer in range(num_layers)
-        ]
-        return StreamBudgets(torch.stack(rows), torch.tensor(sure))
-    return StreamBudgets(torch.tensor(per_layer)[:, None].repeat(1, num_heads), none)
+        sure = _guaranteed(options["alpha"], mean, page_size)
+        return _compete(scores, mean, page_size, sure), sure
+    return torch.full((num_heads,), mean), 0
+
+
+def joint_most_entries(
+    scores: torch.Tensor,
+    num_layers: int,
+    mean_pages: int,
+    page_size: int,
+    options: Mapping[str, Any],
+) -> torch.Tensor:
+    """Most entries that heads of the first layers can end up with under 'joint' budgets.
+
+    The other layers are still unknown. More competitors can only raise the score that it takes
+    to be kept, and rounding to whole pages adds less than one page.
+
+    Args:
+        scores: [l, H, N] float32 of layers 0 .. l - 1.
+        num_layers: L >= l.
+        mean_pages, page_size, options: as in `stream_budgets`.
+
+    Returns:
+        [l, H] int64, at least `stream_budgets(...).num_pages[:l] * page_size`, whatever the
+        scores of the other layers.
+    """
+    num_known, num_heads, num_entries = scores.shape
+    guaranteed = _guaranteed(options["floor"], mean_pages, page_size)
+    total = mean_pages * num_layers * num_heads * page_size
+    total -= (num_layers - num_known) * num_heads * guaranteed
+    counts = ops.joint_top_counts(scores.flatten(0, 1), min(total, scores.numel()), guaranteed)
+    if page_size > 1:
+        counts = ((counts // page_size + 1) * page_size).clamp(max=num_entries)
+    return counts.view(num_known, num_heads)
 
 
 def check_table(table: Sequence[Any], num_layers: int, num_heads: int) -> None:

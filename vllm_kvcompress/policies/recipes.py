@@ -272,6 +272,12 @@ BUDGETS: dict[str, BudgetInfo] = {
 }
 
 _COMMON = {
+    "one_shot": OptionSpec(
+        "auto",
+        str,
+        "no blocks for what a prompt of one step evicts; auto: if there is no room for them",
+        ("auto", "always", "never"),
+    ),
     "granularity": OptionSpec(
         "page", str, "keep whole pages, or gather kept tokens into pages", GRANULARITIES
     ),

@@ -55,27 +55,41 @@ def select(
     Returns:
         The selection; its pages sum to mean_pages * L * H.
     """
-    first = torch.stack([layer.first for layer in scores])
-    granularity = config.granularity
-    page_size = block_size if granularity == "token" else 1
+    entries = [entry_scores(layer, config, block_size) for layer in scores]
+    first = torch.stack([layer.first for layer in entries])
+    page_size = entries_per_page(config, block_size)
     options = dict(config.options)
-    if granularity == "page":
-        first = ops.page_scores(first, block_size, options["page_reduce"])
     budgets = stream_budgets(options["budgets"], first, mean_pages, page_size, options)
     assert int(budgets.num_pages.sum()) == mean_pages * first.shape[0] * first.shape[1]
     counts = budgets.num_pages.reshape(-1) * page_size
     flat = first.flatten(0, 1)
-    if all(layer.second is not None for layer in scores):
-        second = torch.stack([layer.second for layer in scores if layer.second is not None])
-        if granularity == "page":
-            second = ops.page_scores(second, block_size, options["page_reduce"])
+    if all(layer.second is not None for layer in entries):
+        second = torch.stack([layer.second for layer in entries if layer.second is not None])
         tokens_per_entry = block_size // page_size
         flat = _two_stages(
             flat,
             second.flatten(0, 1),
             _first_stage_counts(budgets, counts, options, tokens_per_entry, num_tail_tokens),
         )
-    return Selection(budgets.num_pages, ops.select_top(flat, counts), granularity)
+    return Selection(budgets.num_pages, ops.select_top(flat, counts), config.granularity)
+
+
+def entries_per_page(config: KVCompressConfig, block_size: int) -> int:
+    """Things to choose from that fill a page: its tokens, or 1 if whole pages are chosen."""
+    return block_size if config.granularity == "token" else 1
+
+
+def entry_scores(scores: LayerScores, config: KVCompressConfig, block_size: int) -> LayerScores:
+    """Scores of what is chosen from: of the tokens, or of whole pages."""
+    if config.granularity == "token":
+        return scores
+    reduce = config.option("page_reduce")
+    first, second = (
+        None if tokens is None else ops.page_scores(tokens, block_size, reduce)
+        for tokens in (scores.first, scores.second)
+    )
+    assert first is not None
+    return LayerScores(first, second)
 
 
 def _first_stage_counts(

@@ -1,6 +1,7 @@
 """vLLM's CPU attention with compressed rows: stock kernels on per-head pages.
 
-Rows that are not compressed run the stock backend on the stock block table. A compressed row
+Rows that are not compressed run the stock backend on the stock block table. So does a prompt
+computed in one shot, on a scratch of one layer instead of the pool. A compressed row
 becomes one sequence per KV head, each with its own page table and length, for the same kernel:
 the pool is one buffer [block, layer, head, token, K|V], so that a page of one head looks like
 a block of a model with a single KV head.
@@ -79,9 +80,12 @@ class KVCompressCPUMetadata:
     """What every layer of one step shares.
 
     Attributes:
-        slot_mapping: [T] int64 cache slot of every token.
+        slot_mapping: [T] int64 cache slot of every token; -1 for one that gets none.
         dense: stock metadata of the dense rows; None if there are none.
         dense_tokens: [t] int64 tokens of the dense rows, or None when they are all tokens.
+        one_shot: stock metadata of the one-shot rows on the step's scratch; None if there are
+            none.
+        one_shot_tokens: [t] int64 tokens of the one-shot rows.
         compressed: the other rows; None if there are none.
         rows: how rows were told apart, for prefill rows.
         engine: the worker's state; None before the cache is bound (profiling).
@@ -90,6 +94,8 @@ class KVCompressCPUMetadata:
     slot_mapping: torch.Tensor
     dense: CPUAttentionMetadata | None
     dense_tokens: torch.Tensor | None = None
+    one_shot: CPUAttentionMetadata | None = None
+    one_shot_tokens: torch.Tensor | None = None
     compressed: CompressedRows | None = None
     rows: StepRows | None = None
     engine: WorkerEngine | None = field(default=None, repr=False)
@@ -116,8 +122,13 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         metadata = KVCompressCPUMetadata(rows.slot_mapping, None, rows=rows, engine=self.engine)
         if rows.compressed_rows:
             metadata.compressed = self._build_compressed(common, rows)
+        if rows.one_shot_rows:
+            tokens, only = _only_rows(common, rows.one_shot_rows, rows)
+            metadata.one_shot_tokens = tokens
+            only = _on_scratch(only, rows, self.engine.shape.block_size)
+            metadata.one_shot = super().build(common_prefix_len, only, fast_build)
         if rows.dense_rows:
-            if rows.compressed_rows:
+            if rows.compressed_rows or rows.one_shot_rows:
                 metadata.dense_tokens, common = _only_rows(common, rows.dense_rows, rows)
             else:
                 common = replace(common, block_table_tensor=rows.block_table)
@@ -159,7 +170,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         query_start_loc = torch.zeros(len(per_head_lens) + 1, dtype=torch.int32)
         query_start_loc[1:] = per_head_lens.cumsum(0)
         query_index = None
-        if rows.dense_rows or int(row_lens.max()) > 1:
+        if rows.dense_rows or rows.one_shot_rows or int(row_lens.max()) > 1:
             query_index = _query_index(row_starts, row_lens, num_heads)
         lens = lens.reshape(shape.num_layers, -1)
         scheduler: list[torch.Tensor] = []
@@ -207,23 +218,45 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
             return output
         self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
         if metadata.dense is not None:
-            if metadata.dense_tokens is None:
-                super().forward(layer, query, key, value, kv_cache, metadata.dense, output)
-            else:
-                tokens = metadata.dense_tokens
-                part = torch.empty_like(output[: len(tokens)])
-                super().forward(layer, query[tokens], key, value, kv_cache, metadata.dense, part)
-                output[tokens] = part
+            self._attend(
+                layer, query, key, value, kv_cache, metadata.dense, metadata.dense_tokens, output
+            )
         engine = metadata.engine
         if engine is None:
             return output
         assert metadata.rows is not None
+        if metadata.one_shot is not None:
+            tokens, one_shot = metadata.one_shot_tokens, metadata.one_shot
+            scratch = engine.scratch(metadata.rows.num_scratch_blocks)
+            self.do_kv_cache_update(
+                layer, key[tokens], value[tokens], scratch, one_shot.slot_mapping
+            )
+            self._attend(layer, query, key, value, scratch, one_shot, tokens, output)
         layer_index = engine.layer_index[layer.layer_name]
         if metadata.compressed is not None:
             self._attend_compressed(layer, query, metadata.compressed, output, engine, layer_index)
         for row in metadata.rows.prefill_rows:
             engine.collect(row, layer_index, query[row.token_start : row.token_end])
         return output
+
+    def _attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache: torch.Tensor,
+        metadata: CPUAttentionMetadata,
+        tokens: torch.Tensor | None,
+        output: torch.Tensor,
+    ) -> None:
+        """The stock backend on some tokens, or on all (None)."""
+        if tokens is None:
+            super().forward(layer, query, key, value, cache, metadata, output)
+            return
+        part = torch.empty_like(output[: len(tokens)])
+        super().forward(layer, query[tokens], key, value, cache, metadata, part)
+        output[tokens] = part
 
     def _attend_compressed(
         self,
@@ -289,6 +322,24 @@ def _only_rows(common: Any, wanted: list[int], rows: StepRows) -> tuple[torch.Te
         max_seq_len=int(seq_lens.max()),
         block_table_tensor=rows.block_table[index],
         slot_mapping=rows.slot_mapping[tokens],
+    )
+
+
+def _on_scratch(only: Any, rows: StepRows, block_size: int) -> Any:
+    """The common metadata of the one-shot rows with blocks and slots of the scratch."""
+    seq_lens = only.seq_lens
+    blocks = -(-seq_lens // block_size)
+    starts = torch.tensor(rows.scratch_starts, dtype=torch.int32)
+    table = starts[:, None] + torch.arange(int(blocks.max()), dtype=torch.int32)
+    slots = [
+        torch.arange(start * block_size, start * block_size + length)
+        for start, length in zip(rows.scratch_starts, seq_lens.tolist(), strict=True)
+    ]
+    return replace(
+        only,
+        # Past a row's end the numbers would be other rows' or of no block.
+        block_table_tensor=table.where(torch.arange(table.shape[1]) < blocks[:, None], 0),
+        slot_mapping=torch.cat(slots),
     )
 
 

@@ -12,6 +12,9 @@ from vllm_kvcompress.compaction import PromptCompaction
 from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies.selection import Selection
 
+# vLLM's block that stands for "none" in a row.
+NULL_BLOCK = 0
+
 
 @dataclass
 class RequestState:
@@ -92,6 +95,7 @@ class PrefillRow:
         token_start, token_end: the tokens to collect, in the step's flat token order.
         first: position in the prompt of the token at `token_start`.
         finishes: whether the last token before the compaction point is among them.
+        is_one_shot: whether `prompt_blocks` are of the step's scratch, not of the pool.
         prompt_blocks: [ceil(compact_len / block_size)] int64; entries past this step's last
             token mean nothing.
         region_blocks: [num_region_blocks] int64, only read when it finishes.
@@ -103,6 +107,7 @@ class PrefillRow:
     token_end: int
     first: int
     finishes: bool
+    is_one_shot: bool
     prompt_blocks: torch.Tensor
     region_blocks: torch.Tensor
 
@@ -114,9 +119,12 @@ class StepRows:
     Attributes:
         block_table: [R, width] int32; dense rows that own a region (a prompt that ends in this
             step) have it cut out, so that position p is at block p // block_size again.
-        slot_mapping: [T] int64, cache slot of every token.
-        dense_rows, compressed_rows: row numbers, together all rows.
+        slot_mapping: [T] int64, cache slot of every token; -1 for one that gets none.
+        dense_rows, one_shot_rows, compressed_rows: row numbers, together all rows.
         compressed_states: one per compressed row.
+        scratch_starts: per one-shot row, its first block in the step's scratch; the others
+            follow.
+        num_scratch_blocks: blocks of the scratch in all.
         prefill_rows: rows with tokens to collect.
         finished_prompts: (request id, geometry) of all prompts that end here, compressed
             or not.
@@ -125,8 +133,11 @@ class StepRows:
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     dense_rows: list[int] = field(default_factory=list)
+    one_shot_rows: list[int] = field(default_factory=list)
     compressed_rows: list[int] = field(default_factory=list)
     compressed_states: list[RequestState] = field(default_factory=list)
+    scratch_starts: list[int] = field(default_factory=list)
+    num_scratch_blocks: int = 0
     prefill_rows: list[PrefillRow] = field(default_factory=list)
     finished_prompts: list[tuple[str, RequestGeometry]] = field(default_factory=list)
 
@@ -182,9 +193,17 @@ def classify_rows(
             rows.compressed_rows.append(i)
             rows.compressed_states.append(state)
             continue
-        rows.dense_rows.append(i)
-        if geometry.num_row_blocks(seq_len) > cdiv(seq_len, geometry.block_size):
-            _cut_region(rows, block_table, i, geometry)
+        num_prompt_blocks = cdiv(compact_len, geometry.block_size)
+        is_one_shot = finishes and num_computed == 0 and int(row[0]) == NULL_BLOCK
+        if is_one_shot:
+            evicted = slice(starts[i], starts[i] + geometry.num_candidate_tokens)
+            _own_slots(rows, slot_mapping)[evicted] = -1
+            prompt_blocks = _add_to_scratch(rows, i, cdiv(seq_len, geometry.block_size))
+        else:
+            rows.dense_rows.append(i)
+            if geometry.num_row_blocks(seq_len) > cdiv(seq_len, geometry.block_size):
+                _cut_region(rows, block_table, i, geometry)
+            prompt_blocks = rows.block_table[i].long()
         first = num_computed if collect_all else max(num_computed, compact_len - window)
         last = min(seq_len, compact_len)
         if first < last:
@@ -197,9 +216,8 @@ def classify_rows(
                     token_end=starts[i] + last - num_computed,
                     first=first,
                     finishes=finishes,
-                    prompt_blocks=rows.block_table[
-                        i, : cdiv(compact_len, geometry.block_size)
-                    ].long(),
+                    is_one_shot=is_one_shot,
+                    prompt_blocks=prompt_blocks[:num_prompt_blocks],
                     region_blocks=row[boundary : boundary + geometry.num_region_blocks].long(),
                 )
             )
@@ -220,12 +238,27 @@ def _correct_slots(
     first = max(num_computed, geometry.boundary_block * block_size)
     if first >= seq_len:
         return
-    if rows.slot_mapping is stock_slots:
-        rows.slot_mapping = stock_slots.clone()
     positions = torch.arange(first, seq_len)
     blocks = row[positions // block_size + geometry.num_region_blocks].long()
     start = row_start + first - num_computed
-    rows.slot_mapping[start : start + len(positions)] = blocks * block_size + positions % block_size
+    slots = _own_slots(rows, stock_slots)
+    slots[start : start + len(positions)] = blocks * block_size + positions % block_size
+
+
+def _own_slots(rows: StepRows, stock_slots: torch.Tensor) -> torch.Tensor:
+    """The step's slots, first made a copy if they are still vLLM's."""
+    if rows.slot_mapping is stock_slots:
+        rows.slot_mapping = stock_slots.clone()
+    return rows.slot_mapping
+
+
+def _add_to_scratch(rows: StepRows, row: int, num_blocks: int) -> torch.Tensor:
+    """Give a one-shot row blocks in the scratch; returns their numbers."""
+    start = rows.num_scratch_blocks
+    rows.one_shot_rows.append(row)
+    rows.scratch_starts.append(start)
+    rows.num_scratch_blocks += num_blocks
+    return torch.arange(start, rows.num_scratch_blocks)
 
 
 def _cut_region(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vllm_kvcompress.candidates import LayerPages
 from vllm_kvcompress.compaction import CacheShape, Compactor, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
@@ -54,6 +55,7 @@ class WorkerEngine:
         self.stats = stats
         self._order = order
         self._input_batch = input_batch
+        self._scratch = self.pool.new_empty(0)
         self.configure(config, layers)
 
     def configure(self, config: KVCompressConfig, layers: list[LayerParameters]) -> None:
@@ -82,6 +84,17 @@ class WorkerEngine:
                 self.stats.record_dense(request_id, geometry.prompt_len)
         return rows
 
+    def scratch(self, num_blocks: int) -> torch.Tensor:
+        """[num_blocks, H, block_size, 2 * d] of one layer, for prompts that have no blocks.
+
+        Every layer of a step writes it anew. It grows to the largest step so far.
+        """
+        shape = self.shape
+        size = (num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
+        if self._scratch.shape[0] < num_blocks:
+            self._scratch = self.pool.new_zeros(size)
+        return self._scratch[:num_blocks]
+
     def collect(self, row: PrefillRow, layer: int, query: torch.Tensor) -> None:
         """Take one layer's queries; at a prompt's last layer, compact it.
 
@@ -91,16 +104,26 @@ class WorkerEngine:
             query: [m, H * g, d] of the row's tokens to collect.
         """
         prompt = row.state.prompt
-        self.compactor.collect(prompt, layer, query, row.first, self.pool, row.prompt_blocks)
+        if row.is_one_shot:
+            scratch = self._scratch.view(-1, self.pool.shape[1])
+            pages = LayerPages(scratch, row.prompt_blocks, self.shape.num_kv_heads, 0)
+        else:
+            pages = self.shape.layer_pages(self.pool, layer, row.prompt_blocks)
+        self.compactor.collect(prompt, layer, query, row.first, pages)
         if not row.finishes:
             return
-        self.compactor.score_layer(prompt, layer, self.pool, row.prompt_blocks)
+        self.compactor.score_layer(prompt, layer, pages)
+        if row.is_one_shot:
+            self.compactor.hold(prompt, pages)
         if prompt.is_scored:
             row.state.selection = self.compactor.compact(
                 prompt, self.pool, row.prompt_blocks, row.region_blocks
             )
             self.stats.record_compressed(
-                row.request_id, prompt.geometry, row.state.selection.num_pages
+                row.request_id,
+                prompt.geometry,
+                row.state.selection.num_pages,
+                is_one_shot=row.is_one_shot,
             )
 
     def forget(self, request_ids: Any) -> None:

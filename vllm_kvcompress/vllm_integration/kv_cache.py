@@ -7,6 +7,7 @@ to whole blocks (see `memory.geometry`).
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -16,8 +17,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry, cdiv
+from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies import scorer_class
+
+_MOST_FREED = 4096
 
 
 @functools.cache
@@ -27,17 +30,25 @@ def _geometry(config: KVCompressConfig, block_size: int) -> Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class KVCompressSpec(FullAttentionSpec):
-    """A full-attention layer whose prompts are compressed at the end of prefill."""
+    """A full-attention layer whose prompts are compressed at the end of prefill.
+
+    Attributes:
+        kv_compress: the setting.
+        one_shot_tokens: tokens of one request that the scheduler can always fit into a step in
+            which no other prompt is computed; up to there a prompt may be computed in one shot,
+            without blocks for what is evicted. 0 = never.
+    """
 
     kv_compress: KVCompressConfig
+    one_shot_tokens: int = 0
 
     @classmethod
     def from_full_attention(
-        cls, spec: FullAttentionSpec, config: KVCompressConfig
+        cls, spec: FullAttentionSpec, config: KVCompressConfig, one_shot_tokens: int = 0
     ) -> KVCompressSpec:
         """The same layer with compression on."""
         values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        return cls(**values, kv_compress=config)
+        return cls(**values, kv_compress=config, one_shot_tokens=one_shot_tokens)
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
@@ -65,6 +76,9 @@ class KVCompressSpec(FullAttentionSpec):
 class KVCompressManager(FullAttentionManager):
     """Block manager that adds a region to each compressed request and frees its prompt blocks.
 
+    A prompt that is computed in one shot, in a single step, never gets the blocks that would be
+    freed: its row starts with vLLM's null block in their place, which is how workers know.
+
     Everything is derived from (tokens, prompt length, config), so it needs no message from
     the workers: a request is compressed by the step that reaches its compaction point, and
     `remove_skipped_blocks` is called with settled token counts only.
@@ -75,6 +89,10 @@ class KVCompressManager(FullAttentionManager):
         self._prompt_lens: dict[str, int] = {}
         # Requests whose prompt has been compacted, by id.
         self._compacted: dict[str, Any] = {}
+        # Requests that get no blocks for what they evict.
+        self._one_shot: set[str] = set()
+        # Prompt lengths of the last requests that gave their blocks up: preempted ones come back.
+        self._freed: OrderedDict[str, int] = OrderedDict()
 
     @property
     def geometry(self) -> Geometry:
@@ -93,20 +111,18 @@ class KVCompressManager(FullAttentionManager):
             raise RuntimeError(f"{len(self._prompt_lens)} requests still run under the old setting")
         object.__setattr__(self.kv_cache_spec, "kv_compress", config)
 
-    def _row_tokens(self, request_id: str, num_tokens: int) -> int:
+    def _row_tokens(self, prompt_len: int, num_tokens: int) -> int:
         # vLLM's own allocation counts in tokens; the region enters it as whole blocks of them.
-        geometry = self.geometry.of(self._prompt_lens[request_id])
-        return geometry.num_row_blocks(num_tokens) * self.block_size
+        return self.geometry.of(prompt_len).num_row_blocks(num_tokens) * self.block_size
 
-    def _admission_tokens(self, num_tokens: int, prefill_end: int) -> int:
-        # The admission check comes before vLLM tells us the prompt's length.
+    def _find_prompt_len(self, request_id: str, num_tokens: int, prefill_end: int) -> int | None:
+        """Prompt length of a request; None if vLLM has not told it yet."""
+        if request_id in self._prompt_lens:
+            return self._prompt_lens[request_id]
+        # The admission check comes before `remove_skipped_blocks`.
         if prefill_end == num_tokens:
-            # A new request: this is its prompt.
-            return self.geometry.of(num_tokens).num_row_blocks(num_tokens) * self.block_size
-        # A resumed one, or vLLM did not say: room for the largest region of a shorter prompt.
-        num_blocks = cdiv(num_tokens, self.block_size)
-        num_blocks += self.geometry.max_region_blocks(num_tokens)
-        return num_blocks * self.block_size
+            return num_tokens
+        return self._freed.get(request_id)
 
     def get_num_blocks_to_allocate(
         self,
@@ -120,10 +136,30 @@ class KVCompressManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks missing from the request's row, its region included."""
-        if request_id in self._prompt_lens:
-            row_tokens = self._row_tokens(request_id, num_tokens)
+        prompt_len = self._find_prompt_len(request_id, num_tokens, prefill_end)
+        if prompt_len is None:
+            # Room for the largest region of a shorter prompt.
+            num_blocks = cdiv(num_tokens, self.block_size)
+            num_blocks += self.geometry.max_region_blocks(num_tokens)
+            row_tokens = num_blocks * self.block_size
         else:
-            row_tokens = self._admission_tokens(num_tokens, prefill_end)
+            row_tokens = self._row_tokens(prompt_len, num_tokens)
+        if (
+            prompt_len is not None
+            and total_computed_tokens == 0
+            and not self.req_to_blocks.get(request_id)
+            and self._may_be_one_shot(self.geometry.of(prompt_len))
+        ):
+            geometry = self.geometry.of(prompt_len)
+            if apply_admission_cap:
+                # Whether the whole request can come in; how is settled with its first chunk.
+                return geometry.num_row_blocks(num_tokens) - geometry.first_kept_block
+            full_tokens = max(num_tokens, prefill_end)
+            num_blocks = self._one_shot_blocks(
+                request_id, geometry, num_tokens, num_tokens_main_model, full_tokens
+            )
+            if num_blocks is not None:
+                return num_blocks
         return super().get_num_blocks_to_allocate(
             request_id,
             row_tokens,
@@ -135,12 +171,62 @@ class KVCompressManager(FullAttentionManager):
             prefill_end,
         )
 
+    @property
+    def _one_shot_option(self) -> str:
+        return self.kv_cache_spec.kv_compress.option("one_shot")
+
+    def _may_be_one_shot(self, geometry: RequestGeometry) -> bool:
+        """Whether a prompt can do without blocks for what it evicts."""
+        return (
+            self._one_shot_option != "never"
+            and geometry.is_compressed
+            and geometry.compact_len <= self.kv_cache_spec.one_shot_tokens
+        )
+
+    def _one_shot_blocks(
+        self,
+        request_id: str,
+        geometry: RequestGeometry,
+        num_tokens: int,
+        num_step_tokens: int,
+        full_tokens: int,
+    ) -> int | None:
+        """Blocks for the first chunk of a prompt that may be computed in one shot.
+
+        Args:
+            request_id: notes whether it will be.
+            geometry: of the request.
+            num_tokens: tokens that need a slot.
+            num_step_tokens: tokens computed in this step.
+            full_tokens: tokens of the whole request as far as they are known.
+
+        Returns:
+            Blocks to allocate, more than there are if the request had better wait for a step
+            that has room for all of its prompt; None to give it dense blocks first.
+        """
+        self._one_shot.discard(request_id)
+        # Others may want the prompt's blocks from the prefix cache.
+        is_shared = self.enable_caching and self._one_shot_option == "auto"
+        num_free = self.block_pool.get_num_free_blocks()
+        if is_shared and geometry.num_row_blocks(full_tokens) <= num_free:
+            return None
+        if num_step_tokens >= geometry.compact_len:
+            self._one_shot.add(request_id)
+            return geometry.num_row_blocks(num_tokens) - geometry.first_kept_block
+        # Alone, a request has the whole step: should it not be enough, waiting would not help.
+        is_alone = not any(self.req_to_blocks.values())
+        return None if is_alone else self.block_pool.num_gpu_blocks + 1
+
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Grow the request's row to hold `num_tokens`, its region included."""
+        prompt_len = self._prompt_lens[request_id]
+        if request_id in self._one_shot and not self.req_to_blocks.get(request_id):
+            num_absent = self.geometry.of(prompt_len).first_kept_block
+            self.req_to_blocks[request_id].extend([self._null_block] * num_absent)
         return super().allocate_new_blocks(
-            request_id, self._row_tokens(request_id, num_tokens), num_tokens_main_model
+            request_id, self._row_tokens(prompt_len, num_tokens), num_tokens_main_model
         )
 
     def remove_skipped_blocks(
@@ -185,7 +271,12 @@ class KVCompressManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; also the first half of a preemption."""
-        self._prompt_lens.pop(request_id, None)
+        prompt_len = self._prompt_lens.pop(request_id, None)
+        if prompt_len is not None:
+            self._freed[request_id] = prompt_len
+            if len(self._freed) > _MOST_FREED:
+                self._freed.popitem(last=False)
+        self._one_shot.discard(request_id)
         compacted = self._compacted.pop(request_id, None)
         if compacted is not None:
             # If it is resumed, the lookup would start from prompt plus output and could hit past

@@ -46,7 +46,9 @@ class CompressionStats:
                 "compressed": False,
                 "kept_tokens": float(prompt_len),
                 "evicted_tokens": 0.0,
+                "one_shot": False,
                 "blocks_returned": 0,
+                "blocks_not_taken": 0,
                 "region_blocks": 0,
                 "kept_per_head": None,
                 "evicted_per_head": None,
@@ -54,7 +56,11 @@ class CompressionStats:
         )
 
     def record_compressed(
-        self, request_id: str, geometry: RequestGeometry, num_pages: torch.Tensor
+        self,
+        request_id: str,
+        geometry: RequestGeometry,
+        num_pages: torch.Tensor,
+        is_one_shot: bool = False,
     ) -> None:
         """A prompt has been compacted.
 
@@ -62,6 +68,7 @@ class CompressionStats:
             request_id: vLLM's internal id.
             geometry: of the request.
             num_pages: [L, H] int64 region pages kept by each head.
+            is_one_shot: whether what was evicted never had blocks.
         """
         kept = num_pages * geometry.block_size + geometry.num_dense_prompt_tokens
         self._record(
@@ -71,7 +78,9 @@ class CompressionStats:
                 "compressed": True,
                 "kept_tokens": float(geometry.num_kept_tokens),
                 "evicted_tokens": float(geometry.prompt_len - geometry.num_kept_tokens),
-                "blocks_returned": geometry.first_kept_block,
+                "one_shot": is_one_shot,
+                "blocks_returned": 0 if is_one_shot else geometry.first_kept_block,
+                "blocks_not_taken": geometry.first_kept_block if is_one_shot else 0,
                 "region_blocks": geometry.num_region_blocks,
                 "kept_per_head": kept,
             }
@@ -83,7 +92,8 @@ class CompressionStats:
         A request counts from the step that computes the end of its prompt, and once only, also
         if it is preempted and computed again (`num_prefills` and `recomputed_prompts` tell).
         Each request has request_id (the caller's), internal_id (vLLM's), prompt_len, compressed,
-        kept_tokens and evicted_tokens (mean over layers and heads), blocks_returned,
+        kept_tokens and evicted_tokens (mean over layers and heads), one_shot (whether what was
+        evicted never had blocks), blocks_returned to the pool or else blocks_not_taken,
         region_blocks, num_prefills, and kept_per_head and evicted_per_head as [layer][head]
         token counts (None for a dense one).
         """
@@ -121,7 +131,9 @@ class CompressionStats:
                 totals["prompt_tokens"] += record["prompt_len"]
                 totals["kept_tokens"] += record["kept_tokens"]
                 totals["evicted_tokens"] += record["evicted_tokens"]
+                totals["one_shot_prompts"] += record["one_shot"]
                 totals["blocks_returned"] += record["blocks_returned"]
+                totals["blocks_not_taken"] += record["blocks_not_taken"]
                 totals["region_blocks"] += record["region_blocks"]
             if self._log and self._timer is None:
                 self._timer = threading.Timer(self._interval_s, self._log_interval)
@@ -130,12 +142,13 @@ class CompressionStats:
         if self._log:
             logger.debug(
                 "kv-compress: request %s: prompt %d tokens, kept %.0f per head, evicted %.0f, "
-                "%d blocks returned, %d blocks of region",
+                "%d blocks returned, %d never taken, %d blocks of region",
                 record["request_id"],
                 record["prompt_len"],
                 record["kept_tokens"],
                 record["evicted_tokens"],
                 record["blocks_returned"],
+                record["blocks_not_taken"],
                 record["region_blocks"],
             )
 
@@ -146,14 +159,17 @@ class CompressionStats:
         if totals["prompts"] == 0:
             return
         logger.info(
-            "kv-compress: %d prompts (%d compressed), %d of %d prompt tokens kept per head "
-            "(%.1f%% evicted), %d blocks returned to the pool, %d blocks of regions taken",
+            "kv-compress: %d prompts (%d compressed, %d in one shot), %d of %d prompt tokens kept "
+            "per head (%.1f%% evicted), %d blocks returned to the pool, %d never taken, "
+            "%d blocks of regions taken",
             totals["prompts"],
             totals["compressed_prompts"],
+            totals["one_shot_prompts"],
             totals["kept_tokens"],
             totals["prompt_tokens"],
             100 * totals["evicted_tokens"] / totals["prompt_tokens"],
             totals["blocks_returned"],
+            totals["blocks_not_taken"],
             totals["region_blocks"],
         )
 
@@ -162,11 +178,13 @@ def _zero_totals() -> dict[str, Any]:
     return {
         "prompts": 0,
         "compressed_prompts": 0,
+        "one_shot_prompts": 0,
         "recomputed_prompts": 0,
         "prompt_tokens": 0,
         "kept_tokens": 0.0,
         "evicted_tokens": 0.0,
         "blocks_returned": 0,
+        "blocks_not_taken": 0,
         "region_blocks": 0,
     }
 

@@ -61,6 +61,7 @@ class KVCompressCPUWorker(CPUWorker):
         """
         specs = super().get_kv_cache_spec()
         attention = self.vllm_config.compilation_config.static_forward_context
+        one_shot_tokens = _one_shot_tokens(self.vllm_config.scheduler_config)
         out: dict[str, KVCacheSpec] = {}
         for name, spec in specs.items():
             if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
@@ -71,7 +72,7 @@ class KVCompressCPUWorker(CPUWorker):
             problem = _layer_problem(attention[name], spec)
             if problem:
                 raise KVCompressConfigError(f"KV compression cannot handle layer {name}: {problem}")
-            out[name] = KVCompressSpec.from_full_attention(spec, self._config)
+            out[name] = KVCompressSpec.from_full_attention(spec, self._config, one_shot_tokens)
         shapes = {(spec, attention[name].num_heads) for name, spec in out.items()}
         if len(shapes) > 1:
             raise KVCompressConfigError(
@@ -168,6 +169,17 @@ class KVCompressCPUWorker(CPUWorker):
         AttentionBackendEnum.CPU_ATTN.clear_override()
         selector._cached_get_attn_backend.cache_clear()
         super().shutdown()
+
+
+def _one_shot_tokens(scheduler_config: Any) -> int:
+    """Tokens of one request that fit a step beside one token of every other; 0 if none do."""
+    budget = scheduler_config.max_num_batched_tokens
+    if scheduler_config.max_num_scheduled_tokens is not None:
+        budget = min(budget, scheduler_config.max_num_scheduled_tokens)
+    budget -= scheduler_config.max_num_seqs
+    if scheduler_config.long_prefill_token_threshold > 0:
+        budget = min(budget, scheduler_config.long_prefill_token_threshold)
+    return max(0, budget)
 
 
 def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:

@@ -1,0 +1,140 @@
+"""Prompts computed in one shot, in the real engine and a pool of little more than one dense
+request.
+
+The model runs in float32, so that greedy texts do not depend on which requests share a batch.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+NUM_BLOCKS = 78
+RATIO = 0.875
+METHODS = ("ada-criticalkv", "keydiff", "h2o")
+
+
+@pytest.fixture(scope="module")
+def engine(start_engine):
+    with pytest.MonkeyPatch.context() as patch:
+        # A scheduler in a process of its own could not be given another setting.
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # This process and its later children may go on using every core.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        yield start_engine(
+            kv_compress="span",
+            kv_compress_ratio=RATIO,
+            dtype="float32",
+            max_model_len=2048,
+            max_num_batched_tokens=2048,
+            num_gpu_blocks_override=NUM_BLOCKS,
+            enable_prefix_caching=True,
+        )
+
+
+@pytest.fixture(autouse=True)
+def pool_is_whole_again(engine, read_metric):
+    yield
+    _run(engine, [[5, 6, 7]], 2, read_metric)
+    assert read_metric(engine, "vllm:kv_cache_usage_perc") == 0.0
+
+
+def _configure(engine, one_shot, method="span"):
+    engine.kv_compress_reconfigure(method=method, ratio=RATIO, options={"one_shot": one_shot})
+    engine.reset_prefix_cache()
+
+
+def _run(engine, prompts, max_tokens, read_metric):
+    """All prompts at once; texts, records of the prompts, most requests running together."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    llm_engine, outputs, most = engine.llm_engine, {}, 0
+    before = len(engine.kv_compress_stats()["requests"])
+    for i, prompt in enumerate(prompts):
+        llm_engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+    while llm_engine.has_unfinished_requests():
+        for output in llm_engine.step():
+            outputs[output.request_id] = output
+        most = max(most, read_metric(engine, "vllm:num_requests_running"))
+    texts = [list(outputs[str(i)].outputs[0].token_ids) for i in range(len(prompts))]
+    records = {
+        record["request_id"]: record for record in engine.kv_compress_stats()["requests"][before:]
+    }
+    return texts, [records[str(i)] for i in range(len(prompts))], most
+
+
+@pytest.fixture(scope="module")
+def prompts(engine, needle):
+    tokenizer = engine.get_tokenizer()
+    texts = (
+        tokenizer.apply_chat_template(needle(seed)[0], tokenize=False, add_generation_prompt=True)
+        for seed in range(8)
+    )
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+def test_a_full_pool_takes_prompts_in_one_shot(engine, prompts, read_metric) -> None:
+    dense_blocks = min(map(len, prompts)) // 32
+    assert dense_blocks < NUM_BLOCKS - 1 < 2 * dense_blocks
+    results = {}
+    for option in ("never", "auto"):
+        _configure(engine, option)
+        results[option] = _run(engine, prompts, 24, read_metric)
+    texts, records, most = results["never"]
+    assert not any(record["one_shot"] for record in records)
+    assert most <= 5
+    other_texts, other_records, other_most = results["auto"]
+    assert other_texts == texts
+    assert other_most == 8
+    for record, other in zip(records, other_records, strict=True):
+        assert other["kept_per_head"] == record["kept_per_head"]
+        spared = "blocks_not_taken" if other["one_shot"] else "blocks_returned"
+        assert other[spared] == record["blocks_returned"] > 0
+        assert other["blocks_not_taken"] + other["blocks_returned"] == other[spared]
+    # The first finds room for all of its blocks, which others may then reuse; not so the last.
+    in_one_shot = [record["one_shot"] for record in other_records]
+    assert not in_one_shot[0] and in_one_shot[-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_are_those_of_prompts_with_blocks(engine, prompts, method, read_metric) -> None:
+    texts = {}
+    for option in ("never", "always"):
+        _configure(engine, option, method)
+        texts[option], records, _ = _run(engine, prompts[:2], 16, read_metric)
+        assert [r["one_shot"] for r in records] == [option == "always"] * 2
+    assert texts["always"] == texts["never"]
+
+
+def test_only_prompts_with_blocks_fill_the_prefix_cache(engine, prompts, read_metric) -> None:
+    from vllm import SamplingParams
+
+    for option, is_cached in (("auto", True), ("always", False)):
+        _configure(engine, option)
+        params = SamplingParams(temperature=0, max_tokens=4)
+        hits = []
+        for _ in range(2):
+            (output,) = engine.generate({"prompt_token_ids": prompts[0]}, params, use_tqdm=False)
+            hits.append(output.num_cached_tokens > 0)
+        assert hits == [False, is_cached]
+
+
+def test_preempted_requests_come_back_in_one_shot(engine, prompts, read_metric) -> None:
+    _configure(engine, "always")
+    before = read_metric(engine, "vllm:num_preemptions")
+    texts, records, _ = _run(engine, prompts[2:], 270, read_metric)
+    assert read_metric(engine, "vllm:num_preemptions") > before
+    assert max(record["num_prefills"] for record in records) > 1
+    assert all(record["one_shot"] for record in records)
+    # Replayed tokens may have attended densely, hence not all of the text.
+    alone, _, _ = _run(engine, prompts[7:], 24, read_metric)
+    assert texts[-1][:24] == alone[0]
+
+
+def test_a_prompt_longer_than_a_step_gets_blocks(engine, prompts, read_metric) -> None:
+    _configure(engine, "always")
+    longest = prompts[0] + prompts[1][: 2045 - len(prompts[0])]
+    texts, (long, short), _ = _run(engine, [longest, prompts[2]], 3, read_metric)
+    assert not long["one_shot"] and long["blocks_returned"] > 0
+    assert short["one_shot"]
+    assert all(len(text) == 3 for text in texts)
