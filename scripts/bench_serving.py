@@ -1,0 +1,205 @@
+"""Serving throughput and latency of stock vLLM and of this plugin on the same workload.
+
+    python scripts/bench_serving.py --model MODEL --out OUT \\
+      --variants stock span@0 span@0.875 --inputs 500 2000 --pools 2.5 8
+
+For every cell (prompt length x pool) a server is started for each variant in turn, and vLLM's own
+load generator sends random prompts to it, all at once, `--runs` times. The pool is given in dense
+requests (prompt and output) that it can hold, or `auto` for vLLM's own choice. Variants are
+`stock`, `stock@BLOCK_SIZE`, or `METHOD[:option=value,...]@REMOVED`; `span@0` removes nothing.
+Ratios are of output tokens per second, against the first variant of the same cell. Written to OUT:
+serving.csv, serving.json, serving.png, and every run's own result in runs.jsonl, from which an
+interrupted benchmark goes on.
+
+Random prompts say nothing about quality (docs/quality.md does). Outputs have exactly `--output`
+tokens. `--dummy` fills the model with random weights, so that its config and a tokenizer are
+enough; the JSON says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from serving.report import summarise, write
+from serving.server import run_workload, serve
+from serving.variants import Variant
+
+# Prompts may come out a few tokens longer than asked for.
+SLACK_TOKENS = 32
+
+
+def pool_tokens(pool: str, request_tokens: int) -> int | None:
+    """Tokens in a pool of so many dense requests; None for vLLM's own size."""
+    return None if pool == "auto" else math.ceil(float(pool) * request_tokens)
+
+
+def server_flags(
+    arguments: argparse.Namespace, variant: Variant, block_size: int, tokens: int | None
+) -> list[str]:
+    """Arguments of `vllm serve` for one variant and pool."""
+    flags = ["--block-size", str(block_size), "--max-num-seqs", str(arguments.concurrency)]
+    flags += ["--seed", "0"]
+    if tokens is not None:
+        # One block more: vLLM keeps the first as its null block.
+        num_blocks = math.ceil(tokens / block_size) + 1
+        flags += ["--num-gpu-blocks-override", str(num_blocks)]
+    if arguments.dummy:
+        flags += ["--load-format", "dummy"]
+    if arguments.tokenizer:
+        flags += ["--tokenizer", arguments.tokenizer]
+    return [*flags, *shlex.split(arguments.serve_args), *variant.flags()]
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[tuple[int, str]]:
+    """(prompt tokens, pool) of everything asked for."""
+    for input_len in arguments.inputs:
+        for pool in arguments.pools:
+            yield input_len, pool
+
+
+def bench_cell(
+    arguments: argparse.Namespace,
+    input_len: int,
+    pool: str,
+    variant: Variant,
+    done: int,
+    folder: Path,
+) -> Iterator[dict[str, Any]]:
+    """Runs of one variant in one cell that are still missing, one server for all of them."""
+    request_tokens = input_len + arguments.output
+    tokens = pool_tokens(pool, request_tokens)
+    block_size = variant.block_size or arguments.block_size
+    flags = server_flags(arguments, variant, block_size, tokens)
+    flags += ["--max-model-len", str(request_tokens + SLACK_TOKENS)]
+    start = time.monotonic()
+    with serve(arguments.model, flags, folder / "server.log", arguments.timeout) as server:
+        print(f"  {variant.label}: up in {time.monotonic() - start:.0f} s", flush=True)
+        work = (input_len, arguments.output, arguments.prompts)
+        tokenizer = arguments.tokenizer or arguments.model
+        # Kernels are compiled and memory is touched by requests that do not count.
+        run_workload(server, arguments.model, tokenizer, input_len, 8, 2, 999, folder)
+        for index in range(done, arguments.runs):
+            result = run_workload(server, arguments.model, tokenizer, *work, index, folder)
+            print(
+                f"  {variant.label}: {result['output_throughput']:.1f} output tok/s, "
+                f"TPOT {result['median_tpot_ms']:.1f} ms, {result['peak_running']:.0f} running, "
+                f"{result['preemptions']:.0f} preemptions",
+                flush=True,
+            )
+            yield {
+                "input_len": input_len,
+                "output_len": arguments.output,
+                "pool": pool,
+                "pool_tokens": tokens,
+                "variant": variant.label,
+                "removed": variant.ratio,
+                "block_size": block_size,
+                "result": {
+                    key: value
+                    for key, value in result.items()
+                    if isinstance(value, int | float) or key == "date"
+                },
+            }
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a reader needs to place the numbers."""
+    import torch
+    import vllm
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    found: dict[str, Any] = {
+        "command": "python "
+        + " ".join(map(shlex.quote, ["scripts/bench_serving.py", *sys.argv[1:]])),
+        "commit": os.environ.get("KVC_COMMIT") or commit.stdout.strip() or None,
+        "weights": "dummy (random)" if arguments.dummy else "real",
+        "prompts": arguments.prompts,
+        "concurrency": arguments.concurrency,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "vllm": vllm.__version__,
+    }
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    else:
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        found["device"] = f"{len(os.sched_getaffinity(0))} cores of {names[0]}"
+    return found
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or name")
+    parser.add_argument("--tokenizer", help="folder or name, where it is not the model's")
+    parser.add_argument("--dummy", action="store_true", help="random weights")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--variants", nargs="+", type=Variant.parse, required=True)
+    parser.add_argument("--inputs", nargs="+", type=int, default=[500, 2000, 6000, 16000, 32000])
+    parser.add_argument("--output", type=int, default=500, help="tokens per answer")
+    parser.add_argument("--pools", nargs="+", default=["auto"], help="dense requests, or auto")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--concurrency", type=int, default=64, help="max_num_seqs")
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=3, help="per server")
+    parser.add_argument("--serve-args", default="", help="further arguments of vllm serve")
+    parser.add_argument(
+        "--timeout", type=float, default=900.0, help="seconds for a server to start"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """See the module."""
+    arguments = parse_arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    store = arguments.out / "runs.jsonl"
+    lines = store.read_text().splitlines() if store.exists() else []
+    runs = [json.loads(line) for line in lines]
+    for input_len, pool in cells(arguments):
+        print(f"{input_len} in, {arguments.output} out, pool {pool}", flush=True)
+        for variant in arguments.variants:
+            done = sum(
+                (run["input_len"], run["pool"], run["variant"]) == (input_len, pool, variant.label)
+                for run in runs
+            )
+            if done >= arguments.runs:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                for run in bench_cell(arguments, input_len, pool, variant, done, Path(folder)):
+                    runs.append(run)
+                    with store.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(run) + "\n")
+    rows = summarise(runs, arguments.variants[0].label)
+    write(rows, environment(arguments), arguments.out, "serving")
+    for row in rows:
+        print(
+            f"{row['input_len']:6} in, pool {row['pool']:>5}  {row['variant']:24} "
+            f"{row['output_tok_s']:9.1f} output tok/s = {row['ratio']:.2f} "
+            f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

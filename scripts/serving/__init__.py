@@ -1,0 +1,1 @@
+"""Parts of scripts/bench_serving.py: the servers, the workload and the tables."""
