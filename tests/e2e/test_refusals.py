@@ -186,9 +186,9 @@ def test_unsupported_vllm_version(model, monkeypatch) -> None:
 
     from vllm_kvcompress.vllm_integration.compat import UnsupportedVLLMError
 
-    for version in ("0.31.2", "0.33.0", "dev"):
+    for version in ("0.31.2", "0.34.0", "dev"):
         monkeypatch.setattr(vllm, "__version__", version)
-        with pytest.raises(UnsupportedVLLMError, match=f"<0.33,>=0.32.0; found vLLM {version}"):
+        with pytest.raises(UnsupportedVLLMError, match=f"<0.34,>=0.32.0; found vLLM {version}"):
             _engine_config(model, GOOD)
 
 

@@ -1,16 +1,7 @@
 """Which vLLM this release works with.
 
-Names of vLLM that the seam relies on, by file:
-
-* `engine/arg_utils.py`: `EngineArgs.add_cli_args`, `.from_cli_args`, `.create_engine_config`
-  (wrapped in `register.py`, which says why), `.additional_config`, `.worker_cls`, `.block_size`.
-* `v1/attention/backends/cpu_attn.py`: the CPU backend, its builder, impl and metadata.
-* `v1/attention/backends/registry.py`: `AttentionBackendEnum`, `register_backend`; the cache of
-  `v1/attention/selector.py`.
-* `v1/kv_cache_interface.py`: `FullAttentionSpec`; `v1/kv_cache_layout.py`: `KVCacheLayout.BLHNC`.
-* `v1/kv_cache_spec_registry.py`: `KVCacheSpecRegistry`.
-* `v1/core/single_type_kv_cache_manager.py`: `FullAttentionManager` and its hooks.
-* `v1/worker/cpu_worker.py`: `CPUWorker`; the model runner's `input_batch` (V1).
+The names and signatures of vLLM that this folder relies on are listed, by file, in
+scripts/vllm_contract.py, which checks them against any vLLM's wheel.
 """
 
 from __future__ import annotations
@@ -20,7 +11,7 @@ from importlib import metadata
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-SUPPORTED_VLLM = SpecifierSet(">=0.32.0,<0.33")
+SUPPORTED_VLLM = SpecifierSet(">=0.32.0,<0.34")
 
 
 class UnsupportedVLLMError(RuntimeError):
