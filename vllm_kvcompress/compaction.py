@@ -200,7 +200,7 @@ class Compactor:
         parameters = self.layers[layer]
         chunk = ChunkInputs(
             query=query,
-            key=self._read(pages, self.order.key_offsets)[:, :end],
+            key=self._read(pages, "key")[:, :end],
             first=first,
             scale=parameters.scale,
             logits_soft_cap=parameters.logits_soft_cap,
@@ -209,10 +209,11 @@ class Compactor:
         prompt.observed[layer] = self.scorer.observe(chunk, prompt.observed[layer])
         prompt.num_observed[layer] = end
 
-    def _read(self, pages: LayerPages, offsets: torch.Tensor) -> torch.Tensor:
-        """[H, len(blocks) * block_size, d] keys or values of one layer."""
+    def _read(self, pages: LayerPages, part: str) -> torch.Tensor:
+        """[H, len(blocks) * block_size, d] of one layer; part 'key' or 'value'."""
         heads = torch.arange(self.shape.num_kv_heads)[:, None]
-        return ops.unpack_pages(pages.pool, pages.page_ids(pages.blocks, heads), offsets)
+        ids = pages.page_ids(pages.blocks, heads)
+        return ops.unpack_pages(pages.pool, ids, self.order, part)
 
     def score_layer(self, prompt: PromptCompaction, layer: int, pages: LayerPages) -> None:
         """Score one layer of a prompt whose keys are all in their pages; layers in order.
@@ -235,8 +236,8 @@ class Compactor:
         if "all_queries" in needs:
             assert prompt.num_observed[layer] == num_tokens
         if "value" in needs:
-            value = self._read(pages, self.order.value_offsets)[:, :num_tokens]
-        key = self._read(pages, self.order.key_offsets)[:, :num_tokens]
+            value = self._read(pages, "value")[:, :num_tokens]
+        key = self._read(pages, "key")[:, :num_tokens]
         scores = self.scorer.score(
             ScoreInputs(
                 key=key,

@@ -394,8 +394,8 @@ def stream_tokens(prompt, selection, stream):
     num_region_pages = int(selection.num_pages.flatten()[stream])
     num_tokens = num_region_pages * block_size + geometry.num_dense_prompt_tokens
     pages = table[stream, : cdiv(num_tokens, block_size)].long()
-    key = ops.unpack_pages(prompt.pool, pages, prompt.order.key_offsets)
-    value = ops.unpack_pages(prompt.pool, pages, prompt.order.value_offsets)
+    key = ops.unpack_pages(prompt.pool, pages, prompt.order, "key")
+    value = ops.unpack_pages(prompt.pool, pages, prompt.order, "value")
     return key[:num_tokens], value[:num_tokens]
 
 

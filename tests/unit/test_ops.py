@@ -315,10 +315,46 @@ def random_order(block_size, head_size, generator):
     return ops.PageOrder(*offsets.view(2, block_size, head_size))
 
 
+def plain_order(block_size, head_size, generator=None):
+    """Keys, then values, as a tensor [2, token, element] has them."""
+    offsets = torch.arange(2 * block_size * head_size)
+    return ops.PageOrder(*offsets.view(2, block_size, head_size))
+
+
+def transposed_key_order(block_size, head_size, generator=None):
+    """As vLLM's CPU kernel: keys [element, token], then values [token, element]."""
+    offsets = torch.arange(2 * block_size * head_size).view(2, -1)
+    keys = offsets[0].view(head_size, block_size).t().contiguous()
+    return ops.PageOrder(keys, offsets[1].view(block_size, head_size))
+
+
+def interleaved_order(block_size, head_size, generator=None):
+    """A token's key, its value, the next token's key."""
+    offsets = torch.arange(2 * block_size * head_size).view(block_size, 2, head_size)
+    return ops.PageOrder(offsets[:, 0], offsets[:, 1])
+
+
+ORDERS = (random_order, plain_order, transposed_key_order, interleaved_order)
+
+
+def test_regular_orders_are_recognised(generator):
+    assert random_order(4, 6, generator).key_strides is None
+    assert plain_order(4, 6).value_strides == (24, 6, 1)
+    assert transposed_key_order(4, 6).key_strides == (0, 1, 4)
+    assert interleaved_order(4, 6).value_strides == (6, 12, 1)
+    # The same first steps, but not regular.
+    offsets = plain_order(4, 6).key_offsets.clone()
+    offsets[3, 4:] = offsets[3, 4:].flip(0)
+    assert ops.PageOrder(offsets, plain_order(4, 6).value_offsets).key_strides is None
+    # Backwards is for the general way.
+    assert ops.PageOrder(*(o.flip(0) for o in vars(plain_order(4, 6)).values())).key_strides is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_pack_and_unpack_under_a_random_element_order(dtype, generator):
+@pytest.mark.parametrize("make_order", ORDERS)
+def test_pack_and_unpack_under_any_element_order(make_order, dtype, generator):
     block_size, head_size = 4, 6
-    order = random_order(block_size, head_size, generator)
+    order = make_order(block_size, head_size, generator)
     assert (order.block_size, order.head_size) == (block_size, head_size)
     pool = torch.full((11, 2 * block_size * head_size), float("nan"), dtype=dtype)
     page_ids = torch.tensor([7, 0, 10])
@@ -332,15 +368,20 @@ def test_pack_and_unpack_under_a_random_element_order(dtype, generator):
             assert pool[page, order.value_offsets[slot, element]] == value[token, element]
     others = [page for page in range(11) if page not in page_ids.tolist()]
     assert pool[others].isnan().all()
-    assert torch.equal(ops.unpack_pages(pool, page_ids, order.key_offsets), key)
-    assert torch.equal(ops.unpack_pages(pool, page_ids, order.value_offsets), value)
+    assert torch.equal(ops.unpack_pages(pool, page_ids, order, "key"), key)
+    assert torch.equal(ops.unpack_pages(pool, page_ids, order, "value"), value)
+    slots = torch.tensor([3, 0, 1])
+    rows = torch.tensor([3, 4, 9])
+    gathered = ops.gather_tokens(pool, page_ids, slots, order)
+    assert torch.equal(gathered[0], key[rows]) and torch.equal(gathered[1], value[rows])
 
 
-def test_unpack_several_streams(generator):
-    order = random_order(4, 6, generator)
+@pytest.mark.parametrize("make_order", ORDERS)
+def test_unpack_several_streams(make_order, generator):
+    order = make_order(4, 6, generator)
     pool = torch.randn(11, 48, generator=generator)
     page_ids = torch.tensor([[3, 9], [9, 1], [0, 0]])
-    keys = ops.unpack_pages(pool, page_ids, order.key_offsets)
+    keys = ops.unpack_pages(pool, page_ids, order, "key")
     assert keys.shape == (3, 8, 6)
     for stream in range(3):
         for token in range(8):
@@ -377,8 +418,8 @@ def test_pages_past_2_to_the_31_elements():
     pool[1] = numbers
     pool[0] = 0
     ops.copy_pages(pool, torch.tensor([1]), torch.tensor([last]))
-    offsets = torch.arange(page_elements // 2).view(8, -1)
-    first_half = ops.unpack_pages(pool, torch.tensor([last]), offsets)
+    order = plain_order(8, page_elements // 16)
+    first_half = ops.unpack_pages(pool, torch.tensor([last]), order, "key")
     assert torch.equal(first_half.flatten(), numbers[: page_elements // 2])
     assert not pool[0].any()
 

@@ -7,6 +7,7 @@ attention kernel's business and is described by a `PageOrder`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,16 @@ class PageOrder:
             "key and value offsets are not a permutation of the page",
         )
 
+    @functools.cached_property
+    def key_strides(self) -> tuple[int, int, int] | None:
+        """First offset and steps per token and per element of the keys; None if not regular."""
+        return _strides(self.key_offsets)
+
+    @functools.cached_property
+    def value_strides(self) -> tuple[int, int, int] | None:
+        """As `key_strides`, of the values."""
+        return _strides(self.value_offsets)
+
     @property
     def block_size(self) -> int:
         """Tokens per page."""
@@ -42,6 +53,15 @@ class PageOrder:
     def head_size(self) -> int:
         """Elements of one token's key (and value)."""
         return self.key_offsets.shape[1]
+
+
+def _strides(offsets: torch.Tensor) -> tuple[int, int, int] | None:
+    first = int(offsets[0, 0])
+    token = int(offsets[1, 0]) - first if offsets.shape[0] > 1 else 1
+    element = int(offsets[0, 1]) - first if offsets.shape[1] > 1 else 1
+    tokens, elements = (torch.arange(size) for size in offsets.shape)
+    is_regular = torch.equal(offsets, first + tokens[:, None] * token + elements * element)
+    return (first, token, element) if is_regular and min(token, element) > 0 else None
 
 
 def copy_pages(pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -61,20 +81,37 @@ def copy_pages(pool: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -
     pool.index_copy_(0, target, pool.index_select(0, source))
 
 
-def unpack_pages(pool: torch.Tensor, page_ids: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Read the keys (or the values) of pages in token order.
+def unpack_pages(
+    pool: torch.Tensor, page_ids: torch.Tensor, order: PageOrder, part: str
+) -> torch.Tensor:
+    """Read the keys or the values of pages in token order.
 
     Args:
         pool: [num_pages, page_elements].
         page_ids: [..., n] int64, pages of one stream after another.
-        offsets: [block_size, head_size], `PageOrder.key_offsets` or `.value_offsets`.
+        order: element order of a page.
+        part: 'key' or 'value'.
 
     Returns:
         [..., n * block_size, head_size], a new tensor of the pool's dtype.
+
+    Raises:
+        ValueError: on another part.
     """
-    block_size, head_size = offsets.shape
-    raw = pool.index_select(0, page_ids.reshape(-1)).index_select(1, offsets.reshape(-1))
-    return raw.view(*page_ids.shape[:-1], page_ids.shape[-1] * block_size, head_size)
+    check(part in ("key", "value"), f"pages hold keys and values, not {part!r}")
+    is_key = part == "key"
+    block_size, head_size = order.block_size, order.head_size
+    ids = page_ids.reshape(-1)
+    strides = order.key_strides if is_key else order.value_strides
+    if strides is None:
+        offsets = order.key_offsets if is_key else order.value_offsets
+        raw = pool.index_select(0, ids).index_select(1, offsets.reshape(-1))
+    else:
+        first, token, element = strides
+        size = (block_size - 1) * token + (head_size - 1) * element + 1
+        taken = pool[:, first : first + size].index_select(0, ids)
+        raw = taken.as_strided((len(ids), block_size, head_size), (size, token, element))
+    return raw.reshape(*page_ids.shape[:-1], page_ids.shape[-1] * block_size, head_size)
 
 
 def gather_tokens(

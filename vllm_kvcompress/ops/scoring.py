@@ -49,7 +49,7 @@ def window_attention(
     num_heads, group, window, head_size = query.shape
     num_keys = key.shape[1]
     rows = query.float().reshape(num_heads, group * window, head_size)
-    logits = torch.bmm(rows, key.float().transpose(1, 2)) * scale
+    logits = torch.bmm(rows, key.float().transpose(1, 2)).mul_(scale)
     if logits_soft_cap > 0:
         logits = torch.tanh(logits / logits_soft_cap) * logits_soft_cap
     logits = logits.view(num_heads, group, window, num_keys)
@@ -81,9 +81,16 @@ def pool_scores(
         return reference.pool_scores(scores, kernel, kind)
     if kernel == 1 or scores.shape[-1] == 0:
         return scores
-    flat = scores.reshape(-1, 1, scores.shape[-1])
-    pool = F.max_pool1d if kind == "max" else F.avg_pool1d
-    return pool(flat, kernel, stride=1, padding=kernel // 2).view(scores.shape)
+    if kind == "max":
+        flat = scores.reshape(-1, 1, scores.shape[-1])
+        return F.max_pool1d(flat, kernel, stride=1, padding=kernel // 2).view(scores.shape)
+    # Faster on a CPU than torch's average pooling, and the same to the bit.
+    padded = F.pad(scores, (kernel // 2, kernel // 2))
+    first, *others = padded.unfold(-1, scores.shape[-1], 1).unbind(-2)
+    total = first.clone()
+    for other in others:
+        total += other
+    return total / kernel
 
 
 def projected_value_norm(
