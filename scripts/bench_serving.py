@@ -3,13 +3,13 @@
     python scripts/bench_serving.py --model MODEL --out OUT \\
       --variants stock span@0 span@0.875 --inputs 500 2000 --pools 2.5 8
 
-For every cell (prompt length x pool) a server is started for each variant in turn, and vLLM's own
-load generator sends random prompts to it, all at once, `--runs` times. The pool is given in dense
-requests (prompt and output) that it can hold, or `auto` for vLLM's own choice. Variants are
+For every cell (prompt length x pool) a server is started for each variant in turn, `--rounds`
+times over, and vLLM's own load generator sends random prompts to it, all at once. The pool is given
+in dense requests (prompt and output) that it can hold, or `auto` for vLLM's own choice. Variants are
 `stock`, `stock@BLOCK_SIZE`, or `METHOD[:option=value,...]@REMOVED`; `span@0` removes nothing.
-Ratios are of output tokens per second, against the first variant of the same cell. Written to OUT:
-serving.csv, serving.json, serving.png, and every run's own result in runs.jsonl, from which an
-interrupted benchmark goes on.
+Ratios are of median output tokens per second, against the first variant of the same cell. Written
+to OUT: serving.csv, serving.json, serving.png, and every run's own result in runs.jsonl, from which
+an interrupted benchmark goes on.
 
 Random prompts say nothing about quality (docs/quality.md does). Outputs have exactly `--output`
 tokens. `--dummy` fills the model with random weights, so that its config and a tokenizer are
@@ -71,49 +71,46 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[int, str]]:
             yield input_len, pool
 
 
-def bench_cell(
-    arguments: argparse.Namespace,
-    input_len: int,
-    pool: str,
-    variant: Variant,
-    done: int,
-    folder: Path,
-) -> Iterator[dict[str, Any]]:
-    """Runs of one variant in one cell that are still missing, one server for all of them."""
+def bench(
+    arguments: argparse.Namespace, input_len: int, pool: str, variant: Variant, seed: int
+) -> dict[str, Any]:
+    """One server, one workload."""
     request_tokens = input_len + arguments.output
     tokens = pool_tokens(pool, request_tokens)
     block_size = variant.block_size or arguments.block_size
     flags = server_flags(arguments, variant, block_size, tokens)
     flags += ["--max-model-len", str(request_tokens + SLACK_TOKENS)]
-    start = time.monotonic()
-    with serve(arguments.model, flags, folder / "server.log", arguments.timeout) as server:
-        print(f"  {variant.label}: up in {time.monotonic() - start:.0f} s", flush=True)
-        work = (input_len, arguments.output, arguments.prompts)
-        tokenizer = arguments.tokenizer or arguments.model
-        # Kernels are compiled and memory is touched by requests that do not count.
-        run_workload(server, arguments.model, tokenizer, input_len, 8, 2, 999, folder)
-        for index in range(done, arguments.runs):
-            result = run_workload(server, arguments.model, tokenizer, *work, index, folder)
-            print(
-                f"  {variant.label}: {result['output_throughput']:.1f} output tok/s, "
-                f"TPOT {result['median_tpot_ms']:.1f} ms, {result['peak_running']:.0f} running, "
-                f"{result['preemptions']:.0f} preemptions",
-                flush=True,
-            )
-            yield {
-                "input_len": input_len,
-                "output_len": arguments.output,
-                "pool": pool,
-                "pool_tokens": tokens,
-                "variant": variant.label,
-                "removed": variant.ratio,
-                "block_size": block_size,
-                "result": {
-                    key: value
-                    for key, value in result.items()
-                    if isinstance(value, int | float) or key == "date"
-                },
-            }
+    work = (input_len, arguments.output, arguments.prompts, seed)
+    tokenizer = arguments.tokenizer or arguments.model
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start = time.monotonic()
+        with serve(arguments.model, flags, folder / "server.log", arguments.timeout) as server:
+            up_s = time.monotonic() - start
+            # Kernels are compiled and memory is touched by requests that do not count.
+            run_workload(server, arguments.model, tokenizer, input_len, 8, 2, 999, folder)
+            result = run_workload(server, arguments.model, tokenizer, *work, folder)
+    print(
+        f"  {variant.label}: {result['output_throughput']:.1f} output tok/s, "
+        f"TPOT {result['median_tpot_ms']:.1f} ms, {result['peak_running']:.0f} running, "
+        f"{result['preemptions']:.0f} preemptions; up in {up_s:.0f} s",
+        flush=True,
+    )
+    return {
+        "input_len": input_len,
+        "output_len": arguments.output,
+        "pool": pool,
+        "pool_tokens": tokens,
+        "variant": variant.label,
+        "removed": variant.ratio,
+        "block_size": block_size,
+        "round": seed,
+        "result": {
+            key: value
+            for key, value in result.items()
+            if isinstance(value, int | float) or key == "date"
+        },
+    }
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -162,7 +159,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--concurrency", type=int, default=64, help="max_num_seqs")
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=3, help="per server")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--serve-args", default="", help="further arguments of vllm serve")
     parser.add_argument(
         "--timeout", type=float, default=900.0, help="seconds for a server to start"
@@ -177,20 +174,19 @@ def main() -> None:
     store = arguments.out / "runs.jsonl"
     lines = store.read_text().splitlines() if store.exists() else []
     runs = [json.loads(line) for line in lines]
-    for input_len, pool in cells(arguments):
-        print(f"{input_len} in, {arguments.output} out, pool {pool}", flush=True)
-        for variant in arguments.variants:
-            done = sum(
-                (run["input_len"], run["pool"], run["variant"]) == (input_len, pool, variant.label)
-                for run in runs
+    keys = ("input_len", "pool", "variant", "round")
+    done = {tuple(run[key] for key in keys) for run in runs}
+    for number in range(arguments.rounds):
+        for input_len, pool in cells(arguments):
+            print(
+                f"round {number}: {input_len} in, {arguments.output} out, pool {pool}", flush=True
             )
-            if done >= arguments.runs:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                for run in bench_cell(arguments, input_len, pool, variant, done, Path(folder)):
-                    runs.append(run)
-                    with store.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(run) + "\n")
+            for variant in arguments.variants:
+                if (input_len, pool, variant.label, number) in done:
+                    continue
+                runs.append(bench(arguments, input_len, pool, variant, number))
+                with store.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(runs[-1]) + "\n")
     rows = summarise(runs, arguments.variants[0].label)
     write(rows, environment(arguments), arguments.out, "serving")
     for row in rows:
