@@ -5,8 +5,8 @@
 
 For every cell (prompt length x pool) a server is started for each variant in turn, `--rounds`
 times over, and vLLM's own load generator sends random prompts to it, all at once. The pool is given
-in dense requests (prompt and output) that it can hold, or `auto` for vLLM's own choice. Variants are
-`stock`, `stock@BLOCK_SIZE`, or `METHOD[:option=value,...]@REMOVED`; `span@0` removes nothing.
+in dense requests (prompt and output) that it can hold, or `auto` for vLLM's own choice. Variants
+are `stock`, `stock@BLOCK_SIZE`, or `METHOD[:option=value,...]@REMOVED`; `span@0` removes nothing.
 Ratios are of median output tokens per second, against the first variant of the same cell. Written
 to OUT: serving.csv, serving.json, serving.png, and every run's own result in runs.jsonl, from which
 an interrupted benchmark goes on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from paged_pool import DEVICE, PagedBatch, Request, Shape, compressed, make_batch
 
 from vllm_kvcompress import ops
+from vllm_kvcompress.ops import decode
 
 BASE = Shape()
 
@@ -278,3 +280,18 @@ def test_shapes_that_do_not_fit_are_refused(device):
         arguments[position] = wrong
         with pytest.raises(ValueError, match=message):
             ops.ragged_decode(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("capability", "is_refused"), [((8, 0), True), ((8, 9), False), ((9, 0), False)]
+)
+def test_fp8_e4m3_is_refused_where_the_gpu_has_no_such_type(monkeypatch, capability, is_refused):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    pool = SimpleNamespace(is_cuda=True, dtype=torch.float8_e4m3fn, device="cuda:0")
+    other = SimpleNamespace(is_cuda=True, dtype=torch.float8_e5m2, device="cuda:0")
+    decode.triton_kernels(other)
+    if is_refused:
+        with pytest.raises(RuntimeError, match=r"need compute capability 8.9, this GPU has 8.0"):
+            decode.triton_kernels(other, pool)
+    else:
+        decode.triton_kernels(other, pool)

@@ -30,7 +30,8 @@ def triton_kernels(*tensors: torch.Tensor) -> ModuleType:
     """The package's Triton kernels, if they can run on these tensors.
 
     Raises:
-        RuntimeError: without Triton, or for CPU tensors outside Triton's interpreter.
+        RuntimeError: without Triton, for CPU tensors outside Triton's interpreter, or for fp8 e4m3
+            on a GPU that has no such type.
     """
     try:
         kernels = importlib.import_module("vllm_kvcompress.triton_kernels")
@@ -42,6 +43,15 @@ def triton_kernels(*tensors: torch.Tensor) -> ModuleType:
             f"the triton backend needs CUDA tensors, got {on_cpu[0].device} "
             "(set TRITON_INTERPRET=1 before triton is imported to run it on the CPU)"
         )
+    for tensor in tensors:
+        if not tensor.is_cuda or tensor.dtype != torch.float8_e4m3fn:
+            continue
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if capability < (8, 9):
+            raise RuntimeError(
+                "fp8 e4m3 caches need compute capability 8.9, this GPU has "
+                f"{capability[0]}.{capability[1]}; e5m2 works"
+            )
     return kernels
 
 
