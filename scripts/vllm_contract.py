@@ -36,6 +36,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "config/scheduler.py": (
         "SchedulerConfig.async_scheduling",
+        "SchedulerConfig.disable_hybrid_kv_cache_manager",
         "SchedulerConfig.long_prefill_token_threshold",
         "SchedulerConfig.max_num_batched_tokens",
         "SchedulerConfig.max_num_scheduled_tokens",
@@ -126,6 +127,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "KVCacheConfig.kv_cache_groups",
         "KVCacheSpec.max_num_blocks_per_req(self, vllm_config, max_len)",
         "KVQuantMode.NONE",
+        "SlidingWindowSpec",
     ),
     "v1/kv_cache_layout.py": ("KVCacheLayout.BLHNC",),
     "v1/kv_cache_spec_registry.py": (
@@ -140,6 +142,10 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "v1/worker/cpu_worker.py": ("CPUWorker.init_device(self)",),
     "v1/worker/gpu_input_batch.py": ("InputBatch.num_prompt_tokens", "InputBatch.req_ids"),
+    "v1/worker/utils.py": (
+        "AttentionGroup.kv_cache_group_id",
+        "AttentionGroup.metadata_builders",
+    ),
     "v1/worker/gpu_worker.py": (
         "Worker.execute_model(self, scheduler_output)",
         "Worker.get_kv_cache_spec(self)",

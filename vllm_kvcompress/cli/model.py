@@ -90,9 +90,14 @@ def _problem(config: Any, text_config: Any) -> str | None:
         (config.is_encoder_decoder, "encoder-decoder models"),
         (not getattr(text_config, "num_attention_heads", None), "attention-free models"),
         (
+            "sliding_attention" in layer_types and "full_attention" in layer_types,
+            "models that mix sliding-window layers with full attention in `plan`; engines compress "
+            "their full-attention layers",
+        ),
+        (
             (has_window and getattr(text_config, "use_sliding_window", True))
             or "sliding_attention" in layer_types,
-            "models with sliding-window layers",
+            "models with sliding-window layers only",
         ),
         (
             layer_types - _FULL_ATTENTION,

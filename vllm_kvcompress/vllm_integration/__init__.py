@@ -1,1 +1,1 @@
-"""The seam: the only folder that imports vLLM. See `compat` for every name it relies on."""
+"""The seam: the only folder that imports vLLM; scripts/vllm_contract.py lists what it relies on."""

@@ -319,6 +319,12 @@ class KVCompressManager(FullAttentionManager):
         )
 
 
+def compressing_manager(coordinator: Any) -> KVCompressManager:
+    """The one of a coordinator's block managers that compresses."""
+    (manager,) = (m for m in coordinator.single_type_managers if isinstance(m, KVCompressManager))
+    return manager
+
+
 def register_spec() -> None:
     """Tell vLLM which manager serves our spec. Idempotent."""
     # Looking a stock spec up makes vLLM register its own first; it skips that when the

@@ -10,6 +10,7 @@ import vllm
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError, merge_settings
 from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
+from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager
 from vllm_kvcompress.vllm_integration.metrics import merge_rank_stats
 from vllm_kvcompress.vllm_integration.register import register
 
@@ -84,7 +85,7 @@ class LLM(vllm.LLM):
                 "kv_compress_reconfigure needs the engine in this process: set "
                 "VLLM_ENABLE_V1_MULTIPROCESSING=0"
             )
-        (manager,) = core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        manager = compressing_manager(core.scheduler.kv_cache_manager.coordinator)
         geometry = Geometry(config, manager.block_size)
         max_len = self.llm_engine.vllm_config.model_config.max_model_len
         at_start = KVCompressConfig.from_dict(

@@ -11,6 +11,8 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager
+
 
 class _EndAtCompactionPoint:
     """Mixin for vLLM's schedulers."""
@@ -22,7 +24,7 @@ class _EndAtCompactionPoint:
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        (manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        manager = compressing_manager(self.kv_cache_manager.coordinator)
         geometry = manager.geometry.of(request.num_prompt_tokens)
         missing = geometry.compact_len - num_computed_tokens
         if geometry.is_compressed and 0 < missing < num_new_tokens:

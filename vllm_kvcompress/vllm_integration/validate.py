@@ -64,6 +64,11 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         vllm_config.cache_config,
     )
     config.check_block_size(cache.block_size)
+    text_config = model.hf_text_config
+    windows = getattr(text_config, "sliding_window", None) is not None and getattr(
+        text_config, "use_sliding_window", True
+    )
+    layer_types = getattr(text_config, "layer_types", None) or ()
     problems = (
         (model.runner_type != "generate", f"pooling models (runner {model.runner_type!r})"),
         (model.use_mla, "MLA models, whose cache has no KV heads"),
@@ -71,9 +76,12 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         (model.is_attention_free, "attention-free models"),
         (model.is_hybrid, "hybrid state-space models"),
         (
-            getattr(model.hf_text_config, "sliding_window", None) is not None
-            and getattr(model.hf_text_config, "use_sliding_window", True),
-            "models with sliding-window layers",
+            windows and "full_attention" not in layer_types,
+            "models with sliding-window layers only",
+        ),
+        (
+            windows and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
+            "sliding-window layers without vLLM's hybrid KV cache manager",
         ),
         (vllm_config.kv_transfer_config is not None, "a KV transfer connector"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),

@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheSpec,
     KVQuantMode,
+    SlidingWindowSpec,
 )
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -56,6 +57,8 @@ class KVCompressCPUWorker(CPUWorker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The stock specs, full-attention layers carrying our config.
 
+        Layers with a sliding window stay stock.
+
         Raises:
             KVCompressConfigError: if the model has layers that cannot be compressed.
         """
@@ -63,22 +66,29 @@ class KVCompressCPUWorker(CPUWorker):
         attention = self.vllm_config.compilation_config.static_forward_context
         one_shot_tokens = _one_shot_tokens(self.vllm_config.scheduler_config)
         out: dict[str, KVCacheSpec] = {}
+        compressed: dict[str, KVCompressSpec] = {}
         for name, spec in specs.items():
+            if type(spec) is SlidingWindowSpec:
+                out[name] = spec
+                continue
             if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
                 raise KVCompressConfigError(
-                    f"KV compression needs full attention in every layer; layer {name} has "
-                    f"{type(spec).__name__}"
+                    "KV compression needs layers with full attention or a sliding window; layer "
+                    f"{name} has {type(spec).__name__}"
                 )
             problem = _layer_problem(attention[name], spec)
             if problem:
                 raise KVCompressConfigError(f"KV compression cannot handle layer {name}: {problem}")
-            out[name] = KVCompressSpec.from_full_attention(spec, self._config, one_shot_tokens)
-        shapes = {(spec, attention[name].num_heads) for name, spec in out.items()}
+            compressed[name] = KVCompressSpec.from_full_attention(
+                spec, self._config, one_shot_tokens
+            )
+        out.update(compressed)
+        shapes = {(spec, attention[name].num_heads) for name, spec in compressed.items()}
         if len(shapes) > 1:
             raise KVCompressConfigError(
-                f"KV compression needs the same heads in every layer; found {shapes}"
+                f"KV compression needs the same heads in every full layer; found {shapes}"
             )
-        if not out:
+        if not compressed:
             raise KVCompressConfigError("KV compression: this model has no KV cache to compress")
         if self.model_runner.shared_kv_cache_layers:
             raise KVCompressConfigError(
@@ -92,7 +102,14 @@ class KVCompressCPUWorker(CPUWorker):
         super().initialize_from_config(kv_cache_config)
         runner = self.model_runner
         context = self.vllm_config.compilation_config.static_forward_context
-        (group,) = runner.kv_cache_config.kv_cache_groups
+        groups = runner.kv_cache_config.kv_cache_groups
+        ours = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, KVCompressSpec)]
+        if len(ours) != 1:
+            raise KVCompressConfigError(
+                "KV compression needs all layers with full attention in one group of blocks; vLLM "
+                f"makes {len(ours)} of them beside {len(groups) - len(ours)} groups of other layers"
+            )
+        group = groups[ours[0]]
         spec = group.kv_cache_spec
         names = sorted(group.layer_names, key=extract_layer_index)
         self._layer_names = names
@@ -105,6 +122,12 @@ class KVCompressCPUWorker(CPUWorker):
             block_size=spec.block_size,
         )
         check_table_shape(self._config, shape.num_layers, shape.num_kv_heads)
+        block_elements = shape.pages_per_block * 2 * shape.block_size * shape.head_size
+        if layers[0].kv_cache.stride(0) != block_elements:
+            raise KVCompressConfigError(
+                f"KV compression does not support how vLLM lays out this model: blocks of its "
+                f"{shape.num_layers} full-attention layers are padded to the size of the others'"
+            )
         order = find_page_order(layers[0].isa, spec.block_size, spec.head_size, spec.dtype)
         self._engine = WorkerEngine(
             config=self._config,
@@ -116,6 +139,8 @@ class KVCompressCPUWorker(CPUWorker):
             stats=self._stats,
         )
         for attn_group in runner._attn_group_iterator():
+            if attn_group.kv_cache_group_id != ours[0]:
+                continue
             for builder in attn_group.metadata_builders:
                 builder.engine = self._engine
         if self.rank == 0:

@@ -1,0 +1,168 @@
+"""Models that mix sliding-window layers with full attention: only the latter are compressed.
+
+Tiny Gemma-3 models with random weights, in float32.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+RATIO = 0.75
+WINDOW, FULL = "sliding_attention", "full_attention"
+
+
+def _make_model(folder, model, layer_types):
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=49152,
+        hidden_size=192,
+        intermediate_size=256,
+        num_hidden_layers=len(layer_types),
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=128,
+        layer_types=layer_types,
+        max_position_embeddings=4096,
+        query_pre_attn_scalar=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    network = Gemma3ForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            # As drawn, no token would matter more than another.
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                weight.mul_(8)
+    network.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def tiny_gemma(model, tmp_path_factory):
+    return _make_model(tmp_path_factory.mktemp("gemma"), model, [WINDOW, WINDOW, FULL] * 2)
+
+
+@pytest.fixture(scope="module")
+def start(start_engine):
+    """Engines of this process, so that a scheduler can be given another setting."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+        def start(path, **settings):
+            from vllm_kvcompress import LLM
+
+            defaults = {
+                "dtype": "float32",
+                "max_model_len": 2048,
+                "max_num_seqs": 8,
+                "kv_cache_memory_bytes": 64 << 20,
+                "block_size": 32,
+                "enforce_eager": True,
+                "disable_log_stats": False,
+            }
+            return LLM(path, **{**defaults, **settings})
+
+        yield start
+
+
+def _prompt(length):
+    draw = random.Random(length).randrange
+    return [draw(5, 40_000) for _ in range(length)]
+
+
+PROMPTS = [_prompt(length) for length in (700, 901, 64, 1100)]
+
+
+def _texts(engine, prompts=PROMPTS):
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = engine.generate(requests, params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs], outputs
+
+
+@pytest.fixture(scope="module")
+def stock_texts(tiny_gemma, start):
+    engine = start(tiny_gemma)
+    texts, _ = _texts(engine)
+    engine.llm_engine.engine_core.shutdown()
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    return texts
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_gemma, start, stock_texts):
+    # After the stock engine: one at a time in a process.
+    engine = start(tiny_gemma, kv_compress="span", kv_compress_ratio=RATIO)
+    yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def _configure(engine, ratio, one_shot="auto", method="span"):
+    engine.kv_compress_reconfigure(method=method, ratio=ratio, options={"one_shot": one_shot})
+    engine.reset_prefix_cache()
+
+
+def test_nothing_evicted_is_stock(engine, stock_texts) -> None:
+    _configure(engine, 0.0)
+    texts, _ = _texts(engine)
+    assert texts == stock_texts
+
+
+@pytest.mark.parametrize("method", ["span", "pyramidkv", "h2o"])
+def test_only_full_attention_layers_are_compressed(
+    engine, stock_texts, method, read_metric
+) -> None:
+    results = {}
+    for one_shot in ("never", "always"):
+        _configure(engine, RATIO, one_shot, method)
+        results[one_shot], outputs = _texts(engine)
+        by_id = {r["request_id"]: r for r in engine.kv_compress_stats()["requests"]}
+        for output, prompt in zip(outputs, PROMPTS, strict=True):
+            record = by_id[output.request_id]
+            assert record["compressed"] == (len(prompt) > 64)
+            if record["compressed"]:
+                # Two of the six layers.
+                assert [len(heads) for heads in record["kept_per_head"]] == [2, 2]
+                assert record["one_shot"] == (one_shot == "always")
+    assert results["always"] == results["never"]
+    # The short prompt stays whole; what is evicted of the others matters.
+    assert results["never"][2] == stock_texts[2]
+    assert results["never"] != stock_texts
+    _texts(engine, [[5, 6, 7]])
+    assert read_metric(engine, "vllm:kv_cache_usage_perc") == 0.0
+
+
+def test_prefix_hits_give_the_same_text(engine) -> None:
+    _configure(engine, RATIO)
+    texts, hits = zip(*(_texts(engine, PROMPTS[3:]) for _ in range(3)), strict=True)
+    assert texts[0] == texts[1] == texts[2]
+    # vLLM keeps of the windowed layers only blocks where it expects a hit, at the prompt's end.
+    # Ours ends before the scoring window; there it keeps them from the second time on.
+    cached = [output.num_cached_tokens for (output,) in hits]
+    assert cached[:2] == [0, 0]
+    assert len(PROMPTS[3]) - 16 - 32 <= cached[2] <= len(PROMPTS[3]) - 16
+
+
+def test_padded_blocks_are_refused(model, tmp_path, start, engine) -> None:
+    from vllm_kvcompress import KVCompressConfigError
+
+    engine.llm_engine.engine_core.shutdown()
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    path = _make_model(tmp_path, model, [WINDOW, FULL] * 5 + [WINDOW])
+    with pytest.raises(KVCompressConfigError, match="5 full-attention layers are padded"):
+        start(path, kv_compress="span", kv_compress_ratio=RATIO)
