@@ -402,25 +402,3 @@ def test_refused_setting_leaves_the_old_one_in_place(engine, prompts, setting, m
     expected = KVCompressConfig("tova", budget=BUDGET)
     assert _setting(engine) == (expected, expected)
     _pages(_records(engine, _generate(engine, prompts[:1], max_tokens=2))[0])
-
-
-def test_no_suffix_in_an_engine_started_without(engine, monkeypatch) -> None:
-    started = engine.llm_engine.vllm_config.additional_config["kv_compress"]
-    monkeypatch.setitem(started["options"], "suffix_tokens", 0)
-    with pytest.raises(KVCompressConfigError, match="started without suffix_tokens"):
-        engine.kv_compress_reconfigure(method="snapkv", budget=BUDGET, suffix_tokens=20)
-
-
-def test_no_other_setting_while_requests_run(engine, prompts) -> None:
-    from vllm import SamplingParams
-
-    engine.kv_compress_reconfigure(method="tova", budget=BUDGET)
-    llm_engine = engine.llm_engine
-    llm_engine.add_request("running", prompts[0], SamplingParams(max_tokens=3, ignore_eos=True))
-    llm_engine.step()
-    with pytest.raises(RuntimeError, match="1 requests still run under the old setting"):
-        engine.kv_compress_reconfigure(method="snapkv", budget=BUDGET)
-    while llm_engine.has_unfinished_requests():
-        llm_engine.step()
-    assert {config.method for config in _setting(engine)} == {"tova"}
-    engine.kv_compress_reconfigure(method="snapkv", budget=BUDGET)

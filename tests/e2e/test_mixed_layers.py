@@ -8,16 +8,15 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
+from tiny_models import make_model
 
 RATIO = 0.75
 WINDOW, FULL = "sliding_attention", "full_attention"
 
 
-def _make_model(folder, model, layer_types):
-    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+def _make_gemma(folder, model, layer_types):
+    from transformers import Gemma3TextConfig
 
-    torch.manual_seed(0)
     config = Gemma3TextConfig(
         vocab_size=49152,
         hidden_size=192,
@@ -34,20 +33,12 @@ def _make_model(folder, model, layer_types):
         eos_token_id=2,
         pad_token_id=2,
     )
-    network = Gemma3ForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            # As drawn, no token would matter more than another.
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                weight.mul_(8)
-    network.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-    return str(folder)
+    return make_model(folder, model, config)
 
 
 @pytest.fixture(scope="module")
 def tiny_gemma(model, tmp_path_factory):
-    return _make_model(tmp_path_factory.mktemp("gemma"), model, [WINDOW, WINDOW, FULL] * 2)
+    return _make_gemma(tmp_path_factory.mktemp("gemma"), model, [WINDOW, WINDOW, FULL] * 2)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +154,6 @@ def test_padded_blocks_are_refused(model, tmp_path, start, engine) -> None:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
-    path = _make_model(tmp_path, model, [WINDOW, FULL] * 5 + [WINDOW])
+    path = _make_gemma(tmp_path, model, [WINDOW, FULL] * 5 + [WINDOW])
     with pytest.raises(KVCompressConfigError, match="5 full-attention layers are padded"):
         start(path, kv_compress="span", kv_compress_ratio=RATIO)

@@ -145,18 +145,16 @@ def test_model_that_cannot_be_compressed(config, message, tmp_path) -> None:
         _engine_config(model, GOOD, skip_tokenizer_init=True, block_size=32)
 
 
-def test_suffix_brings_its_own_scheduler(model) -> None:
-    setting = {**GOOD, "suffix_tokens": 20}
+def test_compression_brings_its_own_scheduler(model) -> None:
     own = "vllm_kvcompress.vllm_integration.scheduler.KVCompressScheduler"
-    assert _engine_config(model, GOOD).scheduler_config.scheduler_cls is None
-    assert _engine_config(model, setting).scheduler_config.scheduler_cls == own
-    again = _engine_config(model, setting, scheduler_cls=own)
+    assert _engine_config(model, GOOD).scheduler_config.scheduler_cls == own
+    again = _engine_config(model, GOOD, scheduler_cls=own)
     assert again.scheduler_config.scheduler_cls == own
-    with pytest.raises(KVCompressConfigError, match=r"suffix_tokens .* 'some\.other\.Scheduler'"):
-        _engine_config(model, setting, scheduler_cls="some.other.Scheduler")
+    with pytest.raises(KVCompressConfigError, match=r"cannot use 'some\.other\.Scheduler'"):
+        _engine_config(model, GOOD, scheduler_cls="some.other.Scheduler")
 
 
-def test_suffix_with_asynchronous_scheduling_brings_the_asynchronous_scheduler() -> None:
+def test_with_asynchronous_scheduling_it_brings_the_asynchronous_scheduler() -> None:
     from types import SimpleNamespace
 
     from vllm.utils.import_utils import resolve_obj_by_qualname

@@ -1,7 +1,7 @@
 """A scheduler and a worker around vLLM's KVCacheManager with our block manager in it.
 
 `Machine` plays vLLM's scheduler (v1/core/sched/scheduler.py, FCFS) and a worker that records
-what is in every slot; where a chunk ends is asked of our own scheduler if there is a suffix.
+what is in every slot; where a chunk ends is asked of our own scheduler.
 `Machine.check` holds the invariants and runs after every operation.
 A failing random run prints its setup, seed and the log of operations.
 """
@@ -165,8 +165,6 @@ class Machine:
 
     def end_of_chunk(self, sequence: Sequence, start: int, num_new: int) -> int:
         """`num_new`, or fewer if our scheduler ends the chunk at the compaction point."""
-        if not self.setup.suffix:
-            return num_new
         allowed = self.scheduler._reserve_prefill_lookahead(sequence.request, start, num_new)
         self.seen["chunk cut at the compaction point"] += allowed < num_new
         return allowed
@@ -223,9 +221,6 @@ class Machine:
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = hit
         self.seen["hit"] += hit > 0
-        self.seen["resumed past the prompt"] += (
-            hit + num_new > sequence.prompt_len and self.is_compressed(sequence)
-        )
         self._write(sequence, hit, hit + num_new)
         self.done(what)
         return True
@@ -303,8 +298,7 @@ class Machine:
             self.slots[block.block_id][position % self.bs] = label
         if not self.is_compressed(sequence):
             return
-        if self.setup.suffix:
-            assert not start < compact_len < end, f"[{start}, {end}) crosses {compact_len}"
+        assert not start < compact_len < end, f"[{start}, {end}) crosses {compact_len}"
         if start < compact_len:
             self.seen["chunk ends in the last partial block"] += boundary < end < compact_len
             self.seen["last chunk below the window"] += (

@@ -73,8 +73,7 @@ class LLM(vllm.LLM):
         Raises:
             KVCompressConfigError: if a setting cannot work, or needs what this engine was not
                 started with: the engine must run in this process (environment variable
-                VLLM_ENABLE_V1_MULTIPROCESSING=0), with a region at least as large, and with
-                suffix_tokens > 0 if the new setting has it.
+                VLLM_ENABLE_V1_MULTIPROCESSING=0), with a region at least as large.
             RuntimeError: if requests are still running.
         """
         self._require_compression()
@@ -97,8 +96,6 @@ class LLM(vllm.LLM):
                 f"the new setting needs rows of {geometry.max_request_blocks(max_len)} blocks, "
                 f"the engine was started with {room}; start it with a larger budget"
             )
-        if config.option("suffix_tokens") > 0 and at_start.option("suffix_tokens") == 0:
-            raise KVCompressConfigError("the engine was started without suffix_tokens")
         before = manager.kv_cache_spec.kv_compress
         manager.reconfigure(config)
         try:

@@ -1,7 +1,9 @@
-"""Schedulers that end a chunk at the compaction point (option suffix_tokens, experimental).
+"""vLLM's schedulers, with chunks that end at the compaction point.
 
-Without the option stock schedulers serve: the compaction point is then the prompt's end, where
-a chunk ends anyway.
+A new request's chunk ends at its prompt's end anyway. A preempted one comes back with tokens that
+it had generated, which belong behind the compaction: computed with the prompt they would attend to
+all of it, and the text would go on otherwise than if nothing had happened. And with the option
+suffix_tokens the compaction point lies before the prompt's end.
 """
 
 from __future__ import annotations

@@ -98,8 +98,7 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         if is_problem:
             raise KVCompressConfigError(f"KV compression does not support {what}")
     check_table_shape(config, model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
-    if config.option("suffix_tokens") > 0:
-        _use_own_scheduler(vllm_config.scheduler_config)
+    _use_own_scheduler(vllm_config.scheduler_config)
 
 
 def check_table_shape(config: KVCompressConfig, num_layers: int, num_kv_heads: int) -> None:
@@ -121,7 +120,7 @@ def _use_own_scheduler(scheduler_config: Any) -> None:
     path = f"vllm_kvcompress.vllm_integration.scheduler.{name}"
     if scheduler_config.scheduler_cls not in (None, path):
         raise KVCompressConfigError(
-            "KV-compression option suffix_tokens brings its own scheduler class and cannot use "
+            "KV compression brings its own scheduler class and cannot use "
             f"{scheduler_config.scheduler_cls!r}"
         )
     scheduler_config.scheduler_cls = path

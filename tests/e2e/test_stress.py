@@ -1,0 +1,98 @@
+"""Two hundred requests, aborts, and a pool that is far too small for them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tiny_models import make_model
+
+NUM_REQUESTS = 200
+MAX_LEN = 640
+# The largest request, and a little more.
+NUM_BLOCKS = 28
+
+
+@pytest.fixture(scope="module")
+def engine(start_engine, model, tmp_path_factory):
+    from transformers import LlamaConfig
+
+    from vllm_kvcompress import LLM
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        engine = LLM(
+            make_model(tmp_path_factory.mktemp("llama"), model, config),
+            kv_compress="span",
+            kv_compress_ratio=0.75,
+            dtype="float32",
+            max_model_len=MAX_LEN,
+            max_num_seqs=32,
+            max_num_batched_tokens=512,
+            num_gpu_blocks_override=NUM_BLOCKS,
+            kv_cache_memory_bytes=64 << 20,
+            block_size=32,
+            enforce_eager=True,
+            disable_log_stats=False,
+        )
+        yield engine
+    engine.llm_engine.engine_core.shutdown()
+
+
+def _params(max_tokens):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def test_texts_are_those_of_requests_run_one_by_one(engine, read_metric) -> None:
+    rng = random.Random(0)
+    shared = [rng.randrange(5, 40_000) for _ in range(300)]
+    requests = []
+    for _ in range(NUM_REQUESTS):
+        length = rng.choice((rng.randint(1, 60), rng.randint(100, 350), rng.randint(400, 560)))
+        start = shared[: rng.choice((0, 0, 200, 300))][:length]
+        prompt = start + [rng.randrange(5, 40_000) for _ in range(length - len(start))]
+        requests.append((prompt, rng.randint(1, 70)))
+    llm_engine, outputs, aborted, waiting = engine.llm_engine, {}, set(), list(range(NUM_REQUESTS))
+    while waiting or llm_engine.has_unfinished_requests():
+        for _ in range(rng.choice((0, 1, 1, 2, 5))):
+            if waiting:
+                name = waiting.pop(0)
+                prompt, max_tokens = requests[name]
+                llm_engine.add_request(str(name), {"prompt_token_ids": prompt}, _params(max_tokens))
+        for output in llm_engine.step():
+            outputs[output.request_id] = output
+        if rng.random() < 0.03:
+            live = [n for n in range(NUM_REQUESTS - len(waiting)) if str(n) not in aborted]
+            live = [n for n in live if str(n) not in outputs or not outputs[str(n)].finished]
+            if live:
+                name = str(rng.choice(live))
+                llm_engine.abort_request([name])
+                aborted.add(name)
+    records = {r["request_id"]: r for r in engine.kv_compress_stats()["requests"]}
+    assert len(aborted) > 10
+    assert read_metric(engine, "vllm:num_preemptions") > 10
+    assert sum(record["one_shot"] for record in records.values()) > 10
+    assert sum(record["num_prefills"] > 1 and record["compressed"] for record in records.values())
+    differing = []
+    for name, (prompt, max_tokens) in enumerate(requests):
+        if str(name) in aborted:
+            continue
+        request = {"prompt_token_ids": prompt}
+        (alone,) = engine.generate(request, _params(max_tokens), use_tqdm=False)
+        expected = list(alone.outputs[0].token_ids)
+        if list(outputs[str(name)].outputs[0].token_ids) != expected:
+            differing.append((name, len(prompt), records[str(name)]))
+    assert not differing
+    assert read_metric(engine, "vllm:kv_cache_usage_perc") == 0.0
