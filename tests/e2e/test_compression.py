@@ -186,9 +186,9 @@ def test_preemption_and_resume_when_tails_outgrow_the_pool(engine, needle, read_
     assert all(len(o.outputs[0].token_ids) == 380 for o in outputs.values())
     # A resumed request goes on with the text that it would have had alone.
     preempted = [r["request_id"] for r in records if r["num_prefills"] > 1]
-    for name in (preempted[0], "r0"):
-        again = _generate(engine, [prompts[int(name[1:])]], max_tokens=380, ignore_eos=True)[0]
-        assert outputs[name].outputs[0].token_ids == again.outputs[0].token_ids
+    name = preempted[0]
+    (again,) = _generate(engine, [prompts[int(name[1:])]], max_tokens=380, ignore_eos=True)
+    assert outputs[name].outputs[0].token_ids == again.outputs[0].token_ids
 
 
 def test_parallel_samples_stop_strings_and_logprobs(engine, needle) -> None:
