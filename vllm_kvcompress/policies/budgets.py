@@ -91,21 +91,85 @@ def stream_budgets(
         ValueError: if a table's shape is not the model's.
     """
     num_layers, num_heads, num_entries = scores.shape
-    if budgets == "joint":
-        flat = scores.reshape(num_layers * num_heads, num_entries)
-        guaranteed = _guaranteed(options["floor"], mean_pages, page_size)
-        pages = _compete(flat, mean_pages, page_size, guaranteed)
-        sure = torch.full((num_layers,), guaranteed)
-        return StreamBudgets(pages.view(num_layers, num_heads), sure)
-    if budgets == "static":
-        check_table(options["table"], num_layers, num_heads)
-    rows = [
-        layer_budgets(budgets, scores[layer], layer, num_layers, mean_pages, page_size, options)
-        for layer in range(num_layers)
+    plan = plan_budgets(
+        budgets, num_layers, num_heads, mean_pages, num_entries // page_size, page_size, options
+    )
+    if plan.num_pages is not None:
+        return StreamBudgets(plan.num_pages, plan.guaranteed_per_layer(num_layers))
+    groups = scores.reshape(plan.num_groups, -1, num_entries)
+    pages = [
+        _compete(group, int(total), page_size, int(sure))
+        for group, total, sure in zip(groups, plan.total_pages, plan.guaranteed, strict=True)
     ]
     return StreamBudgets(
-        torch.stack([pages for pages, _ in rows]), torch.tensor([sure for _, sure in rows])
+        torch.stack(pages).view(num_layers, num_heads), plan.guaranteed_per_layer(num_layers)
     )
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """What is known of a prompt's budgets before its scores are.
+
+    Attributes:
+        num_pages: [L, H] int64, if scores have no say in it; else None.
+        total_pages: [G] int64 pages to share in each group of streams that compete: the heads of
+            a layer (G = L) or all of them (G = 1). Empty if there are none.
+        guaranteed: [G] int64, entries that each stream of a group is assured of.
+    """
+
+    num_pages: torch.Tensor | None
+    total_pages: torch.Tensor
+    guaranteed: torch.Tensor
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return self.total_pages.numel()
+
+    def guaranteed_per_layer(self, num_layers: int) -> torch.Tensor:
+        """[L] int64, entries that each head of a layer is assured of."""
+        if self.num_pages is not None:
+            return torch.zeros(num_layers, dtype=torch.int64)
+        return self.guaranteed.expand(num_layers)
+
+
+def plan_budgets(
+    budgets: str,
+    num_layers: int,
+    num_heads: int,
+    mean_pages: int,
+    max_pages: int,
+    page_size: int,
+    options: Mapping[str, Any],
+) -> BudgetPlan:
+    """What `stream_budgets` can tell without scores.
+
+    Args:
+        budgets, mean_pages, page_size, options: as there.
+        num_layers, num_heads: L and H.
+        max_pages: pages a stream has to choose from.
+
+    Raises:
+        ValueError: if a table's shape is not the model's.
+    """
+    none = torch.empty(0, dtype=torch.int64)
+    if budgets == "joint":
+        guaranteed = _guaranteed(options["floor"], mean_pages, page_size)
+        total = mean_pages * num_layers * num_heads
+        return BudgetPlan(None, torch.tensor([total]), torch.tensor([guaranteed]))
+    if budgets == "static":
+        check_table(options["table"], num_layers, num_heads)
+        if isinstance(options["table"][0], tuple):
+            total = mean_pages * num_layers * num_heads
+            weights = [weight for row in options["table"] for weight in row]
+            pages = apportion(_shares(weights, total), total, 1, max_pages)
+            return BudgetPlan(torch.tensor(pages).view(num_layers, num_heads), none, none)
+    means = layer_pages(budgets, mean_pages, num_layers, max_pages, options)
+    if budgets in ("ada", "ada-pyramid"):
+        sure = [_guaranteed(options["alpha"], mean, page_size) for mean in means]
+        totals = [mean * num_heads for mean in means]
+        return BudgetPlan(None, torch.tensor(totals), torch.tensor(sure))
+    return BudgetPlan(torch.tensor(means)[:, None].expand(-1, num_heads), none, none)
 
 
 def layer_budgets(
@@ -130,16 +194,11 @@ def layer_budgets(
     """
     num_heads, num_entries = scores.shape
     max_pages = num_entries // page_size
-    if budgets == "static" and isinstance(options["table"][0], tuple):
-        total = mean_pages * num_layers * num_heads
-        weights = [weight for row in options["table"] for weight in row]
-        pages = apportion(_shares(weights, total), total, 1, max_pages)
-        return torch.tensor(pages[layer * num_heads : (layer + 1) * num_heads]), 0
-    mean = layer_pages(budgets, mean_pages, num_layers, max_pages, options)[layer]
-    if budgets in ("ada", "ada-pyramid"):
-        sure = _guaranteed(options["alpha"], mean, page_size)
-        return _compete(scores, mean, page_size, sure), sure
-    return torch.full((num_heads,), mean), 0
+    plan = plan_budgets(budgets, num_layers, num_heads, mean_pages, max_pages, page_size, options)
+    if plan.num_pages is not None:
+        return plan.num_pages[layer], 0
+    sure = int(plan.guaranteed[layer])
+    return _compete(scores, int(plan.total_pages[layer]), page_size, sure), sure
 
 
 def joint_most_entries(
@@ -193,12 +252,9 @@ def _guaranteed(share: float, mean_pages: int, page_size: int) -> int:
     return max(1, guaranteed) if page_size == 1 else guaranteed
 
 
-def _compete(
-    scores: torch.Tensor, mean_pages: int, page_size: int, guaranteed: int
-) -> torch.Tensor:
-    """[R] pages for R rows that compete for mean_pages * R of them."""
-    num_rows, num_entries = scores.shape
-    total = mean_pages * num_rows
+def _compete(scores: torch.Tensor, total: int, page_size: int, guaranteed: int) -> torch.Tensor:
+    """[R] pages for R rows that compete for `total` of them."""
+    num_entries = scores.shape[1]
     counts = ops.joint_top_counts(scores, total * page_size, guaranteed)
     if page_size == 1:
         return counts
