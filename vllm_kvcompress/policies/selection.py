@@ -10,7 +10,7 @@ import torch
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.budgets import StreamBudgets, stream_budgets
+from vllm_kvcompress.policies.budgets import stream_budgets
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ def select(
     flat = first.flatten(0, 1)
     if all(layer.second is not None for layer in entries):
         second = torch.stack([layer.second for layer in entries if layer.second is not None])
-        tokens_per_entry = block_size // page_size
-        flat = _two_stages(
-            flat,
-            second.flatten(0, 1),
-            _first_stage_counts(budgets, counts, options, tokens_per_entry, num_tail_tokens),
+        in_first = first_stage_counts(
+            counts,
+            budgets.guaranteed.repeat_interleave(first.shape[1]),
+            options["first_stage"],
+            block_size // page_size,
+            num_tail_tokens,
         )
+        flat = _two_stages(flat, second.flatten(0, 1), in_first)
     return Selection(budgets.num_pages, ops.select_top(flat, counts), config.granularity)
 
 
@@ -92,20 +94,31 @@ def entry_scores(scores: LayerScores, config: KVCompressConfig, block_size: int)
     return LayerScores(first, second)
 
 
-def _first_stage_counts(
-    budgets: StreamBudgets,
+def first_stage_counts(
     counts: torch.Tensor,
-    options: dict,
+    guaranteed: torch.Tensor,
+    share: float,
     tokens_per_entry: int,
-    num_tail_tokens: int,
+    num_tail_tokens: torch.Tensor | int,
 ) -> torch.Tensor:
-    # As in kvpress, the share is one of all kept tokens, and the window fills it first; what
-    # a head is guaranteed is its own best by the first score.
+    """Entries that a first score decides on, of two (CriticalKV).
+
+    As in kvpress, the share is one of all kept tokens, and the window fills it first; what a
+    stream is guaranteed is its own best by the first score.
+
+    Args:
+        counts: [..., S] integers, entries that each stream keeps.
+        guaranteed: [..., S], entries that it is assured of.
+        share: of what is kept, in [0, 1].
+        tokens_per_entry: 1, or the page's tokens where entries are pages.
+        num_tail_tokens: tokens kept beside the region, per request.
+
+    Returns:
+        Like `counts`.
+    """
     kept = counts * tokens_per_entry + num_tail_tokens
-    in_first = (kept * options["first_stage"]).long() - num_tail_tokens
-    entries = in_first.clamp(min=0) // tokens_per_entry
-    num_heads = budgets.num_pages.shape[1]
-    return entries.maximum(budgets.guaranteed.repeat_interleave(num_heads)).minimum(counts)
+    in_first = (kept * share).to(counts.dtype) - num_tail_tokens
+    return (in_first.clamp(min=0) // tokens_per_entry).maximum(guaranteed).minimum(counts)
 
 
 def _two_stages(first: torch.Tensor, second: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
