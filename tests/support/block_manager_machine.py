@@ -164,9 +164,13 @@ class Machine:
             self.content_of_hash[block_hash] = exact[i * self.bs : (i + 1) * self.bs]
 
     def end_of_chunk(self, sequence: Sequence, start: int, num_new: int) -> int:
-        """`num_new`, or fewer if our scheduler ends the chunk at the compaction point."""
+        """`num_new`, fewer if our scheduler ends the chunk elsewhere, or 0 to wait."""
         allowed = self.scheduler._reserve_prefill_lookahead(sequence.request, start, num_new)
-        self.seen["chunk cut at the compaction point"] += allowed < num_new
+        missing = self.compact_len(sequence) - start
+        self.seen["chunk cut at the compaction point"] += allowed == missing < num_new
+        self.seen["chunk too short to begin"] += allowed == 0
+        if self.is_compressed(sequence) and missing > 0:
+            assert allowed != 1 and missing - allowed != 1
         return allowed
 
     def admit(self, sequence: Sequence, pick: Any) -> bool:
@@ -176,6 +180,9 @@ class Machine:
         blocks, hit, request.shared_prefix_boundary = self.kv.get_computed_blocks(request)
         self.check_hit(sequence, hit, blocks.blocks[0])
         num_new = self.end_of_chunk(sequence, hit, pick(hit))
+        if num_new == 0:
+            self.done(f"admit {sequence.id}: waits for a longer chunk")
+            return False
         free = self.num_free
         others = any(self.manager.req_to_blocks.values())
         num_evictable = sum(block.ref_cnt == 0 for block in blocks.blocks[0])
@@ -248,6 +255,9 @@ class Machine:
         request = sequence.request
         start = request.num_computed_tokens
         num_new = self.end_of_chunk(sequence, start, num_new)
+        if num_new == 0:
+            self.done(f"advance {sequence.id}: waits for a longer chunk")
+            return False
         settled = sequence.finish_step is not None and sequence.finish_step <= self.settled_step
         compacts = settled and not sequence.is_compacted and self.is_compressed(sequence)
         returned = self.blocks(sequence)[: self.geometry_of(sequence).first_kept_block]

@@ -67,6 +67,7 @@ EVENTS = {
     "last chunk below the window",
     "prompt of whole blocks",
     "reset",
+    "chunk too short to begin",
 }
 
 
@@ -203,9 +204,9 @@ def test_resumed_chunk_ends_at_the_compaction_point(num_first: int) -> None:
 def test_prompt_of_whole_blocks_gets_its_region_with_the_last_token() -> None:
     machine = Machine(BUDGET)
     sequence = machine.add(prompt_of(0, 96))
-    machine.run_and_settle((sequence, 95))
+    machine.run_and_settle((sequence, 94))
     assert len(machine.blocks(sequence)) == 6
-    machine.run_and_settle((sequence, 1))
+    machine.run_and_settle((sequence, 2))
     assert len(machine.blocks(sequence)) == 6 + 3
     machine.run_and_settle((sequence, 1))
     assert len(machine.blocks(sequence)) == 7 + 3
@@ -220,10 +221,10 @@ def test_chunk_ending_inside_the_last_partial_block_brings_the_region() -> None:
     sequence = machine.add(prompt_of(0, 100))
     machine.run_and_settle((sequence, 96))
     assert len(machine.blocks(sequence)) == 6
-    machine.run_and_settle((sequence, 1))
+    machine.run_and_settle((sequence, 2))
     assert len(machine.blocks(sequence)) == 7 + 2
     row = list(sequence.row)
-    machine.run_and_settle((sequence, 3))
+    machine.run_and_settle((sequence, 2))
     assert machine.nulls(sequence) == []
     assert sequence.row == row
     machine.run_and_settle((sequence, 1))

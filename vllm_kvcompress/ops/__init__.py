@@ -4,7 +4,13 @@ Backends: 'torch' (vectorised, any device), 'triton' (on CUDA's paged pool) and 
 (float64 loops, slow and obvious, the judge of the others).
 """
 
-from vllm_kvcompress.ops.decode import ROW_FIELDS, ragged_decode, store_tokens, token_slots
+from vllm_kvcompress.ops.decode import (
+    MAX_QUERY_LEN,
+    ROW_FIELDS,
+    ragged_decode,
+    store_tokens,
+    token_slots,
+)
 from vllm_kvcompress.ops.paged import (
     PageOrder,
     copy_pages,
@@ -28,6 +34,7 @@ from vllm_kvcompress.ops.selection import apportion, compact, joint_page_counts,
 from vllm_kvcompress.ops.window import join_scores, paged_value_effect, window_scores
 
 __all__ = [
+    "MAX_QUERY_LEN",
     "PageOrder",
     "ROW_FIELDS",
     "apportion",

@@ -197,6 +197,7 @@ def token_slots(
     query_start_loc: torch.Tensor,
     num_tokens: int,
     block_size: int,
+    out: torch.Tensor | None = None,
     backend: str = "triton",
 ) -> torch.Tensor:
     """Slot of each new token of a step, `block id * b + place in the block`.
@@ -208,10 +209,11 @@ def token_slots(
         rows, block_table, query_start_loc: as in `ragged_decode`; any number of queries.
         num_tokens: T, length of the result; tokens past the last row's get -1.
         block_size: b.
+        out: [T] int64, written; None = a new tensor.
         backend: 'triton' or 'reference'.
 
     Returns:
-        [T] int64. No host sync, graph-safe, deterministic.
+        [T] int64, `out` if given. No host sync, graph-safe, deterministic.
 
     Raises:
         ValueError: on shapes or types that do not fit.
@@ -219,13 +221,18 @@ def token_slots(
     """
     check_rows(rows, block_table)
     _check_query_starts(query_start_loc, rows.shape[0])
-    slots = torch.empty(num_tokens, dtype=torch.int64, device=rows.device)
-    arguments = (rows, block_table, query_start_loc, block_size, slots)
+    if out is None:
+        out = torch.empty(num_tokens, dtype=torch.int64, device=rows.device)
+    check(
+        out.shape == (num_tokens,) and out.dtype == torch.int64 and out.is_contiguous(),
+        f"want out [{num_tokens}] int64, got {tuple(out.shape)} {out.dtype}",
+    )
+    arguments = (rows, block_table, query_start_loc, block_size, out)
     if check_backend(backend, "triton") == "reference":
         reference.token_slots(*arguments)
     else:
         triton_kernels(rows, block_table, query_start_loc).token_slots(*arguments)
-    return slots
+    return out
 
 
 def store_tokens(

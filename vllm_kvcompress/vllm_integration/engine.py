@@ -37,6 +37,8 @@ class WorkerEngine:
         RuntimeError: if the views are not slices of one [block, layer, head, ...] buffer.
     """
 
+    ops_name = "torch"
+
     def __init__(
         self,
         config: KVCompressConfig,

@@ -305,7 +305,8 @@ class KVCompressManager(FullAttentionManager):
             if "all_queries" in scorer_class(config.recipe.scorer).needs:
                 max_length = 0
             else:
-                max_length = geometry.compact_len - config.window
+                # At least two: a single token is never a chunk (see scheduler.py).
+                max_length = geometry.compact_len - max(config.window, 2)
         return super().find_longest_cache_hit(
             block_hashes,
             max_length,

@@ -1,9 +1,12 @@
-"""vLLM's schedulers, with chunks that end at the compaction point.
+"""vLLM's schedulers, with chunks that end where compaction wants them to.
 
 A new request's chunk ends at its prompt's end anyway. A preempted one comes back with tokens that
 it had generated, which belong behind the compaction: computed with the prompt they would attend to
 all of it, and the text would go on otherwise than if nothing had happened. And with the option
 suffix_tokens the compaction point lies before the prompt's end.
+
+No chunk before that point has a single token: on a GPU, vLLM runs such a row as a decode, in a
+captured graph, where nobody could collect its query.
 """
 
 from __future__ import annotations
@@ -28,10 +31,28 @@ class _EndAtCompactionPoint:
         )
         manager = compressing_manager(self.kv_cache_manager.coordinator)
         geometry = manager.geometry.of(request.num_prompt_tokens)
-        missing = geometry.compact_len - num_computed_tokens
-        if geometry.is_compressed and 0 < missing < num_new_tokens:
-            return missing
+        if not geometry.is_compressed:
+            return num_new_tokens
+        return chunk_tokens(geometry.compact_len - num_computed_tokens, num_new_tokens)
+
+
+def chunk_tokens(num_missing: int, num_new_tokens: int) -> int:
+    """Tokens of a compressed prompt's next chunk.
+
+    Args:
+        num_missing: tokens from where the request is to its compaction point; never 1, because
+            prefix-cache hits and earlier chunks leave more, and not positive behind that point.
+        num_new_tokens: tokens that vLLM would compute.
+
+    Returns:
+        At most num_new_tokens; 0 to wait for a step with more room.
+    """
+    if num_missing <= 0:
         return num_new_tokens
+    num_tokens = min(num_missing, num_new_tokens)
+    if num_missing - num_tokens == 1:
+        num_tokens -= 1
+    return num_tokens if num_tokens > 1 else 0
 
 
 class KVCompressScheduler(_EndAtCompactionPoint, Scheduler):

@@ -8,8 +8,14 @@ from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies.budgets import check_table
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
-CPU_WORKER = "vllm_kvcompress.vllm_integration.worker.KVCompressCPUWorker"
-DEFAULT_CPU_BLOCK_SIZE = 32
+CPU_WORKER = "vllm_kvcompress.vllm_integration.worker_cpu.KVCompressCPUWorker"
+CUDA_WORKER = "vllm_kvcompress.vllm_integration.worker_cuda.KVCompressCUDAWorker"
+# Tokens. vLLM's CPU default of 128 is too coarse for per-head pages.
+DEFAULT_BLOCK_SIZE = {CPU_WORKER: 32, CUDA_WORKER: 16}
+# A chunk is never one token, nor does it leave one (see scheduler.py).
+_FEWEST_STEP_TOKENS = 3
+# vLLM's name of layers with full attention.
+_COMPRESSED_KIND = "full_attention"
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -32,24 +38,35 @@ def prepare_engine_args(engine_args: Any) -> KVCompressConfig | None:
         return None
     check_vllm_version()
     config = KVCompressConfig.from_dict(raw)
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        raise KVCompressConfigError(
-            "this release of vllm-kvcompress runs on vLLM's CPU platform only, "
-            f"not on {current_platform.device_name}"
-        )
-    if engine_args.worker_cls not in ("auto", CPU_WORKER):
+    worker = _worker_of_platform()
+    if engine_args.worker_cls not in ("auto", worker):
         raise KVCompressConfigError(
             f"KV compression brings its own worker class and cannot use {engine_args.worker_cls!r}"
         )
-    engine_args.worker_cls = CPU_WORKER
+    engine_args.worker_cls = worker
     if engine_args.block_size is None:
-        # vLLM's CPU default of 128 tokens is too coarse for per-head pages.
-        engine_args.block_size = DEFAULT_CPU_BLOCK_SIZE
+        engine_args.block_size = DEFAULT_BLOCK_SIZE[worker]
     config.check_block_size(engine_args.block_size)
     engine_args.additional_config = {**additional, "kv_compress": config.to_dict()}
     return config
+
+
+def _worker_of_platform() -> str:
+    """Our worker class for vLLM's platform.
+
+    Raises:
+        KVCompressConfigError: if there is none.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return CPU_WORKER
+    if current_platform.is_cuda():
+        return CUDA_WORKER
+    raise KVCompressConfigError(
+        "this release of vllm-kvcompress runs on vLLM's CPU and CUDA platforms only, "
+        f"not on {current_platform.device_name}"
+    )
 
 
 def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
@@ -92,13 +109,58 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
             cache.cache_dtype not in _CACHE_DTYPES,
             f"KV cache dtype {cache.cache_dtype!r} (use {', '.join(_CACHE_DTYPES)})",
         ),
-        (vllm_config.use_v2_model_runner, "Model Runner V2 (unset VLLM_USE_V2_MODEL_RUNNER)"),
+        (
+            _step_tokens(vllm_config.scheduler_config) < _FEWEST_STEP_TOKENS,
+            f"steps of fewer than {_FEWEST_STEP_TOKENS} tokens of a prompt",
+        ),
     )
-    for is_problem, what in problems:
+    is_cuda = parallel.worker_cls == CUDA_WORKER
+    for is_problem, what in (*problems, *(_cuda if is_cuda else _cpu)(vllm_config)):
         if is_problem:
             raise KVCompressConfigError(f"KV compression does not support {what}")
     check_table_shape(config, model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
     _use_own_scheduler(vllm_config.scheduler_config)
+    if is_cuda:
+        _use_own_backend(vllm_config.attention_config)
+
+
+def _cpu(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
+    """What does not work on a CPU, as (whether it is there, what it is)."""
+    return ((vllm_config.use_v2_model_runner, "Model Runner V2 (unset VLLM_USE_V2_MODEL_RUNNER)"),)
+
+
+def _cuda(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
+    """What does not work on a GPU, as (whether it is there, what it is)."""
+    attention, parallel = vllm_config.attention_config, vllm_config.parallel_config
+    chosen = attention.backend_per_kind.get(_COMPRESSED_KIND, attention.backend)
+    return (
+        (
+            chosen is not None and chosen.name not in ("CUSTOM", "FLASH_ATTN"),
+            f"the attention backend {chosen.name if chosen else None} for full-attention layers "
+            "(it brings its own, on FlashAttention)",
+        ),
+        (parallel.use_ubatching, "microbatches (--enable-dbo)"),
+    )
+
+
+def _step_tokens(scheduler_config: Any) -> int:
+    """Most tokens of one request in a step."""
+    limits = [
+        scheduler_config.max_num_batched_tokens,
+        scheduler_config.max_num_scheduled_tokens,
+        scheduler_config.long_prefill_token_threshold,
+    ]
+    return min(limit for limit in limits if limit)
+
+
+def _use_own_backend(attention_config: Any) -> None:
+    """Name our backend for full-attention layers; windowed ones keep theirs."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention_config.backend_per_kind = {
+        **attention_config.backend_per_kind,
+        _COMPRESSED_KIND: AttentionBackendEnum.CUSTOM,
+    }
 
 
 def check_table_shape(config: KVCompressConfig, num_layers: int, num_kv_heads: int) -> None:

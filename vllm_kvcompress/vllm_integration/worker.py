@@ -1,14 +1,13 @@
-"""Our CPU worker: puts the compressing backend in place and binds it to the KV cache."""
+"""What our workers share: specs that carry the setting, and an engine bound to the KV cache."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention import selector
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -16,13 +15,10 @@ from vllm.v1.kv_cache_interface import (
     KVQuantMode,
     SlidingWindowSpec,
 )
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
-from vllm_kvcompress.vllm_integration.engine import WorkerEngine
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.layers import layer_parameters
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
@@ -31,13 +27,11 @@ from vllm_kvcompress.vllm_integration.validate import check_table_shape
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
 logger = init_logger(f"vllm.{__name__}")
 
-_BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cpu.KVCompressCPUBackend"
 
+class CompressionWorker:
+    """Mixin for vLLM's workers of an engine with `additional_config["kv_compress"]`.
 
-class KVCompressCPUWorker(CPUWorker):
-    """CPU worker of an engine with `additional_config["kv_compress"]`.
-
-    A subclass, because nothing else of vLLM's plugin points sees the model runner, whose
+    Workers are subclassed because nothing else of vLLM's plugin points sees the model runner, whose
     batch tells request ids and prompt lengths.
     """
 
@@ -45,14 +39,26 @@ class KVCompressCPUWorker(CPUWorker):
         super().__init__(vllm_config, *args, **kwargs)
         self._config = KVCompressConfig.from_dict(vllm_config.additional_config["kv_compress"])
         self._stats = CompressionStats(log=self.rank == 0)
-        self._engine: WorkerEngine | None = None
+        self._engine: Any = None
 
-    def init_device(self) -> None:
-        """As the stock worker, with our backend registered before the model is built."""
-        # The CPU platform resolves this one name, whatever backend is selected.
-        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_PATH)
-        selector._cached_get_attn_backend.cache_clear()
-        super().init_device()
+    def _one_shot_tokens(self) -> int:
+        """Tokens of the longest prompt that may be computed in one shot; 0 = none."""
+        raise NotImplementedError
+
+    def _make_engine(
+        self,
+        shape: CacheShape,
+        attention: dict[str, Attention],
+        layers: list[LayerParameters],
+    ) -> Any:
+        """The engine of this kind of worker.
+
+        Args:
+            shape: of the cache.
+            attention: vLLM's layers by name, in layer order, bound to the cache.
+            layers: what scoring must know of each.
+        """
+        raise NotImplementedError
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The stock specs, full-attention layers carrying our config.
@@ -64,7 +70,7 @@ class KVCompressCPUWorker(CPUWorker):
         """
         specs = super().get_kv_cache_spec()
         attention = self.vllm_config.compilation_config.static_forward_context
-        one_shot_tokens = _one_shot_tokens(self.vllm_config.scheduler_config)
+        one_shot_tokens = self._one_shot_tokens()
         out: dict[str, KVCacheSpec] = {}
         compressed: dict[str, KVCompressSpec] = {}
         for name, spec in specs.items():
@@ -90,10 +96,15 @@ class KVCompressCPUWorker(CPUWorker):
             )
         if not compressed:
             raise KVCompressConfigError("KV compression: this model has no KV cache to compress")
-        if self.model_runner.shared_kv_cache_layers:
+        sharing = [
+            name
+            for name, layer in attention.items()
+            if getattr(layer, "kv_sharing_target_layer_name", None)
+        ]
+        if sharing:
             raise KVCompressConfigError(
                 "KV compression does not support layers that share another layer's KV cache: "
-                f"{', '.join(self.model_runner.shared_kv_cache_layers)}"
+                f"{', '.join(sharing)}"
             )
         return out
 
@@ -113,32 +124,25 @@ class KVCompressCPUWorker(CPUWorker):
         spec = group.kv_cache_spec
         names = sorted(group.layer_names, key=extract_layer_index)
         self._layer_names = names
-        layers: list[Attention] = [context[name] for name in names]
+        layers: dict[str, Attention] = {name: context[name] for name in names}
+        first = layers[names[0]]
         shape = CacheShape(
             num_layers=len(layers),
             num_kv_heads=spec.num_kv_heads,
-            num_queries_per_kv=layers[0].num_heads // spec.num_kv_heads,
+            num_queries_per_kv=first.num_heads // spec.num_kv_heads,
             head_size=spec.head_size,
             block_size=spec.block_size,
         )
         check_table_shape(self._config, shape.num_layers, shape.num_kv_heads)
         block_elements = shape.pages_per_block * 2 * shape.block_size * shape.head_size
-        if layers[0].kv_cache.stride(0) != block_elements:
+        if first.kv_cache.stride(0) != block_elements:
             raise KVCompressConfigError(
                 f"KV compression does not support how vLLM lays out this model: blocks of its "
                 f"{shape.num_layers} full-attention layers are padded to the size of the others'"
             )
-        order = find_page_order(layers[0].isa, spec.block_size, spec.head_size, spec.dtype)
-        self._engine = WorkerEngine(
-            config=self._config,
-            shape=shape,
-            layer_views={name: layer.kv_cache for name, layer in zip(names, layers, strict=True)},
-            order=order,
-            layers=self._layer_parameters(scorer_class(self._config.recipe.scorer).needs),
-            input_batch=runner.input_batch,
-            stats=self._stats,
-        )
-        for attn_group in runner._attn_group_iterator():
+        needs = scorer_class(self._config.recipe.scorer).needs
+        self._engine = self._make_engine(shape, layers, self._layer_parameters(needs))
+        for attn_group in itertools.chain.from_iterable(runner.attn_groups):
             if attn_group.kv_cache_group_id != ours[0]:
                 continue
             for builder in attn_group.metadata_builders:
@@ -151,7 +155,7 @@ class KVCompressCPUWorker(CPUWorker):
             )
             logger.info(
                 "kv-compress: %s, %s, window %d, granularity %s; pages of %d tokens, "
-                "%d layers x %d KV heads, ops: torch",
+                "%d layers x %d KV heads, ops: %s",
                 self._config.method,
                 asked,
                 self._config.window,
@@ -159,6 +163,7 @@ class KVCompressCPUWorker(CPUWorker):
                 shape.block_size,
                 shape.num_layers,
                 shape.num_kv_heads,
+                self._engine.ops_name,
             )
 
     def _layer_parameters(self, needs: frozenset[str]) -> list[LayerParameters]:
@@ -176,12 +181,12 @@ class KVCompressCPUWorker(CPUWorker):
         self._engine.configure(config, self._layer_parameters(needs))
         self._config = config
 
-    def execute_model(self, scheduler_output: Any) -> Any:
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock worker, after dropping requests that have left."""
         if self._engine is not None:
             self._engine.forget(scheduler_output.finished_req_ids)
             self._engine.forget(scheduler_output.preempted_req_ids or ())
-        return super().execute_model(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)
 
     def kv_compress_stats(self) -> dict[str, Any]:
         """This rank's counts, for `collective_rpc`."""
@@ -190,21 +195,7 @@ class KVCompressCPUWorker(CPUWorker):
     def shutdown(self) -> None:
         """As the stock worker, after a last log line."""
         self._stats.close()
-        # The next engine of this process may be a stock one.
-        AttentionBackendEnum.CPU_ATTN.clear_override()
-        selector._cached_get_attn_backend.cache_clear()
         super().shutdown()
-
-
-def _one_shot_tokens(scheduler_config: Any) -> int:
-    """Tokens of one request that fit a step beside one token of every other; 0 if none do."""
-    budget = scheduler_config.max_num_batched_tokens
-    if scheduler_config.max_num_scheduled_tokens is not None:
-        budget = min(budget, scheduler_config.max_num_scheduled_tokens)
-    budget -= scheduler_config.max_num_seqs
-    if scheduler_config.long_prefill_token_threshold > 0:
-        budget = min(budget, scheduler_config.long_prefill_token_threshold)
-    return max(0, budget)
 
 
 def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:

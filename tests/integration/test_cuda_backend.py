@@ -1,0 +1,203 @@
+"""The CUDA backend step by step: builder, impl and batched compaction, on a GPU or without one.
+
+See `cuda_rig`: every layer's output is checked against attention in float64, every region and every
+page offset against what the policies choose on plain tensors.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from cuda_rig import Request, Rig  # noqa: E402
+from paged_pool import DEVICE  # noqa: E402
+
+from vllm_kvcompress.compaction import CacheShape  # noqa: E402
+from vllm_kvcompress.config import KVCompressConfig  # noqa: E402
+
+WINDOW = 8
+SHAPES = {
+    "gqa_3_to_1": CacheShape(2, 2, 3, 64, 16),
+    "mha_wide_pages": CacheShape(2, 2, 1, 64, 32),
+    "gqa_8_to_1": CacheShape(1, 1, 8, 128, 16),
+}
+# On a GPU vLLM's FlashAttention takes no float32.
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+def config_of(method, block, granularity="page", **options):
+    options = (("granularity", granularity), *options.items())
+    return KVCompressConfig(method, budget=4 * block, window=WINDOW, options=options)
+
+
+@pytest.fixture(params=["page", "token"])
+def granularity(request):
+    return request.param
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_all_kinds_of_steps(monkeypatch, name, backend, granularity):
+    shape = SHAPES[name]
+    block = shape.block_size
+    rig = Rig(monkeypatch, shape, config_of("ada-snapkv", block, granularity), DTYPE, backend)
+    long, even, short, late = (
+        Request("long", 10 * block + 5),
+        Request("even", 8 * block),
+        Request("short", block + 3),
+        Request("late", 9 * block + block - 1),
+    )
+    # Mixed prefill; the last chunk of `long` is shorter than the window, and its boundary lies
+    # in the chunk before.
+    rig.step([(long, 6 * block), (short, block + 3)])
+    rig.step([(short, 1), (even, 3 * block), (long, 4 * block + 2)])
+    assert long.selection is None
+    # Two prompts of different lengths end in one step.
+    rig.step([(short, 1), (long, 3), (even, 5 * block)])
+    assert long.selection is not None and even.selection is not None
+    # Two compressed and a dense row beside a prompt of a single step.
+    rig.step([(long, 1), (short, 1), (even, 1), (late, late.prompt_len)])
+    # Several tokens over a region (a resumed request), in more pieces than one.
+    rig.step([(late, 1), (long, 2), (even, 19)])
+    for _ in range(block + 2):
+        rig.step([(even, 1), (late, 1), (long, 1)])
+    records = rig.stats.snapshot()["requests"]
+    assert [r["request_id"] for r in records] == ["short", "long", "even", "late"]
+    assert [r["compressed"] for r in records] == [False, True, True, True]
+    kept = sum(sum(heads) for heads in records[1]["kept_per_head"])
+    streams = shape.pages_per_block
+    assert kept / streams == rig.geometry(long).num_kept_tokens
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "span",
+        "layer-span",
+        "snapkv",
+        "pyramidkv",
+        "ada-pyramidkv",
+        "kvc",
+        "tova",
+        "h2o",
+        "ada-criticalkv",
+        "layer-defensivekv",
+        "keydiff",
+        "expected-attention",
+        "streamingllm",
+        "chunkkv",
+        "random",
+    ],
+)
+def test_every_kind_of_method_keeps_what_its_policy_chooses(monkeypatch, method, granularity):
+    shape = SHAPES["gqa_3_to_1"]
+    rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), DTYPE)
+    first, second = Request("first", 12 * 16 + 9), Request("second", 9 * 16)
+    rig.step([(second, 50), (first, 150)])
+    rig.step([(first, 12 * 16 + 9 - 150), (second, 9 * 16 - 50)])
+    rig.step([(first, 1), (second, 1)])
+    assert first.selection is not None and second.selection is not None
+
+
+@pytest.mark.parametrize("method", ["snapkv", "h2o"])
+def test_chunks_of_a_prompt_select_what_a_single_step_does(monkeypatch, method, granularity):
+    shape = SHAPES["gqa_3_to_1"]
+    selections = []
+    for chunks in ((205,), (70, 33, 2, 96, 4)):
+        rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), DTYPE, "reference")
+        whole = rig._tokens(205)
+        request, start = Request("a", 205), 0
+        for count in chunks:
+            part = [x[:, start : start + count] for x in whole]
+            rig.step([(request, count)], given={"a": part})
+            start += count
+        rig.step([(request, 1)])
+        selections.append(request.selection)
+    assert torch.equal(selections[0].num_pages, selections[1].num_pages)
+    assert torch.equal(selections[0].indices, selections[1].indices)
+
+
+def test_a_suffix_attends_to_what_was_kept(monkeypatch, granularity):
+    block, suffix = 16, 21
+    config = config_of("snapkv", block, granularity, suffix_tokens=suffix)
+    rig = Rig(monkeypatch, SHAPES["gqa_3_to_1"], config, DTYPE)
+    odd, even = Request("odd", 9 * block + 3 + suffix), Request("even", 8 * block + suffix)
+    rig.step([(odd, 9 * block + 3)])
+    # A suffix beside a compaction, and one whose last token is alone.
+    rig.step([(odd, suffix), (even, 8 * block)])
+    rig.step([(odd, 1), (even, suffix - 1)])
+    rig.step([(even, 1), (odd, 1)])
+    rig.step([(even, 1), (odd, 1)])
+
+
+def test_a_captured_decode_step_serves_later_rows(monkeypatch):
+    """Metadata of a captured graph is replayed: later steps only change what it points at."""
+    shape = SHAPES["gqa_3_to_1"]
+    rig = Rig(monkeypatch, shape, config_of("snapkv", 16), DTYPE)
+    captured = rig.metadata([], num_padded_rows=4, is_step=False)
+    assert captured.dense is None and captured.step.num_single == 4
+    long, short = Request("long", 180), Request("short", 20)
+    rig.step([(short, 20), (long, 180)])
+    rig.step([(short, 1), (long, 1)], captured=captured)
+    late = Request("late", 150)
+    rig.step([(short, 1), (long, 1), (late, 150)])
+    for _ in range(18):
+        rig.step([(late, 1), (short, 1), (long, 1)], captured=captured)
+    # Rows change places and one leaves; the padding must not keep it.
+    rig.engine.forget(["late"])
+    for _ in range(2):
+        rig.step([(long, 1), (short, 1)], captured=captured)
+
+
+def test_a_preempted_request_compacts_again(monkeypatch, granularity):
+    rig = Rig(monkeypatch, SHAPES["gqa_3_to_1"], config_of("span", 16, granularity), DTYPE)
+    first, other = Request("a", 200), Request("b", 180)
+    rig.step([(first, 200)])
+    rig.step([(first, 1), (other, 180)])
+    rig.engine.forget(["a"])
+    again = Request("a", 200)
+    rig.step([(other, 1), (again, 150)])
+    rig.step([(other, 1), (again, 50)])
+    # What it had generated before, over what was kept.
+    rig.step([(other, 1), (again, 11)])
+    rig.step([(again, 1), (other, 1)])
+    totals = rig.stats.snapshot()["totals"]
+    assert (totals["prompts"], totals["recomputed_prompts"]) == (2, 1)
+
+
+def test_rows_of_the_page_offsets_are_given_back(monkeypatch):
+    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of("snapkv", 16), DTYPE, "reference")
+    for i in range(20):
+        request = Request(f"r{i}", 100 + i)
+        rig.step([(request, request.prompt_len)])
+        rig.step([(request, 1)])
+        rig.engine.forget([request.name])
+        rig.free += request.row
+    assert len(rig.engine.requests) == 0
+
+
+def test_a_lone_token_of_a_window_is_refused(monkeypatch):
+    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of("snapkv", 16), DTYPE, "reference")
+    request = Request("a", 100)
+    rig.step([(request, 97)])
+    with pytest.raises(RuntimeError, match="a single token of its scoring window"):
+        rig.step([(request, 1)])
+
+
+def test_going_on_without_compaction_is_refused(monkeypatch):
+    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of("snapkv", 16), DTYPE, "reference")
+    request = Request("a", 100, num_computed=100)
+    with pytest.raises(RuntimeError, match="never compacted here"):
+        rig.metadata([(request, 1)])
+
+
+def test_warm_up_touches_the_null_block_only(monkeypatch):
+    rig = Rig(monkeypatch, SHAPES["gqa_3_to_1"], config_of("span", 16), DTYPE)
+    rig.buffer[0] = 0
+    before = rig.buffer[1:].isnan().sum()
+    rig.engine.warm_up(300)
+    assert rig.buffer[1:].isnan().sum() == before
+    assert not rig.buffer[0].isnan().any()
+    assert rig.stats.snapshot()["totals"]["prompts"] == 0

@@ -1,0 +1,327 @@
+"""What a GPU worker keeps between steps: pool, requests, page offsets, compactor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_kvcompress import ops
+from vllm_kvcompress.compaction import CacheShape, LayerParameters, PromptCompaction
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import Geometry, cdiv
+from vllm_kvcompress.ops import MAX_QUERY_LEN
+from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch, to_device
+from vllm_kvcompress.vllm_integration.batch_cuda import (
+    DeviceRequests,
+    ExtendedRow,
+    PromptChunk,
+    StepPlan,
+    plan_step,
+)
+from vllm_kvcompress.vllm_integration.engine import flat_pool
+from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+
+# Request ids and prompt lengths of a step's rows, told by vLLM's metadata.
+RowNames = Callable[[Any], tuple[Sequence[str], np.ndarray]]
+
+
+@dataclass(frozen=True)
+class ExtendedRun:
+    """A compressed row of several tokens, as pieces that the decode kernel takes.
+
+    Attributes:
+        token_start, token_end: its tokens.
+        rows: [P, 4] int32 descriptors, one per piece.
+        page_offsets: [P, S + 1] int32, the row's own in every piece.
+        block_table: [P, W] int32, likewise.
+        query_start_loc: [P + 1] int32.
+    """
+
+    token_start: int
+    token_end: int
+    rows: torch.Tensor
+    page_offsets: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+
+
+@dataclass
+class DeviceStep:
+    """A step as the layers need it; tensors of the first three lie at fixed addresses.
+
+    Attributes:
+        rows: [R, 4] int32 descriptors (`ops.ROW_FIELDS`).
+        page_offsets: [R, S + 1] int32.
+        block_table: [R, W] int32, vLLM's.
+        query_start_loc: [R + 1] int32, vLLM's.
+        num_single: rows at the front that have one token each.
+        dense_table: [R - num_single, W] int32 for the rows behind them, regions cut out.
+        extended: rows behind them that are compressed.
+        chunks: tokens to collect.
+        finishing: those of `chunks` that end a prompt.
+        batch: their prompts; None if there are none.
+    """
+
+    rows: torch.Tensor
+    page_offsets: torch.Tensor
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    num_single: int
+    dense_table: torch.Tensor
+    extended: list[ExtendedRun] = field(default_factory=list)
+    chunks: list[PromptChunk] = field(default_factory=list)
+    finishing: list[PromptChunk] = field(default_factory=list)
+    batch: PromptBatch | None = None
+
+
+class CUDAEngine:
+    """One GPU worker's side of the compression, bound to its KV cache.
+
+    No step waits for the device: what has to be known on the host follows from prompt lengths and
+    token counts, and what depends on scores stays on the device.
+
+    Args:
+        config: validated setting.
+        shape: of the cache on this rank.
+        layer_views: layer name to its [block, H, block_size, 2 * d] view of the one pool, in
+            layer order.
+        layers: what scoring must know of each layer, in layer order.
+        row_names: tells the rows of a step.
+        max_num_reqs: rows of the largest step, CUDA graphs' padding included.
+        stats: where finished prompts are recorded.
+        backend: of the ops, 'triton' or 'reference'.
+
+    Raises:
+        RuntimeError: if the views are not slices of one [block, layer, head, ...] buffer.
+    """
+
+    def __init__(
+        self,
+        config: KVCompressConfig,
+        shape: CacheShape,
+        layer_views: dict[str, torch.Tensor],
+        layers: list[LayerParameters],
+        row_names: RowNames,
+        max_num_reqs: int,
+        stats: CompressionStats,
+        backend: str = "triton",
+    ) -> None:
+        self.shape = shape
+        self.ops_name = backend
+        self.layer_index = {name: i for i, name in enumerate(layer_views)}
+        pool = flat_pool(list(layer_views.values()), shape)
+        self.pool = pool.view(-1, shape.block_size, 2 * shape.head_size)
+        self.stats = stats
+        self.backend = backend
+        self._row_names = row_names
+        self._max_num_reqs = max_num_reqs
+        self._is_in_step = False
+        width = shape.pages_per_block + 1
+        # One row per request that has been compacted, and an empty one.
+        self._page_offsets = self._zeros(max_num_reqs + 1, width)
+        # What layers of a step read, which captured graphs read too.
+        self._step_rows = self._zeros(max_num_reqs, 4)
+        self._step_offsets = self._zeros(max_num_reqs, width)
+        self.configure(config, layers)
+
+    def _zeros(self, *size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.int32, device=self.pool.device)
+
+    def configure(self, config: KVCompressConfig, layers: list[LayerParameters]) -> None:
+        """Use a setting from now on; no request of an earlier one may go on."""
+        # First what may refuse the setting.
+        self.compactor = PagedCompactor(config, self.shape, self.pool, layers, self.backend)
+        self.config = config
+        self.requests = DeviceRequests(
+            Geometry(config, self.shape.block_size), self.shape.num_layers, self._max_num_reqs
+        )
+
+    @contextmanager
+    def scheduled_step(self) -> Iterator[None]:
+        """Around a step of the scheduler. Batches outside of one are made up (warm-up, capture)."""
+        self._is_in_step = True
+        try:
+            yield
+        finally:
+            self._is_in_step = False
+
+    def prepare(self, common: Any) -> DeviceStep:
+        """Tell the rows of a step apart and put what layers need where they look for it.
+
+        Args:
+            common: vLLM's CommonAttentionMetadata. Its slots are corrected in place where a row
+                owns a region.
+        """
+        plan = self._plan(common)
+        num_rows = common.num_reqs
+        rows, page_offsets = self._step_rows[:num_rows], self._step_offsets[:num_rows]
+        numbers = to_device(plan.numbers, self.pool.device)
+        rows[:, 0] = common.seq_lens[:num_rows]
+        rows[:, 1:] = numbers[:3].t()
+        torch.index_select(self._page_offsets, 0, numbers[3], out=page_offsets)
+        block_table = common.block_table_tensor[:num_rows]
+        if plan.has_regions:
+            ops.token_slots(
+                rows,
+                block_table,
+                common.query_start_loc,
+                common.slot_mapping.shape[0],
+                self.shape.block_size,
+                out=common.slot_mapping,
+                backend=self.backend,
+            )
+        finishing = [chunk for chunk in plan.chunks if chunk.finishes]
+        step = DeviceStep(
+            rows=rows,
+            page_offsets=page_offsets,
+            block_table=block_table,
+            query_start_loc=common.query_start_loc,
+            num_single=plan.num_single,
+            dense_table=_cut_regions(block_table, plan),
+            extended=[self._extended_run(row, plan.numbers, block_table) for row in plan.extended],
+            chunks=plan.chunks,
+            finishing=finishing,
+        )
+        if finishing:
+            index = to_device(np.array([c.row for c in finishing]), self.pool.device)
+            prompts = [chunk.request.prompt for chunk in finishing]
+            step.batch = self.compactor.batch(prompts, block_table.index_select(0, index))
+        return step
+
+    def _plan(self, common: Any) -> StepPlan:
+        names: tuple[Sequence[str], np.ndarray] = ((), np.empty(0, np.int32))
+        if self._is_in_step:
+            names = self._row_names(common)
+        plan = plan_step(
+            self.requests,
+            self.config.window,
+            *names,
+            common.query_start_loc_cpu.numpy(),
+            common.seq_lens_cpu_upper_bound.numpy() if len(names[0]) else np.empty(0),
+            collect_all="all_queries" in self.compactor.scorer.needs,
+        )
+        for request_id, prompt_len in plan.finished_dense:
+            self.stats.record_dense(request_id, prompt_len)
+        return plan
+
+    def _extended_run(
+        self, row: ExtendedRow, numbers: np.ndarray, block_table: torch.Tensor
+    ) -> ExtendedRun:
+        ends = np.minimum(
+            np.arange(1, cdiv(row.query_len, MAX_QUERY_LEN) + 1) * MAX_QUERY_LEN, row.query_len
+        )
+        num_pieces = len(ends)
+        region = np.broadcast_to(numbers[:3, row.row], (num_pieces, 3))
+        rows = np.column_stack([row.seq_len - row.query_len + ends, region])
+        packed = np.concatenate([rows.reshape(-1), [0], ends]).astype(np.int32)
+        on_device = to_device(packed, self.pool.device)
+        slot = int(numbers[3, row.row])
+        return ExtendedRun(
+            token_start=row.token_start,
+            token_end=row.token_start + row.query_len,
+            rows=on_device[: 4 * num_pieces].view(num_pieces, 4),
+            page_offsets=self._page_offsets[slot : slot + 1].expand(num_pieces, -1),
+            block_table=block_table[row.row : row.row + 1].expand(num_pieces, -1),
+            query_start_loc=on_device[4 * num_pieces :],
+        )
+
+    def after_attention(self, step: DeviceStep, layer: int, query: torch.Tensor) -> None:
+        """Collect one layer's queries; score prompts that end; at the last layer, compact them.
+
+        Args:
+            step: of `prepare`.
+            layer: 0-based index among the compressed layers.
+            query: [T, H * g, d] of the step.
+        """
+        for chunk in step.chunks:
+            if self._direct_window(chunk) is None:
+                self.compactor.collect(
+                    chunk.request.prompt,
+                    layer,
+                    query[chunk.token_start : chunk.token_end],
+                    chunk.first,
+                    self._dense_blocks(step, chunk),
+                )
+        if step.batch is None:
+            return
+        windows = [self._direct_window(chunk) for chunk in step.finishing]
+        self.compactor.score_layer(
+            step.batch,
+            layer,
+            [None if tokens is None else query[tokens] for tokens in windows],
+            [self._dense_blocks(step, chunk) for chunk in step.finishing],
+        )
+        if layer == self.shape.num_layers - 1:
+            self._compact(step, step.batch)
+
+    def _direct_window(self, chunk: PromptChunk) -> slice | None:
+        """Tokens of the step that are a whole scoring window, if kernels take them as they are."""
+        if not (chunk.finishes and self.compactor.is_fused):
+            return None
+        return chunk.whole_window(self.config.window)
+
+    def _dense_blocks(self, step: DeviceStep, chunk: PromptChunk) -> torch.Tensor:
+        """[n] int64 blocks of a prompt, as far as it is computed, in token order."""
+        num_tokens = chunk.first + chunk.token_end - chunk.token_start
+        row = step.dense_table[chunk.row - step.num_single]
+        return row[: cdiv(num_tokens, self.shape.block_size)].long()
+
+    def _compact(self, step: DeviceStep, batch: PromptBatch) -> None:
+        geometries = batch.geometries
+        num_pages, page_offsets = self.compactor.compact(batch)
+        slots = [self.requests.take_slot(chunk.request) for chunk in step.finishing]
+        index = to_device(np.array(slots), self.pool.device)
+        self._page_offsets.index_copy_(0, index, page_offsets)
+        num_pages = num_pages.view(-1, self.shape.num_layers, self.shape.num_kv_heads)
+        for chunk, geometry, pages in zip(step.finishing, geometries, num_pages, strict=True):
+            self.stats.record_compressed(chunk.request_id, geometry, pages)
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Drop requests that have finished or were preempted."""
+        for request_id in request_ids:
+            self.requests.forget(request_id)
+
+    def warm_up(self, max_len: int) -> None:
+        """Compile and run what only a prompt's end needs, before a request waits for it.
+
+        Works on vLLM's null block, whose contents mean nothing.
+
+        Args:
+            max_len: tokens of the made-up prompt; none if that is not enough to evict anything.
+        """
+        geometry = self.requests.geometry.of(max_len)
+        if not geometry.is_compressed:
+            return
+        shape, device = self.shape, self.pool.device
+        prompt = PromptCompaction(geometry, shape.num_layers)
+        table = self._zeros(1, geometry.num_row_blocks(max_len))
+        num_heads = shape.num_kv_heads * shape.num_queries_per_kv
+        dtype = self.pool.dtype
+        query = torch.ones(geometry.compact_len, num_heads, shape.head_size, dtype=dtype)
+        query = query.to(device)
+        blocks = table[0].long()[: cdiv(geometry.compact_len, shape.block_size)]
+        batch = self.compactor.batch([prompt], table)
+        for layer in range(shape.num_layers):
+            self.compactor.collect(prompt, layer, query, 0, blocks)
+            self.compactor.score_layer(batch, layer, [None], [blocks])
+        self.compactor.compact(batch)
+
+
+def _cut_regions(block_table: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    """Rows behind the single ones, with position p at block p // block_size again."""
+    table = block_table[plan.num_single :]
+    if not plan.cut:
+        return table
+    # A prompt that is being finished still attends to all of its dense blocks.
+    table = table.clone()
+    for row, seq_len, geometry in plan.cut:
+        boundary, region = geometry.boundary_block, geometry.num_region_blocks
+        end = cdiv(seq_len, geometry.block_size)
+        tail = block_table[row, boundary + region : end + region]
+        table[row - plan.num_single, boundary:end] = tail
+    return table

@@ -1,0 +1,63 @@
+"""Our CPU worker: puts the compressing backend in place and binds it to the KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
+from vllm_kvcompress.vllm_integration.engine import WorkerEngine
+from vllm_kvcompress.vllm_integration.worker import CompressionWorker
+
+_BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cpu.KVCompressCPUBackend"
+
+
+class KVCompressCPUWorker(CompressionWorker, CPUWorker):
+    """CPU worker of an engine with compression."""
+
+    def init_device(self) -> None:
+        """As the stock worker, with our backend registered before the model is built."""
+        # The CPU platform resolves this one name, whatever backend is selected.
+        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_PATH)
+        selector._cached_get_attn_backend.cache_clear()
+        super().init_device()
+
+    def _one_shot_tokens(self) -> int:
+        """Tokens of one request that fit a step beside one token of every other; 0 if none do."""
+        scheduler = self.vllm_config.scheduler_config
+        budget = scheduler.max_num_batched_tokens
+        if scheduler.max_num_scheduled_tokens is not None:
+            budget = min(budget, scheduler.max_num_scheduled_tokens)
+        budget -= scheduler.max_num_seqs
+        if scheduler.long_prefill_token_threshold > 0:
+            budget = min(budget, scheduler.long_prefill_token_threshold)
+        return max(0, budget)
+
+    def _make_engine(
+        self,
+        shape: CacheShape,
+        attention: dict[str, Attention],
+        layers: list[LayerParameters],
+    ) -> WorkerEngine:
+        first: Any = next(iter(attention.values()))
+        dtype = first.kv_cache.dtype
+        return WorkerEngine(
+            config=self._config,
+            shape=shape,
+            layer_views={name: layer.kv_cache for name, layer in attention.items()},
+            order=find_page_order(first.isa, shape.block_size, shape.head_size, dtype),
+            layers=layers,
+            input_batch=self.model_runner.input_batch,
+            stats=self._stats,
+        )
+
+    def shutdown(self) -> None:
+        """As the stock worker; the next engine of this process may be a stock one."""
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
+        super().shutdown()
