@@ -243,28 +243,45 @@ def _merge_sums_kernel(
     lse_ptr,
     gain_ptr,
     sums_ptr,
+    sinks_ptr,
     num_stats,
     HAS_LSE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILE_W: tl.constexpr,
+    ROWS_PER_HEAD: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Splits to the base-2 lse of each row, and to what its pooled weights are multiplied by."""
     stat = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     mask = (stat < num_stats)[None, :]
+    sink = tl.full([TILE], float("-inf"), tl.float32)
+    if HAS_SINKS:
+        group_head = stat % ROWS_PER_HEAD // TILE_W
+        query_head = stat // ROWS_PER_HEAD % NUM_KV_HEADS * GROUP + group_head
+        has_sink = (stat < num_stats) & (group_head < GROUP)
+        sink = tl.load(sinks_ptr + query_head, mask=has_sink, other=float("-inf")) * LOG2E
     split = tl.arange(0, NUM_SPLITS)
     ptrs = sums_ptr + split[:, None].to(tl.int64) * 4 * num_stats + stat[None, :]
     total = tl.load(ptrs + num_stats, mask=mask, other=0.0)
     pooled = tl.load(ptrs + 3 * num_stats, mask=mask, other=0.0)
     if HAS_LSE:
-        old_sum = tl.maximum(1 - tl.sum(total, axis=0), 0.0)
+        # Weights of keys and sink sum to one.
+        all_rated = 1 - tl.sum(total, axis=0)
+        if HAS_SINKS:
+            lse = tl.load(lse_ptr + stat, mask=stat < num_stats, other=0.0)
+            all_rated -= tl.exp2(sink - lse)
+        old_sum = tl.maximum(all_rated, 0.0)
         new_sum = old_sum - tl.sum(pooled, axis=0)
     else:
         best = tl.load(ptrs, mask=mask, other=float("-inf"))
         rated = tl.load(ptrs + 2 * num_stats, mask=mask, other=0.0)
-        greatest = tl.max(best, axis=0)
+        greatest = tl.maximum(tl.max(best, axis=0), sink)
         base = tl.where(greatest == float("-inf"), 0.0, greatest)
         decay = tl.exp2(best - base[None, :])
-        all_keys = tl.sum(total * decay, axis=0)
+        all_keys = tl.sum(total * decay, axis=0) + tl.exp2(sink - base)
         old_sum = tl.sum(rated * decay, axis=0)
         new_sum = tl.sum(pooled * decay, axis=0)
         lse = base + tl.log2(tl.where(all_keys > 0, all_keys, 1.0))
@@ -450,6 +467,7 @@ def window_scores(
     near_tokens: int,
     pool_kernel: int,
     lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> None:
     """See `ops.window_scores`."""
     num_requests, window, num_heads, head_size = query.shape
@@ -511,9 +529,15 @@ def window_scores(
             stats_lse,
             gain,
             sums,
+            sums if sinks is None else sinks,
             num_stats,
             HAS_LSE=lse is not None,
+            HAS_SINKS=sinks is not None,
             NUM_SPLITS=num_splits,
+            NUM_KV_HEADS=num_kv_heads,
+            GROUP=group,
+            TILE_W=tile_w,
+            ROWS_PER_HEAD=num_m_tiles * tile_m,
             TILE=128,
             num_warps=4,
         )

@@ -36,8 +36,14 @@ def window_query(shape: Shape, num_requests: int, window: int, sharpness: float 
     return sharpness * random_like(size, shape.dtype, generator)
 
 
-def window_lse(batch: PagedBatch, query: torch.Tensor, layer: int, scale: float) -> torch.Tensor:
-    """Natural lse of each window query over the keys that it sees."""
+def window_lse(
+    batch: PagedBatch,
+    query: torch.Tensor,
+    layer: int,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Natural lse of each window query over the keys that it sees, and the sink."""
     shape, window = batch.shape, query.shape[1]
     lse = torch.empty(query.shape[:3], dtype=torch.float64, device=query.device)
     for r, request in enumerate(batch.requests):
@@ -54,6 +60,8 @@ def window_lse(batch: PagedBatch, query: torch.Tensor, layer: int, scale: float)
             future = torch.arange(request.seq_len) > positions[:, None]
             hidden = logits.masked_fill(future.to(logits.device), float("-inf"))
             lse[r, :, head] = hidden.logsumexp(dim=1)
+            if sinks is not None:
+                lse[r, :, head] = torch.logaddexp(lse[r, :, head], sinks[head].double())
     return lse.float()
 
 
@@ -69,7 +77,7 @@ def check_scores(
     query = window_query(shape, len(lens), window)
     layer, scale = shape.num_layers - 1, shape.head_size**-0.5
     if with_lse:
-        options["lse"] = window_lse(batch, query, layer, scale)
+        options["lse"] = window_lse(batch, query, layer, scale, options.get("sinks"))
     rated = int32(*num_rated)
     arguments = (query, batch.pool, batch.rows, batch.block_table, rated, max(num_rated))
     options = {
@@ -130,6 +138,16 @@ def test_reductions(options, with_lse):
 def test_soft_cap_and_scales():
     scales = torch.linspace(0.5, 2.0, BASE.num_streams, device=DEVICE)
     check_scores(BASE, (90,), (80,), 8, logits_soft_cap=3.0, key_scale=scales)
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("reduce", ["mean", "defensive"])
+@pytest.mark.parametrize("group", [4, 5])
+def test_sinks(reduce, with_lse, group):
+    shape = Shape(group=group)
+    # Below all logits, among them, and far above them.
+    sinks = torch.linspace(-30.0, 30.0, shape.num_heads, device=DEVICE)
+    check_scores(shape, (90, 40), (80, 30), 8, with_lse, reduce=reduce, sinks=sinks)
 
 
 @pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)

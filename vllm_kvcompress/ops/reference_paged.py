@@ -182,6 +182,7 @@ def window_scores(
     near_tokens: int,
     pool_kernel: int,
     lse: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `ops.window_scores`; a given lse is not believed but computed."""
     num_requests, window, num_heads, head_size = query.shape
@@ -202,7 +203,11 @@ def window_scores(
                     logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
                 positions = torch.arange(num_keys - window, num_keys, device=query.device)
                 age = positions[:, None] - torch.arange(num_keys, device=query.device)
-                weights = logits.masked_fill(age < 0, float("-inf")).softmax(dim=-1)
+                seen = logits.masked_fill(age < 0, float("-inf"))
+                sink = seen.new_full((window, 1), float("-inf"))
+                if sinks is not None:
+                    sink.fill_(sinks[head * group + g])
+                weights = torch.cat([seen, sink], dim=1).softmax(dim=-1)[:, :-1]
                 weights = weights.masked_fill(age < near_tokens, 0.0)[:, :rated] ** power
                 if reduce == "defensive":
                     worst = worst.maximum(_defensive(weights, pool_kernel))

@@ -46,6 +46,7 @@ def window_scores(
     pool_kernel: int = 5,
     lse: torch.Tensor | None = None,
     key_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     backend: str = "triton",
 ) -> torch.Tensor:
     """Attention weights of each prompt's last queries, joined over the window.
@@ -72,8 +73,10 @@ def window_scores(
         near_tokens: keys up to a query's own that count as 0 for it.
         pool_kernel: odd width of the pooling; 'defensive' only.
         lse: [R, w, Hq] float32, natural logarithm of each query's sum over the keys it sees, as
-            prefill attention leaves it; None = computed, which reads the keys twice.
+            prefill attention leaves it (the sink included); None = computed, which reads the keys
+            twice.
         key_scale: [L * H] float32; None = 1.
+        sinks: [Hq] float32, a logit per head that no key belongs to; None = none.
         backend: 'triton' or 'reference'.
 
     Returns:
@@ -109,6 +112,11 @@ def window_scores(
         ),
         f"want lse [{num_requests}, {window}, {num_heads}] float32",
     )
+    check(
+        sinks is None
+        or (sinks.shape == (num_heads,) and sinks.dtype == torch.float32 and sinks.is_contiguous()),
+        f"want sinks [{num_heads}] float32",
+    )
     key_scale = stream_scales(key_scale, num_layers * num_kv_heads, pool)
     options: dict[str, Any] = {
         "layer": layer,
@@ -121,6 +129,7 @@ def window_scores(
         "near_tokens": near_tokens,
         "pool_kernel": pool_kernel,
         "lse": lse,
+        "sinks": sinks,
     }
     if check_backend(backend, "triton") == "reference":
         return reference.window_scores(
