@@ -185,6 +185,7 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
                 "near_tokens": 0,
                 "pool_kernel": 5,
                 "lse": None,
+                "sinks": None,
                 **options,
             },
         )
@@ -192,6 +193,9 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
     lse = torch.zeros(num_requests, window, num_heads)
     yield "defensive", score("defensive", window, near_tokens=8)
     yield "defensive, lse given", score("defensive", window, near_tokens=8, lse=lse)
+    sinks = torch.zeros(num_heads)
+    yield "defensive, sinks, lse given", score("defensive", window, lse=lse, sinks=sinks)
+    yield "mean, sinks", score("mean", window, sinks=sinks)
     yield "mean, window 32", score("mean", 32)
     yield "sum of squares, window 64", score("sum", 64, power=2)
     root = torch.empty(shape.num_kv_heads, d, d, dtype=shape.dtype)

@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cuda_rig import Request, Rig  # noqa: E402
-from paged_pool import DEVICE  # noqa: E402
+from cuda_rig import Request, Rig
+from paged_pool import DEVICE
 
-from vllm_kvcompress.compaction import CacheShape  # noqa: E402
-from vllm_kvcompress.config import KVCompressConfig  # noqa: E402
+from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.config import KVCompressConfig
 
 WINDOW = 8
 SHAPES = {

@@ -82,7 +82,7 @@ def reference_attention(
 
 @dataclass
 class Request:
-    """A request's tokens as [L, n, ...] tensors in parts, and its row as the manager lays it out."""
+    """A request's tokens as [L, n, ...] tensors in parts, and its row as the manager has it."""
 
     name: str
     prompt_len: int
@@ -316,7 +316,7 @@ class Rig:
         return list(heads)
 
     def _check_compaction(self, request: Request, count: int) -> None:
-        """A prompt that has just ended: region and offsets against the policies on plain tensors."""
+        """Region and offsets of a prompt that has just ended against the policies' choice."""
         geometry = self.geometry(request)
         before = request.num_computed - count
         if not geometry.is_compressed or not before < geometry.compact_len <= request.num_computed:
