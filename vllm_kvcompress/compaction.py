@@ -211,7 +211,7 @@ class Compactor:
 
     def _read(self, pages: LayerPages, part: str) -> torch.Tensor:
         """[H, len(blocks) * block_size, d] of one layer; part 'key' or 'value'."""
-        heads = torch.arange(self.shape.num_kv_heads)[:, None]
+        heads = torch.arange(self.shape.num_kv_heads, device=pages.blocks.device)[:, None]
         ids = pages.page_ids(pages.blocks, heads)
         return ops.unpack_pages(pages.pool, ids, self.order, part)
 

@@ -54,7 +54,7 @@ class PromptBatch:
         rows: [R, 4] int32 descriptors; the length is the compaction point's.
         block_table: [R, W] int32, `[prompt blocks][region blocks][later blocks]`.
         num_candidates: [R] int32 tokens that compete.
-        num_rated: [R] int32 tokens that fused kernels rate; at least num_candidates.
+        num_rated: [R] int32 tokens that fused kernels rate, at least num_candidates; 0 if none do.
         num_entries: [R] int32 pages (or tokens) that compete.
         first, second: [R, S, N] float32 scores of entries, filled layer by layer; `second` is None
             until a scorer gives one.
@@ -167,11 +167,9 @@ class PagedCompactor:
             block_table: [R, W] int32 rows of just these.
         """
         geometries = [prompt.geometry for prompt in prompts]
-        num_prompts, window = len(prompts), self.config.window
+        num_prompts = len(prompts)
         numbers = np.empty((7, num_prompts), np.int32)
-        rates_window = self._plan is not None and self._plan.rates_window
         for i, g in enumerate(geometries):
-            before_window = g.compact_len - window
             numbers[:4, i] = (
                 g.compact_len,
                 g.num_region_blocks,
@@ -179,8 +177,7 @@ class PagedCompactor:
                 g.first_kept_block,
             )
             numbers[4, i] = g.num_candidate_tokens
-            rated = max(g.num_candidate_tokens, before_window) if rates_window else before_window
-            numbers[5, i] = rated
+            numbers[5, i] = self._num_rated(g)
             numbers[6, i] = g.first_kept_block * self._per_page
         packed = np.concatenate([numbers[:4].T.reshape(-1), numbers[4:].reshape(-1)])
         device = self.pool.device
@@ -231,10 +228,7 @@ class PagedCompactor:
         plan, shape, parameters = self._plan, self.shape, self._layers[layer]
         assert plan is not None
         max_candidates = max(g.num_candidate_tokens for g in batch.geometries)
-        max_rated = max(
-            max_candidates if plan.rates_window else 0,
-            max(g.compact_len for g in batch.geometries) - self.config.window,
-        )
+        max_rated = max(self._num_rated(g) for g in batch.geometries)
         where: dict[str, Any] = {
             "layer": layer,
             "num_layers": shape.num_layers,
@@ -413,6 +407,14 @@ class PagedCompactor:
         raised[:, :-1] = second.flatten(1)
         raised.scatter_(1, flat, float("inf"))
         return raised[:, :-1].view(second.shape)
+
+    def _num_rated(self, geometry: RequestGeometry) -> int:
+        """Tokens that fused kernels rate; 0 if none do."""
+        if self._plan is None:
+            return 0
+        return self._plan.num_rated(
+            geometry.compact_len, geometry.num_candidate_tokens, self.config.window
+        )
 
     def _pages(self, layer: int, blocks: torch.Tensor) -> LayerPages:
         return self.shape.layer_pages(self.pool.flatten(1), layer, blocks)

@@ -83,7 +83,6 @@ def test_all_kinds_of_steps(monkeypatch, name, backend, granularity):
     "method",
     [
         "span",
-        "layer-span",
         "snapkv",
         "pyramidkv",
         "ada-pyramidkv",
@@ -130,7 +129,7 @@ def test_chunks_of_a_prompt_select_what_a_single_step_does(monkeypatch, method, 
 def test_a_suffix_attends_to_what_was_kept(monkeypatch, granularity):
     block, suffix = 16, 21
     config = config_of("snapkv", block, granularity, suffix_tokens=suffix)
-    rig = Rig(monkeypatch, SHAPES["gqa_3_to_1"], config, DTYPE)
+    rig = Rig(monkeypatch, SHAPES["gqa_3_to_1"], config, DTYPE, "reference")
     odd, even = Request("odd", 9 * block + 3 + suffix), Request("even", 8 * block + suffix)
     rig.step([(odd, 9 * block + 3)])
     # A suffix beside a compaction, and one whose last token is alone.
@@ -161,7 +160,8 @@ def test_a_captured_decode_step_serves_later_rows(monkeypatch, backend, num_step
 
 
 def test_a_preempted_request_compacts_again(monkeypatch, granularity):
-    rig = Rig(monkeypatch, SHAPES["gqa_3_to_1"], config_of("span", 16, granularity), DTYPE)
+    shape, config = SHAPES["gqa_3_to_1"], config_of("span", 16, granularity)
+    rig = Rig(monkeypatch, shape, config, DTYPE, "reference")
     first, other = Request("a", 200), Request("b", 180)
     rig.step([(first, 200)])
     rig.step([(first, 1), (other, 180)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.policies.base import LayerScores, ScoreInputs
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, WindowPlan
 from vllm_kvcompress.policies.snapkv import SnapKV
 
 
@@ -37,3 +37,7 @@ class CriticalKV(SnapKV):
             inputs.value[:, : inputs.num_candidates], inputs.output_weight
         )
         return LayerScores(scores, (scores + self.epsilon) * norms)
+
+    def window_plan(self) -> WindowPlan | None:
+        """None: there is a second score."""
+        return None

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer, WindowPlan
 
 
 def worst_case(attention: torch.Tensor, pool_kernel: int) -> torch.Tensor:
@@ -77,6 +77,17 @@ class DefensiveKV(Scorer):
         if self.mass_first > 0:
             scores = self._lift_mass(scores, attention, window, inputs.budget_tokens)
         return LayerScores(scores[:, : inputs.num_candidates])
+
+    def window_plan(self) -> WindowPlan | None:
+        """The same by ops that read pages, without the L1 norms, which need whole projections."""
+        if self.value_norm or self.mass_first > 0:
+            return None
+        return WindowPlan(
+            reduce="defensive",
+            mean_kernel=self.pool_kernel,
+            group_reduce="max",
+            floor_at_mean=True,
+        )
 
     def _lift_mass(
         self, scores: torch.Tensor, attention: torch.Tensor, window: int, budget_tokens: int

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer, WindowPlan
 
 
 class SnapKV(Scorer):
@@ -50,6 +50,17 @@ class SnapKV(Scorer):
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Pooled window attention."""
         return LayerScores(self.pooled_attention(inputs))
+
+    def window_plan(self) -> WindowPlan | None:
+        """The same by ops that read pages."""
+        return WindowPlan(
+            reduce=self.window_reduce,
+            power=self.score_power,
+            group_reduce=self.group_reduce,
+            pool_kernel=self.pool_kernel,
+            pool_kind=self.pool_kind,
+            pool_first=self.pool_first,
+        )
 
     def pooled_attention(self, inputs: ScoreInputs) -> torch.Tensor:
         """[H, num_candidates] float32."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer, WindowPlan
 from vllm_kvcompress.policies.defensivekv import worst_case
 
 
@@ -71,3 +71,16 @@ class Span(Scorer):
             scores = scores * (effect / total)
         scores = ops.pool_scores(scores, self.span_kernel, "max")
         return LayerScores(scores[:, : inputs.num_candidates])
+
+    def window_plan(self) -> WindowPlan | None:
+        """The same by ops that read pages."""
+        return WindowPlan(
+            reduce="defensive",
+            near_tokens=self.near_tokens,
+            mean_kernel=self.pool_kernel,
+            rates_window=True,
+            group_reduce="max",
+            floor_at_mean=True,
+            span_kernel=self.span_kernel,
+            uses_value_effect=self.value_norm,
+        )

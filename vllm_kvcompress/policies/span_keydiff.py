@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_kvcompress.policies.base import LayerScores, ScoreInputs
+from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, WindowPlan
 from vllm_kvcompress.policies.keydiff import KeyDiff
 from vllm_kvcompress.policies.span import Span
 
@@ -31,3 +31,7 @@ class SpanKeyDiff(Span):
         """Worst-case attention, and KeyDiff raised to [0, 2]."""
         keydiff = KeyDiff(self.keydiff_kernel).score(inputs).first
         return LayerScores(super().score(inputs).first, keydiff.clamp(min=-1) + 1)
+
+    def window_plan(self) -> WindowPlan | None:
+        """None: there is a second score."""
+        return None
