@@ -34,6 +34,12 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "kv_cache_dtype, ...)",
         "cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa, ...)",
     ),
+    "config/attention.py": (
+        "AttentionConfig.backend",
+        "AttentionConfig.backend_per_kind",
+    ),
+    "config/compilation.py": ("CompilationConfig.max_cudagraph_capture_size",),
+    "config/parallel.py": ("ParallelConfig.use_ubatching",),
     "config/scheduler.py": (
         "SchedulerConfig.async_scheduling",
         "SchedulerConfig.disable_hybrid_kv_cache_manager",
@@ -62,14 +68,22 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "AttentionBackend.get_impl_cls()",
         "AttentionBackend.get_supported_kernel_block_sizes(kv_cache_spec)",
         "AttentionBackend.supported_kv_cache_layouts(cls)",
+        "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE",
+        "AttentionMetadataBuilder._init_reorder_batch_threshold(self, reorder_batch_threshold, "
+        "...)",
+        "CommonAttentionMetadata._num_computed_tokens_cache",
+        "CommonAttentionMetadata._token_to_req_indices_cache",
         "CommonAttentionMetadata.block_table_tensor",
+        "CommonAttentionMetadata.is_prefilling",
         "CommonAttentionMetadata.max_query_len",
         "CommonAttentionMetadata.max_seq_len",
         "CommonAttentionMetadata.num_actual_tokens",
         "CommonAttentionMetadata.num_reqs",
         "CommonAttentionMetadata.query_start_loc",
         "CommonAttentionMetadata.query_start_loc_cpu",
+        "CommonAttentionMetadata.req_idx",
         "CommonAttentionMetadata.seq_lens",
+        "CommonAttentionMetadata.seq_lens_cpu_upper_bound",
         "CommonAttentionMetadata.slot_mapping",
         "MultipleOf",
     ),
@@ -83,8 +97,22 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "CPUAttentionMetadataBuilder.build(self, common_prefix_len, common_attn_metadata, "
         "fast_build)",
     ),
+    "v1/attention/backends/flash_attn.py": (
+        "FlashAttentionBackend.get_name()",
+        "FlashAttentionBackend.supports_head_size(cls, head_size)",
+        "FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)",
+        "FlashAttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, "
+        "output, output_scale, output_block_scale)",
+        "FlashAttentionMetadata.num_actual_tokens",
+        "FlashAttentionMetadataBuilder.build(self, common_prefix_len, common_attn_metadata, "
+        "fast_build)",
+        "FlashAttentionMetadataBuilder.get_cudagraph_support(cls, vllm_config, kv_cache_spec)",
+        "FlashAttentionMetadataBuilder.supports_update_block_table",
+    ),
     "v1/attention/backends/registry.py": (
         "AttentionBackendEnum.CPU_ATTN",
+        "AttentionBackendEnum.CUSTOM",
+        "AttentionBackendEnum.FLASH_ATTN",
         "AttentionBackendEnum.clear_override(self)",
         "register_backend(backend, class_path, ...)",
     ),
@@ -126,6 +154,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "FullAttentionSpec.merge(cls, specs)",
         "KVCacheConfig.kv_cache_groups",
         "KVCacheSpec.max_num_blocks_per_req(self, vllm_config, max_len)",
+        "KVCacheSpecKind.FULL_ATTENTION",
         "KVQuantMode.NONE",
         "SlidingWindowSpec",
     ),
@@ -141,16 +170,40 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "Request.skip_reading_prefix_cache",
     ),
     "v1/worker/cpu_worker.py": ("CPUWorker.init_device(self)",),
-    "v1/worker/gpu_input_batch.py": ("InputBatch.num_prompt_tokens", "InputBatch.req_ids"),
+    "v1/worker/gpu/model_runner.py": (
+        "GPUModelRunner.attn_groups",
+        "GPUModelRunner.get_model(self)",
+        "GPUModelRunner.kv_cache_config",
+        "GPUModelRunner.req_states",
+    ),
+    "v1/worker/gpu/states.py": (
+        "RequestState.index_to_req_id",
+        "RequestState.prompt_len",
+    ),
+    "v1/worker/gpu_input_batch.py": (
+        "InputBatch.num_prompt_tokens",
+        "InputBatch.num_reqs",
+        "InputBatch.req_ids",
+    ),
+    "v1/worker/gpu_model_runner.py": (
+        "GPUModelRunner.attn_groups",
+        "GPUModelRunner.get_model(self)",
+        "GPUModelRunner.input_batch",
+        "GPUModelRunner.kv_cache_config",
+    ),
     "v1/worker/utils.py": (
         "AttentionGroup.kv_cache_group_id",
         "AttentionGroup.metadata_builders",
     ),
     "v1/worker/gpu_worker.py": (
+        "Worker.compile_or_warm_up_model(self)",
         "Worker.execute_model(self, scheduler_output)",
         "Worker.get_kv_cache_spec(self)",
+        "Worker.init_device(self)",
         "Worker.initialize_from_config(self, kv_cache_config)",
+        "Worker.model_runner",
         "Worker.shutdown(self)",
+        "Worker.use_v2_model_runner",
     ),
 }
 

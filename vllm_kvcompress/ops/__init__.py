@@ -5,6 +5,8 @@ Backends: 'torch' (vectorised, any device), 'triton' (on CUDA's paged pool) and 
 """
 
 from vllm_kvcompress.ops.decode import (
+    HEAD_SIZES,
+    MAX_GROUP,
     MAX_QUERY_LEN,
     ROW_FIELDS,
     ragged_decode,
@@ -34,6 +36,8 @@ from vllm_kvcompress.ops.selection import apportion, compact, joint_page_counts,
 from vllm_kvcompress.ops.window import join_scores, paged_value_effect, window_scores
 
 __all__ = [
+    "HEAD_SIZES",
+    "MAX_GROUP",
     "MAX_QUERY_LEN",
     "PageOrder",
     "ROW_FIELDS",

@@ -41,6 +41,11 @@ class KVCompressCUDABackend(FlashAttentionBackend):
         """Each (block, layer, head) must be one contiguous page."""
         return (KVCacheLayout.BLHNC,)
 
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        """Those that FlashAttention and our decode kernel both take."""
+        return head_size in ops.HEAD_SIZES and super().supports_head_size(head_size)
+
     @staticmethod
     def get_impl_cls() -> type[FlashAttentionImpl]:
         """The impl that runs both kinds of rows."""

@@ -10,7 +10,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 
@@ -39,6 +41,11 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         attention: dict[str, Attention],
         layers: list[LayerParameters],
     ) -> CUDAEngine:
+        if shape.num_queries_per_kv > ops.MAX_GROUP:
+            raise KVCompressConfigError(
+                f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
+                f"this model has {shape.num_queries_per_kv}"
+            )
         capture_size = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
         return CUDAEngine(
