@@ -52,6 +52,7 @@ class LayerParameters:
         output_weight: [H, g, d, m] of the output projection, if a scorer needs it.
         output_root: [H, d, d] root of the output projection's squares, if a scorer needs it.
         rotary: position encoding, if a scorer needs it.
+        sinks: [H, g] float32 logits of attention sinks, if the layer has them.
     """
 
     scale: float
@@ -59,6 +60,7 @@ class LayerParameters:
     output_weight: torch.Tensor | None = None
     output_root: torch.Tensor | None = None
     rotary: Rotary | None = None
+    sinks: torch.Tensor | None = None
 
 
 @dataclass
@@ -204,6 +206,7 @@ class Compactor:
             first=first,
             scale=parameters.scale,
             logits_soft_cap=parameters.logits_soft_cap,
+            sinks=parameters.sinks,
             rotary=parameters.rotary,
         )
         prompt.observed[layer] = self.scorer.observe(chunk, prompt.observed[layer])
@@ -245,6 +248,7 @@ class Compactor:
                 budget_tokens=geometry.num_region_blocks * geometry.block_size,
                 scale=parameters.scale,
                 logits_soft_cap=parameters.logits_soft_cap,
+                sinks=parameters.sinks,
                 layer=layer,
                 earlier_scores=prompt.layer_scores,
                 window_query=window_query,

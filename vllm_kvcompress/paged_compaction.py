@@ -248,6 +248,7 @@ class PagedCompactor:
             power=plan.power,
             near_tokens=plan.near_tokens,
             pool_kernel=plan.mean_kernel,
+            sinks=None if parameters.sinks is None else parameters.sinks.flatten(),
             **where,
         )
         effect = None

@@ -50,8 +50,17 @@ class Request:
 class Rig:
     """A one-worker stand-in for the model runner: pool, builder, impl, block allocation."""
 
-    def __init__(self, shape: CacheShape, config: KVCompressConfig, dtype: torch.dtype):
+    def __init__(
+        self,
+        shape: CacheShape,
+        config: KVCompressConfig,
+        dtype: torch.dtype,
+        with_sinks: bool = False,
+    ):
         self.shape, self.config, self.dtype = shape, config, dtype
+        num_heads = shape.num_kv_heads * shape.num_queries_per_kv
+        # Some that draw next to nothing, some that draw most of it.
+        self.sinks = torch.linspace(-4, 6, num_heads).bfloat16() if with_sinks else None
         self.generator = torch.Generator().manual_seed(0)
         num_blocks = 120
         page = 2 * shape.block_size * shape.head_size
@@ -73,7 +82,6 @@ class Rig:
             self.batch,
             self.stats,
         )
-        num_heads = shape.num_kv_heads * shape.num_queries_per_kv
         builder = object.__new__(KVCompressCPUMetadataBuilder)
         vars(builder).update(
             num_heads=num_heads,
@@ -96,7 +104,14 @@ class Rig:
         current.model_config = SimpleNamespace(dtype=dtype)
         with set_current_vllm_config(current):
             self.impl = KVCompressCPUImpl(
-                num_heads, shape.head_size, SCALE, shape.num_kv_heads, None, None, "auto"
+                num_heads,
+                shape.head_size,
+                SCALE,
+                shape.num_kv_heads,
+                None,
+                None,
+                "auto",
+                sinks=self.sinks,
             )
         self.layers = [
             SimpleNamespace(layer_name=name, isa=isa, _k_scale_float=1.0, _v_scale_float=1.0)
@@ -109,7 +124,8 @@ class Rig:
         angles = torch.arange(400)[:, None] / 1000 ** torch.linspace(0, 1, shape.head_size // 2)
         rotary = Rotary(torch.cat([angles.cos(), angles.sin()], dim=-1))
         weight = self.random(*weight_size)
-        return LayerParameters(SCALE, 0.0, weight, ops.output_root(weight), rotary)
+        sinks = None if self.sinks is None else self.sinks.float().view(weight_size[:2])
+        return LayerParameters(SCALE, 0.0, weight, ops.output_root(weight), rotary, sinks)
 
     def random(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, generator=self.generator).to(self.dtype)
@@ -226,7 +242,11 @@ class Rig:
                 is_read[head, :, :tail][:, evicted] = False
         heads = (num_new, shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size)
         logits = torch.einsum("mhgd,nhd->hgmn", query.double().view(heads), keys) * SCALE
-        weights = logits.masked_fill(~is_read[:, None], -torch.inf).softmax(dim=-1)
+        logits = logits.masked_fill(~is_read[:, None], -torch.inf)
+        if self.sinks is not None:
+            column = self.sinks.double().view(shape.num_kv_heads, shape.num_queries_per_kv, 1, 1)
+            logits = torch.cat([logits, column.expand(-1, -1, num_new, 1)], dim=-1)
+        weights = logits.softmax(dim=-1)[..., :num_tokens]
         want = torch.einsum("hgmn,nhd->mhgd", weights, values)
         tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[self.dtype]
         torch.testing.assert_close(
@@ -258,9 +278,12 @@ def granularity(request):
     return request.param
 
 
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_all_kinds_of_steps(name: str, dtype: torch.dtype, granularity: str) -> None:
+def test_all_kinds_of_steps(
+    name: str, dtype: torch.dtype, granularity: str, with_sinks: bool
+) -> None:
     shape = SHAPES[name]
     block = shape.block_size
     config = KVCompressConfig(
@@ -269,7 +292,7 @@ def test_all_kinds_of_steps(name: str, dtype: torch.dtype, granularity: str) -> 
         window=WINDOW,
         options=(("granularity", granularity),),
     )
-    rig = Rig(shape, config, dtype)
+    rig = Rig(shape, config, dtype, with_sinks)
     long, even, short, late = (
         Request("long", 10 * block + 5),
         Request("even", 8 * block),
@@ -356,8 +379,9 @@ def test_chunks_of_a_prompt_select_what_a_single_step_does(method: str, granular
     ids=str,
 )
 @pytest.mark.parametrize("method", ["span", "ada-criticalkv", "h2o"])
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
 def test_one_shot_prompts_keep_what_they_would_with_blocks(
-    name: str, dtype: torch.dtype, method: str, granularity: str
+    name: str, dtype: torch.dtype, method: str, granularity: str, with_sinks: bool
 ) -> None:
     shape = SHAPES[name]
     block = shape.block_size
@@ -367,7 +391,7 @@ def test_one_shot_prompts_keep_what_they_would_with_blocks(
     length = 9 * block + 7
     kept = []
     for is_one_shot in (False, True):
-        rig = Rig(shape, config, dtype)
+        rig = Rig(shape, config, dtype, with_sinks)
         whole = [rig.random(length, *size) for size in rig.token_sizes()]
         request = Request("a", length, is_one_shot)
         short, other = Request("short", 20), Request("other", 8 * block, is_one_shot=True)

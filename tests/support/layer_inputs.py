@@ -66,6 +66,7 @@ def observe(scorer, inputs, query, bounds=()):
             first=first,
             scale=inputs.scale,
             logits_soft_cap=inputs.logits_soft_cap,
+            sinks=inputs.sinks,
             rotary=inputs.rotary,
         )
         state = scorer.observe(chunk, state)

@@ -8,7 +8,11 @@ import torch
 
 
 def window_attention(
-    query: torch.Tensor, key: torch.Tensor, scale: float, logits_soft_cap: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    logits_soft_cap: float,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `ops.window_attention`."""
     num_heads, group, window, _ = query.shape
@@ -21,7 +25,9 @@ def window_attention(
                 logits = key[h, :visible].double() @ query[h, g, w].double() * scale
                 if logits_soft_cap > 0:
                     logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
-                out[h, g, w, :visible] = logits.softmax(dim=0)
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[h, g].double()[None]])
+                out[h, g, w, :visible] = logits.softmax(dim=0)[:visible]
     return out.float()
 
 

@@ -18,6 +18,7 @@ def window_attention(
     key: torch.Tensor,
     scale: float,
     logits_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     backend: str = "torch",
 ) -> torch.Tensor:
     """Attention weights of a prompt's last queries over all its keys (SnapKV's window).
@@ -27,10 +28,13 @@ def window_attention(
         key: [H, n, d], n >= w.
         scale: factor on the products.
         logits_soft_cap: squash logits into (-cap, cap) by tanh; 0 = not.
+        sinks: [H, g] float32, a logit per query head that no key belongs to and that is not
+            squashed; None = none.
         backend: 'torch' or 'reference'.
 
     Returns:
-        [H, g, w, n] float32; each row sums to 1; causal inside the window. No host sync.
+        [H, g, w, n] float32; each row and its sink's weight sum to 1; causal inside the window.
+        No host sync.
 
     Raises:
         ValueError: on shapes that do not fit.
@@ -44,8 +48,13 @@ def window_attention(
         f"window {query.shape[2]} of head size {query.shape[3]} does not fit "
         f"{key.shape[1]} keys of head size {key.shape[2]}",
     )
+    check(
+        sinks is None or (sinks.shape == query.shape[:2] and sinks.dtype == torch.float32),
+        f"want sinks {tuple(query.shape[:2])} float32, got "
+        f"{sinks if sinks is None else (tuple(sinks.shape), sinks.dtype)}",
+    )
     if check_backend(backend, "torch") == "reference":
-        return reference.window_attention(query, key, scale, logits_soft_cap)
+        return reference.window_attention(query, key, scale, logits_soft_cap, sinks)
     num_heads, group, window, head_size = query.shape
     num_keys = key.shape[1]
     rows = query.float().reshape(num_heads, group * window, head_size)
@@ -55,7 +64,13 @@ def window_attention(
     logits = logits.view(num_heads, group, window, num_keys)
     future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
     logits[..., num_keys - window :].masked_fill_(future, float("-inf"))
-    return logits.softmax(dim=-1)
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    sink = sinks[:, :, None, None]
+    greatest = torch.maximum(logits.amax(dim=-1, keepdim=True), sink)
+    # In place: an extra column would copy what may be the largest tensor around.
+    weights = logits.sub_(greatest).exp_()
+    return weights.div_(weights.sum(dim=-1, keepdim=True) + (sink - greatest).exp())
 
 
 def pool_scores(

@@ -82,6 +82,8 @@ class ScoreInputs:
         budget_tokens: candidates that a head keeps, on average over heads and layers.
         scale: factor on query-key products.
         logits_soft_cap: attention logits are squashed into (-cap, cap); 0 = not.
+        sinks: [H, g] float32, a learned logit per query head that takes part in the model's
+            softmax but has no value; None where the model has none. Weights of attention count it.
         layer: index of the layer among the compressed ones, 0-based.
         earlier_scores: what the scorer gave back for layers [0, layer).
         window_query: [H, g, w, d], the queries of the last w tokens.
@@ -99,6 +101,7 @@ class ScoreInputs:
     budget_tokens: int
     scale: float
     logits_soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
     layer: int = 0
     earlier_scores: Sequence[LayerScores] = ()
     window_query: torch.Tensor | None = None
@@ -122,7 +125,7 @@ class ChunkInputs:
         query: [H, g, m, d], positions encoded, tokens first .. first + m - 1 of the prompt.
         key: [H, first + m, d], every key up to the last of them.
         first: position of the first query.
-        scale, logits_soft_cap, rotary: as in `ScoreInputs`.
+        scale, logits_soft_cap, sinks, rotary: as in `ScoreInputs`.
     """
 
     query: torch.Tensor
@@ -130,6 +133,7 @@ class ChunkInputs:
     first: int
     scale: float
     logits_soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
     rotary: Rotary | None = None
 
 

@@ -37,7 +37,7 @@ class ChunkKV(Scorer):
             return inputs.earlier_scores[first_of_group]
         assert inputs.window_query is not None
         attention = ops.window_attention(
-            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap
+            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap, inputs.sinks
         )
         per_token = attention[..., : inputs.num_candidates].sum(dim=(0, 1, 2))
         chunk_of_token = torch.arange(inputs.num_candidates, device=per_token.device)

@@ -66,7 +66,7 @@ class DefensiveKV(Scorer):
         assert inputs.output_weight is not None
         window = inputs.window_query.shape[2]
         attention = ops.window_attention(
-            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap
+            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap, inputs.sinks
         )[..., : inputs.key.shape[1] - window]
         scores = worst_case(attention, self.pool_kernel)
         if self.value_norm:

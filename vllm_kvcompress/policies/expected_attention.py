@@ -36,6 +36,9 @@ class ExpectedAttention(Scorer):
     times ||v||_2. Every query counts, so prompts are computed whole, without prefix-cache
     hits. Parity target: kvpress' ExpectedAttentionPress.
 
+    A sink logit that the model has learned depends on no query, so it is its own expectation; it
+    joins the softmax, or a query head that mostly looks at its sink would count like any other.
+
     Args:
         num_future: positions after the prompt to average the rotation over.
         num_sinks: first tokens, always kept, that enter neither model nor softmax.
@@ -89,7 +92,9 @@ class ExpectedAttention(Scorer):
         if self.covariance:
             spread = torch.einsum("hni,hgij->hgnj", key, covariance)
             logits += (spread * key[:, None]).sum(dim=-1) * (inputs.scale**2 / 2)
-        expected = logits.softmax(dim=-1).mean(dim=1)
+        if inputs.sinks is not None:
+            logits = torch.cat([logits, inputs.sinks[:, :, None]], dim=-1)
+        expected = logits.softmax(dim=-1)[..., : key.shape[1]].mean(dim=1)
         if self.value_norm:
             norms = inputs.value[:, num_sinks:].float().norm(dim=-1)
             expected = (expected + self.epsilon) * norms

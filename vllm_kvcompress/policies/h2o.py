@@ -44,7 +44,7 @@ class H2O(Scorer):
             end = inputs.first + start + query.shape[2]
             # The queries are the last ones over these keys, so the mask is causal.
             attention = ops.window_attention(
-                query, inputs.key[:, :end], inputs.scale, inputs.logits_soft_cap
+                query, inputs.key[:, :end], inputs.scale, inputs.logits_soft_cap, inputs.sinks
             )
             sums[:, :end] += attention.sum(dim=(1, 2))
         return sums

@@ -67,7 +67,7 @@ class SnapKV(Scorer):
         assert inputs.window_query is not None
         window = inputs.window_query.shape[2]
         attention = ops.window_attention(
-            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap
+            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap, inputs.sinks
         )[..., : inputs.key.shape[1] - window]
         if self.score_power != 1:
             attention = attention**self.score_power

@@ -59,7 +59,7 @@ class Span(Scorer):
         # Pooling looks past the last candidate, as far as to the window.
         num_rated = max(inputs.num_candidates, num_keys - window)
         attention = ops.window_attention(
-            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap
+            inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap, inputs.sinks
         )[..., :num_rated]
         age = torch.arange(num_keys - window, num_keys)[:, None] - torch.arange(num_rated)
         attention = attention.masked_fill((age < self.near_tokens).to(attention.device), 0.0)

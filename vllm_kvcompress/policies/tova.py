@@ -22,6 +22,8 @@ class TOVA(Scorer):
         """The last query's mean attention, for every KV head alike."""
         assert inputs.window_query is not None
         last = inputs.window_query[:, :, -1:]
-        attention = ops.window_attention(last, inputs.key, inputs.scale, inputs.logits_soft_cap)
+        attention = ops.window_attention(
+            last, inputs.key, inputs.scale, inputs.logits_soft_cap, inputs.sinks
+        )
         mean = attention[..., : inputs.num_candidates].mean(dim=(0, 1, 2))
         return LayerScores(mean.expand(inputs.key.shape[0], -1))

@@ -76,6 +76,27 @@ class CompressedRows:
 
 
 @dataclass
+class RowsByHead:
+    """The same rows for layers with attention sinks: R sequences per KV head and kernel call.
+
+    The kernel takes one sink per query head of a call, and KV heads have sinks of their own.
+
+    Attributes:
+        page_tables: [L, R * H, width] int32 page ids, as in `CompressedRows`.
+        seq_lens: [L, H, R] int32 tokens of each stream.
+        query_start_loc: [R + 1] int32.
+        tokens: [t] int64 tokens of the rows, or None when they are all tokens.
+        scheduler_metadata: per layer and head, for the kernel.
+    """
+
+    page_tables: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    tokens: torch.Tensor | None
+    scheduler_metadata: list[list[torch.Tensor]]
+
+
+@dataclass
 class KVCompressCPUMetadata:
     """What every layer of one step shares.
 
@@ -96,7 +117,7 @@ class KVCompressCPUMetadata:
     dense_tokens: torch.Tensor | None = None
     one_shot: CPUAttentionMetadata | None = None
     one_shot_tokens: torch.Tensor | None = None
-    compressed: CompressedRows | None = None
+    compressed: CompressedRows | RowsByHead | None = None
     rows: StepRows | None = None
     engine: WorkerEngine | None = field(default=None, repr=False)
 
@@ -135,7 +156,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             metadata.dense = super().build(common_prefix_len, common, fast_build)
         return metadata
 
-    def _build_compressed(self, common: Any, rows: StepRows) -> CompressedRows:
+    def _build_compressed(self, common: Any, rows: StepRows) -> CompressedRows | RowsByHead:
         engine = self.engine
         assert engine is not None
         shape = engine.shape
@@ -166,9 +187,9 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         row_lens = torch.tensor(
             [int(starts[row + 1] - starts[row]) for row in rows.compressed_rows]
         )
-        per_head_lens = row_lens.repeat_interleave(num_heads)
-        query_start_loc = torch.zeros(len(per_head_lens) + 1, dtype=torch.int32)
-        query_start_loc[1:] = per_head_lens.cumsum(0)
+        if engine.has_sinks:
+            return self._build_by_head(lens, row_starts, row_lens, common.num_actual_tokens)
+        query_start_loc = _starts(row_lens.repeat_interleave(num_heads))
         query_index = None
         if rows.dense_rows or rows.one_shot_rows or int(row_lens.max()) > 1:
             query_index = _query_index(row_starts, row_lens, num_heads)
@@ -178,23 +199,53 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             if layer > 0 and torch.equal(lens[layer], lens[layer - 1]):
                 scheduler.append(scheduler[-1])
                 continue
-            scheduler.append(
-                vllm_ops.cpu_attn_get_scheduler_metadata(
-                    num_reqs=len(per_head_lens),
-                    num_heads=shape.num_queries_per_kv,
-                    num_kv_heads=1,
-                    head_dim=shape.head_size,
-                    seq_lens=lens[layer],
-                    dtype=self.dtype,
-                    query_start_loc=query_start_loc,
-                    causal=True,
-                    sliding_window_size=-1,
-                    isa=self.isa,
-                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-                    kv_cache_dtype=self.kv_cache_dtype,
-                )
-            )
+            scheduler.append(self._schedule(lens[layer], query_start_loc))
         return CompressedRows(self._page_tables, lens, query_start_loc, query_index, scheduler)
+
+    def _build_by_head(
+        self,
+        lens: torch.Tensor,
+        row_starts: torch.Tensor,
+        row_lens: torch.Tensor,
+        num_tokens: int,
+    ) -> RowsByHead:
+        """Rows of a model with sinks; `lens` is [L, R, H]."""
+        query_start_loc = _starts(row_lens)
+        tokens = None
+        if int(query_start_loc[-1]) < num_tokens:
+            tokens = _ranges(row_starts.tolist(), row_lens.tolist())
+        lens = lens.transpose(1, 2).contiguous()
+        # One plan serves all heads of the same lengths, as equal budgets give them.
+        known: dict[tuple[int, ...], torch.Tensor] = {}
+        scheduler = []
+        for layer_lens in lens:
+            of_layer = []
+            for head_lens in layer_lens:
+                key = tuple(head_lens.tolist())
+                if key not in known:
+                    known[key] = self._schedule(head_lens, query_start_loc)
+                of_layer.append(known[key])
+            scheduler.append(of_layer)
+        return RowsByHead(self._page_tables, lens, query_start_loc, tokens, scheduler)
+
+    def _schedule(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        """The kernel's plan for sequences of one KV head."""
+        assert self.engine is not None
+        shape = self.engine.shape
+        return vllm_ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(seq_lens),
+            num_heads=shape.num_queries_per_kv,
+            num_kv_heads=1,
+            head_dim=shape.head_size,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
 
 
 class KVCompressCPUImpl(CPUAttentionBackendImpl):
@@ -233,7 +284,9 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
             )
             self._attend(layer, query, key, value, scratch, one_shot, tokens, output)
         layer_index = engine.layer_index[layer.layer_name]
-        if metadata.compressed is not None:
+        if isinstance(metadata.compressed, RowsByHead):
+            self._attend_by_head(layer, query, metadata.compressed, output, engine, layer_index)
+        elif metadata.compressed is not None:
             self._attend_compressed(layer, query, metadata.compressed, output, engine, layer_index)
         for row in metadata.rows.prefill_rows:
             engine.collect(row, layer_index, query[row.token_start : row.token_end])
@@ -278,28 +331,83 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         else:
             streams = streams[: num_tokens * shape.num_kv_heads]
             part = result[: num_tokens * shape.num_kv_heads]
+        self._attend_streams(
+            layer,
+            streams,
+            part,
+            engine,
+            rows.query_start_loc,
+            rows.seq_lens[layer_index],
+            rows.page_tables[layer_index],
+            rows.scheduler_metadata[layer_index],
+        )
+        if rows.query_index is not None:
+            result[rows.query_index] = part
+
+    def _attend_by_head(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        rows: RowsByHead,
+        output: torch.Tensor,
+        engine: WorkerEngine,
+        layer_index: int,
+    ) -> None:
+        shape = engine.shape
+        num_heads, group, head_size = shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size
+        num_tokens = int(rows.query_start_loc[-1])
+        tokens: Any = slice(num_tokens) if rows.tokens is None else rows.tokens
+        streams = query.view(-1, num_heads, group, head_size)[tokens]
+        # Head by head, since the kernel writes to contiguous memory only.
+        part = query.new_empty(num_heads, num_tokens, group, head_size)
+        tables = rows.page_tables[layer_index].view(-1, num_heads, rows.page_tables.shape[-1])
+        for head in range(num_heads):
+            self._attend_streams(
+                layer,
+                streams[:, head],
+                part[head],
+                engine,
+                rows.query_start_loc,
+                rows.seq_lens[layer_index, head],
+                tables[:, head],
+                rows.scheduler_metadata[layer_index][head],
+                None if self.sinks is None else self.sinks[head * group : (head + 1) * group],
+            )
+        output.view(-1, num_heads, group, head_size)[tokens] = part.transpose(0, 1)
+
+    def _attend_streams(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        engine: WorkerEngine,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        page_table: torch.Tensor,
+        scheduler_metadata: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """The stock kernel on sequences of one KV head over the flattened pool."""
         key_cache, value_cache = engine.kernel_pages
         vllm_ops.cpu_attention_with_kv_cache(
-            query=streams,
+            query=query,
             key_cache=key_cache,
             value_cache=value_cache,
-            output=part,
-            query_start_loc=rows.query_start_loc,
-            seq_lens=rows.seq_lens[layer_index],
+            output=output,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
             scale=self.scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=rows.page_tables[layer_index],
+            block_table=page_table,
             softcap=self.logits_soft_cap,
-            scheduler_metadata=rows.scheduler_metadata[layer_index],
-            s_aux=None,
+            scheduler_metadata=scheduler_metadata,
+            s_aux=sinks,
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
-        if rows.query_index is not None:
-            result[rows.query_index] = part
 
 
 def _only_rows(common: Any, wanted: list[int], rows: StepRows) -> tuple[torch.Tensor, Any]:
@@ -307,9 +415,8 @@ def _only_rows(common: Any, wanted: list[int], rows: StepRows) -> tuple[torch.Te
     starts = common.query_start_loc_cpu
     index = torch.tensor(wanted)
     lens = starts[index + 1] - starts[index]
-    tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i + 1])) for i in wanted])
-    query_start_loc = torch.zeros(len(wanted) + 1, dtype=torch.int32)
-    query_start_loc[1:] = lens.cumsum(0)
+    tokens = _ranges(starts[index].tolist(), lens.tolist())
+    query_start_loc = _starts(lens)
     seq_lens = common.seq_lens[index]
     return tokens, replace(
         common,
@@ -341,6 +448,19 @@ def _on_scratch(only: Any, rows: StepRows, block_size: int) -> Any:
         block_table_tensor=table.where(torch.arange(table.shape[1]) < blocks[:, None], 0),
         slot_mapping=torch.cat(slots),
     )
+
+
+def _starts(lens: torch.Tensor) -> torch.Tensor:
+    """[n + 1] int32 running sums of n lengths, from 0."""
+    starts = torch.zeros(len(lens) + 1, dtype=torch.int32)
+    starts[1:] = lens.cumsum(0)
+    return starts
+
+
+def _ranges(starts: list[int], lens: list[int]) -> torch.Tensor:
+    """[sum of lens] int64: runs of numbers, one after another."""
+    runs = zip(starts, lens, strict=True)
+    return torch.cat([torch.arange(start, start + length) for start, length in runs])
 
 
 def _query_index(row_starts: torch.Tensor, row_lens: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -64,6 +64,7 @@ class WorkerEngine:
         """Use a setting from now on; no request of an earlier one may go on."""
         # First what may refuse the setting.
         self.compactor = Compactor(config, self.shape, self._order, layers)
+        self.has_sinks = any(layer.sinks is not None for layer in layers)
         self.config = config
         self.states = RequestStates(Geometry(config, self.shape.block_size), self.shape.num_layers)
 

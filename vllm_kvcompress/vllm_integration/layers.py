@@ -37,12 +37,16 @@ def layer_parameters(
         output_root = ops.output_root(_output_weight(owner, name, layer))
     if "rotary" in needs:
         rotary = _rotary(owner, name)
+    sinks = layer.impl.sinks
+    if sinks is not None:
+        sinks = sinks.detach().float().view(layer.num_kv_heads, -1)
     return LayerParameters(
         scale=layer.impl.scale,
         logits_soft_cap=layer.impl.logits_soft_cap or 0.0,
         output_weight=output_weight,
         output_root=output_root,
         rotary=rotary,
+        sinks=sinks,
     )
 
 

@@ -205,8 +205,6 @@ def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:
         return f"its KV cache is quantized ({spec.kv_quant_mode.name})"
     if layer.impl.alibi_slopes is not None:
         return "ALiBi needs every key's position in the cache"
-    if layer.impl.sinks is not None:
-        return "attention sinks are not supported"
     if layer.head_size_v != layer.head_size:
         return f"value head size {layer.head_size_v} differs from {layer.head_size}"
     return None
