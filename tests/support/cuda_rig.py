@@ -63,17 +63,23 @@ def attend(
         entries = pages.transpose(1, 2).flatten(0, 1)[:seq_len].double()
         keys, values = entries.split(head_size, dim=-1)
         is_read = torch.ones(end - start, seq_len, dtype=torch.bool).tril(seq_len - end + start)
-        output[start:end] = reference_attention(query[start:end], keys, values, is_read[None])
+        output[start:end] = reference_attention(
+            query[start:end], keys, values, is_read[None], impl.scale
+        )
     return output
 
 
 def reference_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_read: torch.Tensor
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_read: torch.Tensor,
+    scale: float = SCALE,
 ) -> torch.Tensor:
     """[m, Hq, d] float64 attention of queries to [n, H, d] keys, where is_read [H or 1, m, n]."""
     num_heads = keys.shape[1]
     heads = query.double().unflatten(1, (num_heads, -1))
-    logits = torch.einsum("mhgd,nhd->hgmn", heads, keys) * SCALE
+    logits = torch.einsum("mhgd,nhd->hgmn", heads, keys) * scale
     weights = logits.masked_fill(~is_read[:, None].to(logits.device), -torch.inf).softmax(dim=-1)
     # What nobody may read may be NaN.
     values = torch.where(is_read.any(dim=1).t()[..., None].to(values.device), values, 0.0)

@@ -1,0 +1,54 @@
+"""vLLM's CPU worker with the CUDA side of compression; see cuda_on_cpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cuda_rig import attend, store
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
+from vllm_kvcompress.vllm_integration.worker import CompressionWorker
+from vllm_kvcompress.vllm_integration.worker_cuda import _rows_of_v1, _rows_of_v2
+
+
+class CUDAPathWorker(CompressionWorker, CPUWorker):
+    """As KVCompressCUDAWorker, without a GPU."""
+
+    def init_device(self) -> None:
+        FlashAttentionImpl.forward = attend
+        FlashAttentionImpl.do_kv_cache_update = store
+        path = "vllm_kvcompress.vllm_integration.backend_cuda.KVCompressCUDABackend"
+        register_backend(AttentionBackendEnum.CPU_ATTN, path)
+        selector._cached_get_attn_backend.cache_clear()
+        super().init_device()
+
+    def _one_shot_tokens(self) -> int:
+        return 0
+
+    def _make_engine(self, shape: Any, attention: dict[str, Any], layers: list[Any]) -> CUDAEngine:
+        names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
+        return CUDAEngine(
+            config=self._config,
+            shape=shape,
+            layer_views={name: layer.kv_cache for name, layer in attention.items()},
+            layers=layers,
+            row_names=names(self.model_runner),
+            max_num_reqs=self.vllm_config.scheduler_config.max_num_seqs,
+            stats=self._stats,
+            backend="reference",
+        )
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._engine is None:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        with self._engine.scheduled_step():
+            return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        AttentionBackendEnum.CPU_ATTN.clear_override()
+        selector._cached_get_attn_backend.cache_clear()
+        super().shutdown()
