@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.gpu_worker import Worker
@@ -15,6 +16,8 @@ from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
+
+logger = init_logger(f"vllm.{__name__}")
 
 _BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cuda.KVCompressCUDABackend"
 
@@ -29,6 +32,10 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
     def init_device(self) -> None:
         """As the stock worker, with our backend registered before the model is built."""
         register_backend(AttentionBackendEnum.CUSTOM, _BACKEND_PATH)
+        if self.rank == 0:
+            logger.warning(
+                "kv-compress: the CUDA backend of this release has been tested without a GPU only"
+            )
         super().init_device()
 
     def _one_shot_tokens(self) -> int:
