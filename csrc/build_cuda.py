@@ -61,6 +61,14 @@ def find_nvcc() -> Path | None:
     return None
 
 
+def nvcc_version(nvcc: Path) -> str:
+    """Such as '13.0'."""
+    found = re.search(r"release ([\d.]+)", _run([str(nvcc), "--version"]))
+    if found is None:
+        raise BuildError(f"{nvcc} does not tell its version")
+    return found[1]
+
+
 def supported_archs(nvcc: Path) -> set[int]:
     """Architectures that this nvcc can compile for, 90 meaning sm_90."""
     listed = _run([str(nvcc), "--list-gpu-arch"])
@@ -99,7 +107,7 @@ def compile_objects(
         objects.append(out)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         said = list(pool.map(_run, commands))
-    return objects, [use for text in said for use in _kernel_uses(text)]
+    return objects, [use for text in said for use in kernel_uses(text)]
 
 
 def link(nvcc: Path, objects: Sequence[Path], out: Path, torch_root: Path) -> None:
@@ -184,7 +192,7 @@ def _run(command: Sequence[str]) -> str:
     return said
 
 
-def _kernel_uses(said: str) -> Iterator[KernelUse]:
+def kernel_uses(said: str) -> Iterator[KernelUse]:
     """Kernels in what nvcc says with --ptxas-options=-v."""
     pattern = re.compile(
         r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"

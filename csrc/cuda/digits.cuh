@@ -184,11 +184,9 @@ __device__ Reached reach(const OwnBins<DIGIT>& own, int num_above, int wanted) {
     }
     before = through;
   }
+  // The next call writes it behind the barriers of its sum.
   __syncthreads();
-  const Reached result = reached;
-  // The next call may write it.
-  __syncthreads();
-  return result;
+  return reached;
 }
 
 }  // namespace kvcompress

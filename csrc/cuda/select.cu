@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
         __syncthreads();
         copy_entries<Unit>(params.pages.pool, list, num_listed,
                            entry_bytes(params.pages) / sizeof(Unit));
-        // The list is written anew.
-        __syncthreads();
+        // Written anew behind the barriers of the next sum.
         list_begin += num_listed;
       }
     }
