@@ -1,4 +1,4 @@
-"""Two hundred requests, aborts, and a pool that is far too small for them."""
+"""Very many requests, aborts, and a pool that is far too small for them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,23 @@ import random
 import pytest
 from tiny_models import make_model
 
-NUM_REQUESTS = 200
+# On the CUDA side (see cuda_on_cpu) references stand in for kernels, and no prompt is one-shot.
+NUM_REQUESTS = {"cpu": 200, "cuda": 100}
 MAX_LEN = 640
 # The largest request, and a little more.
 NUM_BLOCKS = 28
 
 
+@pytest.fixture(scope="module", params=list(NUM_REQUESTS))
+def side(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def engine(start_engine, model, tmp_path_factory):
+def engine(side, model, tmp_path_factory):
+    from cuda_on_cpu import use_cuda_side
     from transformers import LlamaConfig
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_kvcompress import LLM
 
@@ -26,11 +34,14 @@ def engine(start_engine, model, tmp_path_factory):
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=64,
         max_position_embeddings=2048,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if side == "cuda":
+            use_cuda_side(patch)
         engine = LLM(
             make_model(tmp_path_factory.mktemp("llama"), model, config),
             kv_compress="span",
@@ -47,6 +58,8 @@ def engine(start_engine, model, tmp_path_factory):
         )
         yield engine
     engine.llm_engine.engine_core.shutdown()
+    # The next one of this process.
+    cleanup_dist_env_and_memory()
 
 
 def _params(max_tokens):
@@ -55,16 +68,17 @@ def _params(max_tokens):
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
-def test_texts_are_those_of_requests_run_one_by_one(engine, read_metric) -> None:
+def test_texts_are_those_of_requests_run_one_by_one(engine, side, read_metric) -> None:
     rng = random.Random(0)
+    num_requests = NUM_REQUESTS[side]
     shared = [rng.randrange(5, 40_000) for _ in range(300)]
     requests = []
-    for _ in range(NUM_REQUESTS):
+    for _ in range(num_requests):
         length = rng.choice((rng.randint(1, 60), rng.randint(100, 350), rng.randint(400, 560)))
         start = shared[: rng.choice((0, 0, 200, 300))][:length]
         prompt = start + [rng.randrange(5, 40_000) for _ in range(length - len(start))]
         requests.append((prompt, rng.randint(1, 70)))
-    llm_engine, outputs, aborted, waiting = engine.llm_engine, {}, set(), list(range(NUM_REQUESTS))
+    llm_engine, outputs, aborted, waiting = engine.llm_engine, {}, set(), list(range(num_requests))
     while waiting or llm_engine.has_unfinished_requests():
         for _ in range(rng.choice((0, 1, 1, 2, 5))):
             if waiting:
@@ -74,16 +88,16 @@ def test_texts_are_those_of_requests_run_one_by_one(engine, read_metric) -> None
         for output in llm_engine.step():
             outputs[output.request_id] = output
         if rng.random() < 0.03:
-            live = [n for n in range(NUM_REQUESTS - len(waiting)) if str(n) not in aborted]
+            live = [n for n in range(num_requests - len(waiting)) if str(n) not in aborted]
             live = [n for n in live if str(n) not in outputs or not outputs[str(n)].finished]
             if live:
                 name = str(rng.choice(live))
                 llm_engine.abort_request([name])
                 aborted.add(name)
     records = {r["request_id"]: r for r in engine.kv_compress_stats()["requests"]}
-    assert len(aborted) > 10
-    assert read_metric(engine, "vllm:num_preemptions") > 10
-    assert sum(record["one_shot"] for record in records.values()) > 10
+    assert len(aborted) > 5
+    assert read_metric(engine, "vllm:num_preemptions") >= 5
+    assert (sum(record["one_shot"] for record in records.values()) > 10) == (side == "cpu")
     assert sum(record["num_prefills"] > 1 and record["compressed"] for record in records.values())
     differing = []
     for name, (prompt, max_tokens) in enumerate(requests):
