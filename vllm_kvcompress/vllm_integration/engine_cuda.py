@@ -26,6 +26,9 @@ from vllm_kvcompress.vllm_integration.batch_cuda import (
 from vllm_kvcompress.vllm_integration.engine import flat_pool
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
+# Kernels are the same for any length.
+_WARM_UP_TOKENS = 1024
+
 # Request ids and prompt lengths of a step's rows, told by vLLM's metadata.
 RowNames = Callable[[Any], tuple[Sequence[str], np.ndarray]]
 
@@ -292,14 +295,17 @@ class CUDAEngine:
         Works on vLLM's null block, whose contents mean nothing.
 
         Args:
-            max_len: tokens of the made-up prompt; none if that is not enough to evict anything.
+            max_len: tokens of the longest prompt. The made-up one is shorter, if it can be.
         """
-        geometry = self.requests.geometry.of(max_len)
+        length = min(_WARM_UP_TOKENS, max_len)
+        while length < max_len and not self.requests.geometry.of(length).is_compressed:
+            length = min(2 * length, max_len)
+        geometry = self.requests.geometry.of(length)
         if not geometry.is_compressed:
             return
         shape, device = self.shape, self.pool.device
         prompt = PromptCompaction(geometry, shape.num_layers)
-        table = self._zeros(1, geometry.num_row_blocks(max_len))
+        table = self._zeros(1, geometry.num_row_blocks(length))
         num_heads = shape.num_kv_heads * shape.num_queries_per_kv
         dtype = self.pool.dtype
         query = torch.ones(geometry.compact_len, num_heads, shape.head_size, dtype=dtype)

@@ -66,14 +66,13 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         )
 
     def compile_or_warm_up_model(self) -> Any:
-        """As the stock worker, whose made-up batches are no requests; then our own kernels."""
+        """Our own kernels, then as the stock worker, whose made-up batches are no requests."""
+        self._engine.warm_up(self.vllm_config.model_config.max_model_len)
         self._is_warming_up = True
         try:
-            times = super().compile_or_warm_up_model()
-            self._engine.warm_up(self.vllm_config.model_config.max_model_len)
+            return super().compile_or_warm_up_model()
         finally:
             self._is_warming_up = False
-        return times
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock worker, the engine knowing that these are requests."""
