@@ -7,7 +7,8 @@ Every row has p20, p50 and p80 in microseconds, the bytes that the work must mov
 reached, the bandwidth of a plain copy measured in the same run, and the ratio of the two. Peers
 run on the same number of kept tokens where they are installed: torch's SDPA and FlexAttention, and
 FlashAttention through vLLM, FlashInfer and xformers on pages. `--count` runs nothing: it lists
-launches and bytes. Caches are flushed before each repetition.
+launches and bytes. Caches are flushed before each repetition. `--native` builds csrc/cuda for this
+GPU and times it beside the Triton kernels.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -31,12 +33,15 @@ if "--count" in sys.argv:
 
 import torch
 import triton
+from gpu import native
 from gpu.peers import decode_peers
 from gpu.recording import record
 from gpu.shapes import ModelShape, read_shapes
 
 from vllm_kvcompress import ops
 
+# Rows of the compiled ops.
+NATIVE = "vllm-kvcompress C++"
 TAIL_TOKENS = 100
 WINDOW = 16
 
@@ -136,9 +141,14 @@ def decode_case(
 
 
 def prompt_cases(
-    shape: ModelShape, prompt_len: int, kept_fraction: float, device: torch.device, num_layers: int
+    shape: ModelShape,
+    prompt_len: int,
+    kept_fraction: float,
+    device: torch.device,
+    num_layers: int,
+    with_native: bool,
 ) -> Iterator[Case]:
-    """Scores, selection and compaction of one prompt."""
+    """Scores, selection and compaction of one prompt; `with_native` adds the compiled ops."""
     b, d, num_heads = shape.block_size, shape.head_size, shape.num_kv_heads
     num_streams = num_layers * num_heads
     prompt_blocks = prompt_len // b
@@ -216,14 +226,18 @@ def prompt_cases(
         counts = ops.joint_page_counts(page_scores, entries, total, sure)
         return ops.select_entries(page_scores, entries, counts, region * num_streams)
 
-    yield Case(
-        "select",
-        f"{label}, {region} of {num_entries} pages",
-        select,
-        2 * page_scores.numel() * 4,
-        {"torch.topk": lambda: page_scores.flatten().topk(region * num_streams)},
-        extra,
-    )
+    def native_select() -> tuple[torch.Tensor, torch.Tensor]:
+        counts = native.joint_page_counts(page_scores, entries, total, sure)
+        return native.select_entries(page_scores, entries, counts, region * num_streams)
+
+    select_bytes = 2 * page_scores.numel() * 4
+    peers: dict[str, Callable[[], Any]] = {
+        "torch.topk": lambda: page_scores.flatten().topk(region * num_streams)
+    }
+    if with_native:
+        peers[NATIVE] = native_select
+    what = f"{label}, {region} of {num_entries} pages"
+    yield Case("select", what, select, select_bytes, peers, extra)
     selection = prepare(select, device)
 
     def compact() -> None:
@@ -235,7 +249,32 @@ def prompt_cases(
     target = torch.empty(region * num_streams, *pool.shape[1:], dtype=pool.dtype, device=device)
     gathered, out = pool.view(torch.uint8), target.view(torch.uint8)
     peers = {"index_select": lambda: torch.index_select(gathered, 0, source, out=out)}
+    if with_native:
+        peers[NATIVE] = lambda: native.compact(
+            pool, rows, table, *selection, max_region_blocks=region
+        )
     yield Case("compact", f"{label}, all layers", compact, 2 * kept_bytes, peers, extra)
+
+    def native_both() -> None:
+        counts = native.joint_page_counts(page_scores, entries, total, sure)
+        native.select_and_compact(
+            page_scores,
+            entries,
+            counts,
+            region * num_streams,
+            pool,
+            rows,
+            table,
+            max_region_blocks=region,
+        )
+
+    def select_then_compact() -> None:
+        ops.compact(pool, rows, table, *select(), max_region_blocks=region)
+
+    if with_native:
+        num_bytes = select_bytes + 2 * kept_bytes
+        peers = {NATIVE: native_both}
+        yield Case("select and compact", what, select_then_compact, num_bytes, peers, extra)
 
     def everything() -> None:
         for layer in range(num_layers):
@@ -287,7 +326,12 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
                 print(f"{name}: a prompt of {prompt_len} tokens is more than the pool, left out")
                 continue
             for case in prompt_cases(
-                shape, prompt_len, arguments.kept_fraction, device, num_layers
+                shape,
+                prompt_len,
+                arguments.kept_fraction,
+                device,
+                num_layers,
+                arguments.native,
             ):
                 yield name, case
 
@@ -380,8 +424,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers in the pool (default: the model's)")
     parser.add_argument("--pool-gib", type=float, default=40.0, help="largest pool to try")
     parser.add_argument("--count", action="store_true", help="bytes and launches only")
+    parser.add_argument("--native", action="store_true", help="csrc/cuda too; needs nvcc")
     parser.add_argument("--out", type=Path, help="JSON of all rows")
     arguments = parser.parse_args()
+    if arguments.count and arguments.native:
+        parser.error("--native has nothing to count: its launches are not Triton's")
     if arguments.count:
         # Nothing runs, so nothing is allocated either.
         device, copy_gbs, tflops = torch.device("meta"), 0.0, 0.0
@@ -389,6 +436,9 @@ def main() -> None:
         parser.error("needs a CUDA device (or --count)")
     else:
         device = torch.device("cuda")
+        if arguments.native:
+            with TemporaryDirectory() as folder:
+                native.load_built_here(Path(folder))
         copy_gbs, tflops = copy_bandwidth(device), matmul_rate(device)
         print(f"copy {copy_gbs:.0f} GB/s, matmul {tflops:.0f} TFLOP/s")
     rows = []

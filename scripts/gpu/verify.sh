@@ -4,7 +4,8 @@
 #   scripts/gpu/verify.sh [OUT]        OUT: folder for the JSON (default: benchmarks/results/gpu)
 #
 # Needs torch with CUDA, triton, pytest and hypothesis in $PYTHON (default: python3), and neither
-# vLLM nor an installed package. KVC_COMMIT names the commit where there is no git.
+# vLLM nor an installed package. With nvcc in $CUDA_HOME, $PATH or /usr/local/cuda the kernels of
+# csrc/cuda are built, tested and timed too. KVC_COMMIT names the commit where there is no git.
 # Exit status 1 if a test failed; the benchmarks run all the same, and the JSON says so.
 set -euo pipefail
 
@@ -29,12 +30,19 @@ export TRITON_DEFAULT_FP_FUSION=1
 cd "$root"
 
 status=0
+native=()
+if PATH="${CUDA_HOME:+$CUDA_HOME/bin:}$PATH:/usr/local/cuda/bin" command -v nvcc >/dev/null; then
+  native=(--native)
+  "$python" -P scripts/gpu/compile_csrc.py --json "$out/compiled_csrc.json" || status=1
+else
+  echo "no nvcc: csrc/cuda is not built, its GPU tests are skipped and it is not timed"
+fi
 "$python" -P -m pytest tests/kernels -q -p no:cacheprovider --junit-xml="$out/tests.xml" || status=1
 "$python" -P scripts/gpu/compile_kernels.py --out "$out/compiled.json" >"$stage/compiled.txt" ||
   { status=1; tail -n 20 "$stage/compiled.txt"; }
-"$python" -P scripts/bench_kernels.py --out "$out/kernels.json" \
+"$python" -P scripts/bench_kernels.py --out "$out/kernels.json" ${native[@]+"${native[@]}"} \
   --shapes Llama-3.1-8B --prompts 4096 32768 --batches 1 32 256
-"$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" \
+"$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" ${native[@]+"${native[@]}"} \
   --shapes "Llama-3.1-70B TP8" --prompts 32768 --batches 32 --kept 1024 4096
 
 "$python" - "$out" "$status" <<'PY'

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import csrc_on_gpu
 import pytest
 import torch
+from gpu import native
 
-build_cuda = csrc_on_gpu.build_cuda()
+build_cuda = native.build_cuda()
 NVCC = build_cuda.find_nvcc()
 TORCH_ROOT = Path(torch.__file__).parent
-SCRIPT = csrc_on_gpu.ROOT / "scripts" / "gpu" / "compile_csrc.py"
+SCRIPT = native.CSRC.parent / "scripts" / "gpu" / "compile_csrc.py"
 KERNELS = {
     *(f"joint_digit_kernel<{digit}>" for digit in range(3)),
     *(f"select_kernel<{unit}>" for unit in ("void", "Vector", "unsigned int", "unsigned char")),

@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda, compiled as C++ and run on the CPU, with the ops' signatures."""
+"""The CUDA kernels of csrc/cuda, compiled as C++ and run on the CPU; called as `gpu.native`'s."""
 
 from __future__ import annotations
 
@@ -106,10 +106,13 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _run(name: str, params: Structure, seed: int, num_processors: int) -> None:
-    library = _library()
-    library.set_machine(seed, num_processors)
-    assert getattr(library, f"run_{name}")(ctypes.byref(params)) == 0
+def set_machine(seed: int, num_processors: int) -> None:
+    """Draw the order of threads and blocks from a seed; more processors make parts smaller."""
+    _library().set_machine(seed, num_processors)
+
+
+def _run(name: str, params: Structure) -> None:
+    assert getattr(_library(), f"run_{name}")(ctypes.byref(params)) == 0
 
 
 def _scores(scores: torch.Tensor, num_entries: torch.Tensor, page_size: int) -> _Scores:
@@ -156,9 +159,8 @@ def joint_page_counts(
     total_pages: torch.Tensor,
     guaranteed: torch.Tensor,
     page_size: int = 1,
-    seed: int = 0,
 ) -> torch.Tensor:
-    """See `ops.joint_page_counts`; `seed` draws the order of threads and blocks."""
+    """See `ops.joint_page_counts`."""
     num_requests, num_streams, _ = scores.shape
     num_groups = total_pages.shape[1]
     num_pages = torch.full((num_requests, num_streams), -1, dtype=torch.int32)
@@ -172,7 +174,7 @@ def joint_page_counts(
         num_groups,
         workspace.data_ptr(),
     )
-    _run("joint_page_counts", params, seed, 4)
+    _run("joint_page_counts", params)
     return num_pages
 
 
@@ -202,11 +204,10 @@ def select_entries(
     num_pages: torch.Tensor,
     max_pages: int,
     page_size: int = 1,
-    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.select_entries`; places that nobody writes are -1."""
     params, *results = _selection(scores, num_entries, num_pages, max_pages, page_size)
-    _run("select_entries", params, seed, 4)
+    _run("select_entries", params)
     return results[0], results[1]
 
 
@@ -219,7 +220,6 @@ def compact(
     *,
     max_region_blocks: int,
     granularity: str = "page",
-    seed: int = 0,
 ) -> None:
     """See `ops.compact`."""
     entries_per_page = 1 if granularity == "page" else pool.shape[1]
@@ -230,7 +230,7 @@ def compact(
         indices.data_ptr(),
         indices.stride(0),
     )
-    _run("compact", params, seed, 4)
+    _run("compact", params)
 
 
 def select_and_compact(
@@ -244,16 +244,11 @@ def select_and_compact(
     *,
     max_region_blocks: int,
     page_size: int = 1,
-    seed: int = 0,
-    num_processors: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`select_entries`, then `compact`, in one launch.
-
-    More processors make parts of a stream smaller, and so more blocks copy it.
-    """
+    """`select_entries`, then `compact`, in one launch."""
     selection, *results = _selection(scores, num_entries, num_pages, max_pages, page_size)
     num_streams = scores.shape[1]
     pages = _pages(pool, rows, block_table, num_streams, page_size, max_region_blocks)
     params = _SelectionWithCompaction(selection, pages)
-    _run("select_and_compact", params, seed, num_processors)
+    _run("select_and_compact", params)
     return results[0], results[1]

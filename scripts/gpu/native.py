@@ -1,4 +1,4 @@
-"""The compiled CUDA kernels of csrc/cuda as torch ops, with the signatures of csrc_on_host."""
+"""The compiled ops of csrc/cuda on a GPU: building, loading, and calling them for timings."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import importlib.util
 import sys
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from types import ModuleType
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+CSRC = Path(__file__).parents[2] / "csrc"
 SCHEMAS = (
     "joint_page_counts(Tensor scores, Tensor num_entries, Tensor total_pages, Tensor guaranteed, "
     "Tensor(a!) num_pages, int page_size) -> ()",
@@ -32,7 +31,7 @@ _LIBRARIES: list[torch.library.Library] = []
 @cache
 def build_cuda() -> ModuleType:
     """csrc/build_cuda.py as a module."""
-    spec = importlib.util.spec_from_file_location("build_cuda", ROOT / "csrc" / "build_cuda.py")
+    spec = importlib.util.spec_from_file_location("build_cuda", CSRC / "build_cuda.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Its dataclasses look themselves up there.
@@ -41,24 +40,32 @@ def build_cuda() -> ModuleType:
     return module
 
 
-def define_schemas() -> None:
-    """Define the ops that the compiled library for CPUs has not defined in this process."""
+def load(library: Path) -> None:
+    """Register a built library's ops, and those schemas that nobody has defined in this process.
+
+    Raises:
+        OSError: if the library does not load here.
+    """
     for schema in SCHEMAS:
-        name = schema.split("(")[0]
-        if not hasattr(torch.ops.vllm_kvcompress, name):
+        if not hasattr(torch.ops.vllm_kvcompress, schema.split("(")[0]):
             _LIBRARIES.append(torch.library.Library("vllm_kvcompress", "FRAGMENT"))
             _LIBRARIES[-1].define(schema)
+    torch.ops.load_library(str(library))
 
 
 @cache
-def load() -> None:
-    """Build the library for the GPU at hand and register it."""
+def load_built_here(out_dir: Path) -> None:
+    """Build the library for the GPU at hand into a folder, and load it.
+
+    Raises:
+        RuntimeError: without nvcc, or if a compiler fails.
+    """
     major, minor = torch.cuda.get_device_capability()
     torch_root = Path(torch.__file__).parent
-    library = build_cuda().build(Path(mkdtemp()), torch_root, [10 * major + minor])
-    assert library is not None, "no nvcc"
-    define_schemas()
-    torch.ops.load_library(str(library))
+    library = build_cuda().build(out_dir, torch_root, [10 * major + minor])
+    if library is None:
+        raise RuntimeError("the compiled ops need nvcc in $CUDA_HOME, $PATH or /usr/local/cuda")
+    load(library)
 
 
 def joint_page_counts(
@@ -67,24 +74,12 @@ def joint_page_counts(
     total_pages: torch.Tensor,
     guaranteed: torch.Tensor,
     page_size: int = 1,
-    seed: int = 0,
 ) -> torch.Tensor:
-    """See `ops.joint_page_counts`. `seed` changes nothing: the GPU has an order of its own."""
-    num_pages = torch.full(scores.shape[:2], -1, dtype=torch.int32, device=scores.device)
+    """See `ops.joint_page_counts`."""
+    num_pages = scores.new_empty(scores.shape[:2], dtype=torch.int32)
     arguments = (scores, num_entries, total_pages, guaranteed, num_pages, page_size)
     torch.ops.vllm_kvcompress.joint_page_counts(*arguments)
     return num_pages
-
-
-def _results(
-    scores: torch.Tensor, max_pages: int, page_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    num_requests, num_streams, _ = scores.shape
-    sizes = ((num_requests, num_streams + 1), (num_requests, max_pages * page_size))
-    page_offsets, indices = (
-        torch.full(size, -1, dtype=torch.int32, device=scores.device) for size in sizes
-    )
-    return page_offsets, indices
 
 
 def select_entries(
@@ -93,13 +88,12 @@ def select_entries(
     num_pages: torch.Tensor,
     max_pages: int,
     page_size: int = 1,
-    seed: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.select_entries`; places that nobody writes are -1."""
-    page_offsets, indices = _results(scores, max_pages, page_size)
-    arguments = (scores, num_entries, num_pages, page_offsets, indices, page_size)
+    """See `ops.select_entries`."""
+    results = _results(scores, max_pages, page_size)
+    arguments = (scores, num_entries, num_pages, *results, page_size)
     torch.ops.vllm_kvcompress.select_entries(*arguments)
-    return page_offsets, indices
+    return results
 
 
 def compact(
@@ -111,7 +105,6 @@ def compact(
     *,
     max_region_blocks: int,
     granularity: str = "page",
-    seed: int = 0,
 ) -> None:
     """See `ops.compact`."""
     entries_per_page = 1 if granularity == "page" else pool.shape[1]
@@ -130,11 +123,19 @@ def select_and_compact(
     *,
     max_region_blocks: int,
     page_size: int = 1,
-    seed: int = 0,
-    num_processors: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`select_entries`, then `compact`, in one launch. `num_processors` is the GPU's own."""
+    """`select_entries`, then `compact`, in one launch."""
     results = _results(scores, max_pages, page_size)
     arguments = (scores, num_entries, num_pages, *results, pool, rows, block_table, None, None)
     torch.ops.vllm_kvcompress.select_and_compact(*arguments, max_region_blocks, page_size)
     return results
+
+
+def _results(
+    scores: torch.Tensor, max_pages: int, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page offsets and indices, to be written."""
+    num_requests, num_streams, _ = scores.shape
+    page_offsets = scores.new_empty((num_requests, num_streams + 1), dtype=torch.int32)
+    indices = scores.new_empty((num_requests, max_pages * page_size), dtype=torch.int32)
+    return page_offsets, indices
