@@ -74,13 +74,39 @@ def needle(prose: Callable[[int, int], str]) -> Callable[..., tuple[list[dict], 
     return make
 
 
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Where engines of this module run; the installed vLLM knows one of them."""
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != request.param:
+        pytest.skip(f"this vLLM runs on {current_platform.device_type}, not on {request.param}")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engines_in_process():
+    """Engines of this process (see `in_process_engines`): a scheduler can be given settings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # This process and its later children may go on using every core.
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        yield
+
+
 @pytest.fixture(scope="module")
 def start_engine(model: str):
     """Start an offline engine with test-sized defaults; all are shut down with the module."""
     engines = []
 
     def start(**settings):
+        from vllm.platforms import current_platform
+
         from vllm_kvcompress import LLM
+
+        if current_platform.is_cuda() and settings.get("dtype") == "float32":
+            # FlashAttention has no float32; texts may then depend on the batch.
+            settings["dtype"] = "bfloat16"
 
         defaults = {
             "max_model_len": 2560,

@@ -8,61 +8,15 @@ from __future__ import annotations
 import random
 
 import pytest
-from tiny_models import make_model
+from in_process_engines import start, stop
+from tiny_models import FULL, WINDOWED, tiny_gemma3
 
 RATIO = 0.75
-WINDOW, FULL = "sliding_attention", "full_attention"
-
-
-def _make_gemma(folder, model, layer_types):
-    from transformers import Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        vocab_size=49152,
-        hidden_size=192,
-        intermediate_size=256,
-        num_hidden_layers=len(layer_types),
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        sliding_window=128,
-        layer_types=layer_types,
-        max_position_embeddings=4096,
-        query_pre_attn_scalar=32,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    return make_model(folder, model, config)
 
 
 @pytest.fixture(scope="module")
 def tiny_gemma(model, tmp_path_factory):
-    return _make_gemma(tmp_path_factory.mktemp("gemma"), model, [WINDOW, WINDOW, FULL] * 2)
-
-
-@pytest.fixture(scope="module")
-def start(start_engine):
-    """Engines of this process, so that a scheduler can be given another setting."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-        def start(path, **settings):
-            from vllm_kvcompress import LLM
-
-            defaults = {
-                "dtype": "float32",
-                "max_model_len": 2048,
-                "max_num_seqs": 8,
-                "kv_cache_memory_bytes": 64 << 20,
-                "block_size": 32,
-                "enforce_eager": True,
-                "disable_log_stats": False,
-            }
-            return LLM(path, **{**defaults, **settings})
-
-        yield start
+    return tiny_gemma3(tmp_path_factory.mktemp("gemma"), model, [WINDOWED, WINDOWED, FULL] * 2)
 
 
 def _prompt(length):
@@ -83,22 +37,19 @@ def _texts(engine, prompts=PROMPTS):
 
 
 @pytest.fixture(scope="module")
-def stock_texts(tiny_gemma, start):
-    engine = start(tiny_gemma)
+def stock_texts(tiny_gemma, engines_in_process):
+    engine = start(tiny_gemma, dtype="float32")
     texts, _ = _texts(engine)
-    engine.llm_engine.engine_core.shutdown()
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
+    stop(engine)
     return texts
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_gemma, start, stock_texts):
+def engine(tiny_gemma, stock_texts):
     # After the stock engine: one at a time in a process.
-    engine = start(tiny_gemma, kv_compress="span", kv_compress_ratio=RATIO)
+    engine = start(tiny_gemma, dtype="float32", kv_compress="span", kv_compress_ratio=RATIO)
     yield engine
-    engine.llm_engine.engine_core.shutdown()
+    stop(engine)
 
 
 def _configure(engine, ratio, one_shot="auto", method="span"):
@@ -147,13 +98,10 @@ def test_prefix_hits_give_the_same_text(engine) -> None:
     assert len(PROMPTS[3]) - 16 - 32 <= cached[2] <= len(PROMPTS[3]) - 16
 
 
-def test_padded_blocks_are_refused(model, tmp_path, start, engine) -> None:
+def test_padded_blocks_are_refused(model, tmp_path, engine) -> None:
     from vllm_kvcompress import KVCompressConfigError
 
-    engine.llm_engine.engine_core.shutdown()
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
-    path = _make_gemma(tmp_path, model, [WINDOW, FULL] * 5 + [WINDOW])
+    stop(engine)
+    path = tiny_gemma3(tmp_path, model, [WINDOWED, FULL] * 5 + [WINDOWED])
     with pytest.raises(KVCompressConfigError, match="5 full-attention layers are padded"):
-        start(path, kv_compress="span", kv_compress_ratio=RATIO)
+        start(path, dtype="float32", kv_compress="span", kv_compress_ratio=RATIO)

@@ -1,0 +1,248 @@
+"""Compression in models of every shape that vLLM can mix: tiny, with random weights.
+
+On a CPU they run in float32, where greedy texts do not depend on the batch and compare token by
+token. A GPU has half precision and kernels of its own: there, texts may part where two tokens are
+about equally likely.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from in_process_engines import start, stop
+from plain_model import PlainModel
+from tiny_models import FULL, WINDOWED, tiny_gemma3, tiny_gpt_oss, tiny_llama, tiny_qwen3
+
+from vllm_kvcompress.compaction import Compactor
+
+RATIO, LOW_RATIO = 0.75, 0.6
+BLOCK, NUM_HEADS = 32, 2
+# Full-attention layers of each, and how to build it.
+SHAPES = {
+    "llama": (3, tiny_llama),
+    "qwen3_qk_norm": (3, tiny_qwen3),
+    "gemma3_windows": (2, functools.partial(tiny_gemma3, layer_types=[WINDOWED, FULL] * 2)),
+    "gpt_oss_windows_and_sinks": (2, functools.partial(tiny_gpt_oss, sliding_window=128)),
+    "gpt_oss_sinks_no_windows": (4, functools.partial(tiny_gpt_oss, sliding_window=None)),
+}
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+# Between log-probabilities of the engine and of the plain model.
+TOLERANCES = {"cpu": 1e-4, "cuda": 0.05}
+
+
+def prompt(length):
+    draw = random.Random(length).randrange
+    return [draw(5, 40_000) for _ in range(length)]
+
+
+PROMPTS = [prompt(length) for length in (333, 600, 40, 449)]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def shape(request, device, model, tmp_path_factory, engines_in_process):
+    num_layers, build = SHAPES[request.param]
+    path = build(tmp_path_factory.mktemp(request.param), model)
+    return SimpleNamespace(path=path, num_layers=num_layers, has_sinks="sinks" in request.param)
+
+
+@pytest.fixture(scope="module")
+def stock(shape, device):
+    """What vLLM without compression generates."""
+    engine = start(shape.path, dtype=DTYPES[device])
+    outputs = generate(engine, PROMPTS)
+    stop(engine)
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def engine(shape, device, stock):
+    # After the stock engine: one at a time in a process. The largest regions of all tests.
+    engine = start(
+        shape.path, dtype=DTYPES[device], kv_compress="snapkv", kv_compress_ratio=LOW_RATIO
+    )
+    yield engine
+    stop(engine)
+
+
+def generate(engine, prompts, max_tokens=16):
+    """Tokens of each, and the log-probabilities of the likeliest ones at each place."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=4)
+    requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+    return [
+        SimpleNamespace(
+            id=output.request_id,
+            tokens=list(output.outputs[0].token_ids),
+            logprobs=[
+                {token: entry.logprob for token, entry in place.items()}
+                for place in output.outputs[0].logprobs
+            ],
+        )
+        for output in engine.generate(requests, params, use_tqdm=False)
+    ]
+
+
+def configure(engine, method, ratio=RATIO, **options):
+    engine.kv_compress_reconfigure(method=method, ratio=ratio, options=options)
+    engine.reset_prefix_cache()
+
+
+def records_of(engine, outputs):
+    by_id = {record["request_id"]: record for record in engine.kv_compress_stats()["requests"]}
+    return [by_id[output.id] for output in outputs]
+
+
+def assert_same_texts(outputs, expected, device):
+    for one, other in zip(outputs, expected, strict=True):
+        if device == "cpu" or one.tokens == other.tokens:
+            assert one.tokens == other.tokens
+            continue
+        pairs = enumerate(zip(one.tokens, other.tokens, strict=True))
+        place, (a, b) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        for output in (one, other):
+            likely = output.logprobs[place]
+            gap = likely.get(a, -math.inf) - likely.get(b, -math.inf)
+            assert abs(gap) < TOLERANCES[device]
+
+
+def test_nothing_evicted_is_stock(engine, stock, device) -> None:
+    configure(engine, "span", ratio=0.0)
+    outputs = generate(engine, PROMPTS)
+    assert_same_texts(outputs, stock, device)
+    assert not any(record["compressed"] for record in records_of(engine, outputs))
+
+
+@pytest.mark.parametrize("method", ["span", "ada-pyramidkv", "h2o"])
+def test_budget_is_kept_to_the_page(shape, engine, stock, method, read_metric) -> None:
+    configure(engine, method)
+    outputs = generate(engine, PROMPTS)
+    records = records_of(engine, outputs)
+    is_long = [len(prompt) > 40 for prompt in PROMPTS]
+    assert [record["compressed"] for record in records] == is_long
+    for prompt_tokens, record in zip(PROMPTS, records, strict=True):
+        if not record["compressed"]:
+            continue
+        num_freed = record["blocks_returned"] + record["blocks_not_taken"]
+        dense = len(prompt_tokens) - num_freed * BLOCK
+        kept = record["kept_per_head"]
+        assert [len(heads) for heads in kept] == [NUM_HEADS] * shape.num_layers
+        pages = [(tokens - dense) / BLOCK for heads in kept for tokens in heads]
+        assert all(page == int(page) >= 1 for page in pages)
+        assert sum(pages) == record["region_blocks"] * len(pages)
+        asked = len(prompt_tokens) - int(RATIO * len(prompt_tokens))
+        assert asked - BLOCK < record["kept_tokens"] <= asked
+        assert num_freed > record["region_blocks"] > 0
+    # The short prompt stays whole; what is evicted of the others matters.
+    assert outputs[2].tokens == stock[2].tokens
+    differs = [a.tokens != b.tokens for a, b in zip(outputs, stock, strict=True)]
+    assert sum(differs) >= 2
+    generate(engine, [[5, 6, 7]], max_tokens=2)
+    assert read_metric(engine, "vllm:kv_cache_usage_perc") == 0.0
+
+
+@pytest.mark.parametrize("method", ["span", "tova", "h2o"])
+def test_one_shot_prompts_get_the_same_texts(engine, device, method) -> None:
+    if device == "cuda":
+        pytest.skip("on a GPU every prompt has blocks until it is compacted")
+    texts = {}
+    for one_shot in ("never", "always"):
+        configure(engine, method, one_shot=one_shot)
+        outputs = generate(engine, PROMPTS)
+        texts[one_shot] = [output.tokens for output in outputs]
+        flags = [r["one_shot"] for r in records_of(engine, outputs) if r["compressed"]]
+        assert flags == [one_shot == "always"] * 3
+    assert texts["always"] == texts["never"]
+
+
+@pytest.fixture(scope="module")
+def plain(shape):
+    return PlainModel(shape.path)
+
+
+def assert_like_plain(output, expected, prompt_len, device):
+    """The engine's log-probabilities at every place of a text are the plain model's."""
+    places = range(prompt_len - 1, prompt_len - 1 + len(output.tokens))
+    for place, given in zip(places, output.logprobs, strict=True):
+        for token, logprob in given.items():
+            assert logprob == pytest.approx(float(expected[place, token]), abs=TOLERANCES[device])
+
+
+def largest_shift(expected, other, output, prompt_len):
+    """Largest change of the text's own log-probabilities behind its first token."""
+    places = torch.arange(prompt_len, prompt_len - 1 + len(output.tokens))
+    tokens = torch.tensor(output.tokens[1:])
+    return float((expected[places, tokens] - other[places, tokens]).abs().max())
+
+
+def test_decode_attends_to_just_what_each_head_kept(shape, engine, plain, device) -> None:
+    # Of this method it is known which pages every head keeps: the first, and the most recent.
+    table = [[1 + (layer + 2 * head) % 3 for head in range(2)] for layer in range(shape.num_layers)]
+    configure(engine, "streamingllm", ratio=LOW_RATIO, budgets="static", table=table)
+    prompt_tokens = PROMPTS[1]
+    (output,) = generate(engine, [prompt_tokens], max_tokens=2 * BLOCK)
+    (record,) = records_of(engine, [output])
+    num_candidates = (record["blocks_returned"] + record["blocks_not_taken"]) * BLOCK
+    # Of each head, the first candidate of its most recent pages.
+    recent = [
+        [len(prompt_tokens) - (n - BLOCK) for n in heads] for heads in record["kept_per_head"]
+    ]
+    assert len({first for heads in recent for first in heads}) > 1
+    assert all(BLOCK < first < num_candidates for heads in recent for first in heads)
+    kept = [
+        [torch.cat([torch.arange(BLOCK), torch.arange(first, num_candidates)]) for first in heads]
+        for heads in recent
+    ]
+    tokens, prompt_len = prompt_tokens + output.tokens, len(prompt_tokens)
+    expected = plain.logprobs(tokens, prompt_len, kept, num_candidates)
+    assert_like_plain(output, expected, prompt_len, device)
+    # It would show if a head had kept another page, or everything.
+    whole = plain.logprobs(tokens, prompt_len)
+    assert largest_shift(expected, whole, output, prompt_len) > 10 * TOLERANCES["cpu"]
+    kept[-1][0] = kept[-1][0][BLOCK:]
+    other = plain.logprobs(tokens, prompt_len, kept, num_candidates)
+    assert largest_shift(expected, other, output, prompt_len) > 10 * TOLERANCES["cpu"]
+    if shape.has_sinks:
+        without = PlainModel(shape.path, drop_sinks=True).logprobs(tokens, prompt_len)
+        assert largest_shift(whole, without, output, prompt_len) > 10 * TOLERANCES["cpu"]
+
+
+def test_scores_are_of_the_models_own_attention(shape, engine, plain, device, monkeypatch) -> None:
+    if device == "cuda":
+        pytest.skip("on a GPU the selection stays there")
+    selections = []
+    compact = Compactor.compact
+
+    def recording(*args):
+        selections.append(compact(*args))
+        return selections[-1]
+
+    monkeypatch.setattr(Compactor, "compact", recording)
+    configure(engine, "snapkv", granularity="token", pool_kernel=1)
+    prompt_tokens = PROMPTS[0]
+    prompt_len = len(prompt_tokens)
+    (output,) = generate(engine, [prompt_tokens])
+    (record,) = records_of(engine, [output])
+    num_candidates = (record["blocks_returned"] + record["blocks_not_taken"]) * BLOCK
+    (selection,) = selections
+    counts = (selection.num_pages.flatten() * BLOCK).tolist()
+    kept = [
+        list(selection.indices.split(counts)[2 * i : 2 * i + 2]) for i in range(len(counts) // 2)
+    ]
+    expected = plain.logprobs(prompt_tokens + output.tokens, prompt_len, kept, num_candidates)
+    assert_like_plain(output, expected, prompt_len, device)
+    assert len(plain.weights) == len(kept) == shape.num_layers
+    for weights, heads in zip(plain.weights, kept, strict=True):
+        window = weights[:, prompt_len - 32 : prompt_len, :num_candidates]
+        scores = window.mean(dim=1).unflatten(0, (NUM_HEADS, -1)).mean(dim=1)
+        for score, positions in zip(scores, heads, strict=True):
+            is_kept = torch.zeros(num_candidates, dtype=torch.bool)
+            is_kept[positions] = True
+            assert 0 < int(is_kept.sum()) < num_candidates
+            # Rounding may swap scores that are all but equal.
+            assert score[is_kept].min() > score[~is_kept].max() * (1 - 1e-3)
