@@ -83,7 +83,8 @@ class PagedCompactor:
         shape: of the paged cache.
         pool: [num_pages, b, 2 d], plain pages.
         layers: one per layer; what the method's scorer needs must be there, on the pool's device.
-        backend: of the ops, 'triton' or 'reference'.
+        backend: of the ops that score, 'triton' or 'reference'.
+        select_backend: of the ops that select and copy, 'native' too; None = `backend`.
 
     Raises:
         ValueError: if something is missing.
@@ -96,11 +97,13 @@ class PagedCompactor:
         pool: torch.Tensor,
         layers: Sequence[LayerParameters],
         backend: str = "triton",
+        select_backend: str | None = None,
     ) -> None:
         self.config = config
         self.shape = shape
         self.pool = pool
         self._backend = backend
+        self._select_backend = select_backend or backend
         self._per_page = entries_per_page(config, shape.block_size)
         order = plain_page_order(shape.block_size, shape.head_size)
         # Collects queries, and scores for methods that no fused kernel knows.
@@ -308,18 +311,16 @@ class PagedCompactor:
         max_pages = most * self.shape.pages_per_block
         if batch.second is not None:
             scores = self._two_stages(batch, batch.second, num_pages, guaranteed, max_pages)
-        page_offsets, indices = ops.select_entries(
-            scores, batch.num_entries, num_pages, max_pages, self._per_page, backend=self._backend
-        )
-        ops.compact(
+        page_offsets, _ = ops.select_and_compact(
+            scores,
+            batch.num_entries,
+            num_pages,
             self.pool,
             batch.rows,
             batch.block_table,
-            page_offsets,
-            indices,
             max_region_blocks=most,
             granularity=self.config.granularity,
-            backend=self._backend,
+            backend=self._select_backend,
         )
         for prompt in batch.prompts:
             prompt.reset()
@@ -343,7 +344,7 @@ class PagedCompactor:
             groups[0],
             groups[1],
             self._per_page,
-            backend=self._backend,
+            backend=self._select_backend,
         )
         return num_pages, guaranteed
 
@@ -396,7 +397,7 @@ class PagedCompactor:
             batch.num_entries,
             in_first,
             max_pages * self._per_page,
-            backend=self._backend,
+            backend=self._select_backend,
         )
         num_prompts, num_streams, width = second.shape
         ends = offsets[:, 1:].contiguous()

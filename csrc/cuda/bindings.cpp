@@ -1,4 +1,4 @@
-// The CUDA ops for torch, on its stable ABI alone; schemas are in csrc/ops.cpp.
+// The CUDA ops for torch, on its stable ABI alone; schemas are in vllm_kvcompress/ops/native.py.
 //
 // Launchers check what would make a kernel read or write in a wrong place: devices, types, shapes,
 // strides. Values are not looked at, since that would make the host wait.

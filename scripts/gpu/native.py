@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from vllm_kvcompress import ops
+from vllm_kvcompress.ops import native as compiled
+
 CSRC = Path(__file__).parents[2] / "csrc"
-SCHEMAS = (
-    "joint_page_counts(Tensor scores, Tensor num_entries, Tensor total_pages, Tensor guaranteed, "
-    "Tensor(a!) num_pages, int page_size) -> ()",
-    "select_entries(Tensor scores, Tensor num_entries, Tensor num_pages, Tensor(a!) page_offsets, "
-    "Tensor(b!) indices, int page_size) -> ()",
-    "compact(Tensor(a!) pool, Tensor rows, Tensor block_table, Tensor page_offsets, "
-    "Tensor indices, Tensor? key_offsets, Tensor? value_offsets, int max_region_blocks, "
-    "int entries_per_page) -> ()",
-    "select_and_compact(Tensor scores, Tensor num_entries, Tensor num_pages, "
-    "Tensor(a!) page_offsets, Tensor(b!) indices, Tensor(c!) pool, Tensor rows, "
-    "Tensor block_table, Tensor? key_offsets, Tensor? value_offsets, int max_region_blocks, "
-    "int page_size) -> ()",
-)
-# Schemas live as long as this does.
-_LIBRARIES: list[torch.library.Library] = []
 
 
 @cache
@@ -40,19 +28,6 @@ def build_cuda() -> ModuleType:
     return module
 
 
-def load(library: Path) -> None:
-    """Register a built library's ops, and those schemas that nobody has defined in this process.
-
-    Raises:
-        OSError: if the library does not load here.
-    """
-    for schema in SCHEMAS:
-        if not hasattr(torch.ops.vllm_kvcompress, schema.split("(")[0]):
-            _LIBRARIES.append(torch.library.Library("vllm_kvcompress", "FRAGMENT"))
-            _LIBRARIES[-1].define(schema)
-    torch.ops.load_library(str(library))
-
-
 @cache
 def load_built_here(out_dir: Path) -> None:
     """Build the library for the GPU at hand into a folder, and load it.
@@ -65,51 +40,12 @@ def load_built_here(out_dir: Path) -> None:
     library = build_cuda().build(out_dir, torch_root, [10 * major + minor])
     if library is None:
         raise RuntimeError("the compiled ops need nvcc in $CUDA_HOME, $PATH or /usr/local/cuda")
-    load(library)
+    compiled.load(library)
 
 
-def joint_page_counts(
-    scores: torch.Tensor,
-    num_entries: torch.Tensor,
-    total_pages: torch.Tensor,
-    guaranteed: torch.Tensor,
-    page_size: int = 1,
-) -> torch.Tensor:
-    """See `ops.joint_page_counts`."""
-    num_pages = scores.new_empty(scores.shape[:2], dtype=torch.int32)
-    arguments = (scores, num_entries, total_pages, guaranteed, num_pages, page_size)
-    torch.ops.vllm_kvcompress.joint_page_counts(*arguments)
-    return num_pages
-
-
-def select_entries(
-    scores: torch.Tensor,
-    num_entries: torch.Tensor,
-    num_pages: torch.Tensor,
-    max_pages: int,
-    page_size: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `ops.select_entries`."""
-    results = _results(scores, max_pages, page_size)
-    arguments = (scores, num_entries, num_pages, *results, page_size)
-    torch.ops.vllm_kvcompress.select_entries(*arguments)
-    return results
-
-
-def compact(
-    pool: torch.Tensor,
-    rows: torch.Tensor,
-    block_table: torch.Tensor,
-    page_offsets: torch.Tensor,
-    indices: torch.Tensor,
-    *,
-    max_region_blocks: int,
-    granularity: str = "page",
-) -> None:
-    """See `ops.compact`."""
-    entries_per_page = 1 if granularity == "page" else pool.shape[1]
-    arguments = (pool, rows, block_table, page_offsets, indices, None, None)
-    torch.ops.vllm_kvcompress.compact(*arguments, max_region_blocks, entries_per_page)
+joint_page_counts = partial(ops.joint_page_counts, backend="native")
+select_entries = partial(ops.select_entries, backend="native")
+compact = partial(ops.compact, backend="native")
 
 
 def select_and_compact(
@@ -124,18 +60,16 @@ def select_and_compact(
     max_region_blocks: int,
     page_size: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`select_entries`, then `compact`, in one launch."""
-    results = _results(scores, max_pages, page_size)
-    arguments = (scores, num_entries, num_pages, *results, pool, rows, block_table, None, None)
-    torch.ops.vllm_kvcompress.select_and_compact(*arguments, max_region_blocks, page_size)
-    return results
-
-
-def _results(
-    scores: torch.Tensor, max_pages: int, page_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page offsets and indices, to be written."""
-    num_requests, num_streams, _ = scores.shape
-    page_offsets = scores.new_empty((num_requests, num_streams + 1), dtype=torch.int32)
-    indices = scores.new_empty((num_requests, max_pages * page_size), dtype=torch.int32)
-    return page_offsets, indices
+    """`ops.select_and_compact`, called like `select_entries`."""
+    assert max_pages == max_region_blocks * scores.shape[1]
+    return ops.select_and_compact(
+        scores,
+        num_entries,
+        num_pages,
+        pool,
+        rows,
+        block_table,
+        max_region_blocks=max_region_blocks,
+        granularity="page" if page_size == 1 else "token",
+        backend="native",
+    )

@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused():
     options = {"max_region_blocks": 3}
     for arguments, change, message in (
         ((batch.pool[:, ::2], offsets, indices), {}, "contiguous pool"),
-        ((batch.pool[1:], offsets, indices), {}, "page offsets"),
+        ((batch.pool[1:], offsets, indices), {}, "not whole blocks"),
         ((batch.pool, offsets.long(), indices), {}, "page offsets"),
         ((batch.pool, offsets, indices[:, 1:]), {}, "want indices"),
         ((batch.pool, offsets, indices), {"granularity": "token"}, "want indices"),

@@ -1,7 +1,7 @@
 """The front door to every computation: checks arguments, then runs the chosen backend.
 
-Backends: 'torch' (vectorised, any device), 'triton' (on CUDA's paged pool) and 'reference'
-(float64 loops, slow and obvious, the judge of the others).
+Backends: 'torch' (vectorised, any device), 'triton' (CUDA's paged pool), 'native' (compiled CUDA,
+where it is built) and 'reference' (float64 loops, slow and obvious, the judge of the others).
 """
 
 from vllm_kvcompress.ops.decode import (
@@ -13,6 +13,7 @@ from vllm_kvcompress.ops.decode import (
     store_tokens,
     token_slots,
 )
+from vllm_kvcompress.ops.native import problem as native_problem
 from vllm_kvcompress.ops.paged import (
     PageOrder,
     copy_pages,
@@ -32,7 +33,13 @@ from vllm_kvcompress.ops.scoring import (
     value_effect,
     window_attention,
 )
-from vllm_kvcompress.ops.selection import apportion, compact, joint_page_counts, select_entries
+from vllm_kvcompress.ops.selection import (
+    apportion,
+    compact,
+    joint_page_counts,
+    select_and_compact,
+    select_entries,
+)
 from vllm_kvcompress.ops.window import join_scores, paged_value_effect, window_scores
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "join_scores",
     "joint_page_counts",
     "joint_top_counts",
+    "native_problem",
     "pack_pages",
     "page_scores",
     "paged_value_effect",
@@ -57,6 +65,7 @@ __all__ = [
     "ragged_decode",
     "ragged_page_table",
     "region_page_ids",
+    "select_and_compact",
     "select_entries",
     "select_top",
     "store_tokens",

@@ -12,6 +12,7 @@ import torch
 from vllm_kvcompress.ops import reference_paged as reference
 from vllm_kvcompress.ops.checks import check, check_backend
 from vllm_kvcompress.ops.decode import BLOCK_SIZES, check_rows, triton_kernels
+from vllm_kvcompress.ops.native import native_ops
 
 MAX_STREAMS = 8192
 
@@ -68,7 +69,7 @@ def joint_page_counts(
             another; at least one and at most num_entries / page_size per stream.
         guaranteed: [R, G] int32, entries; S / G of them are at most the group's total.
         page_size: entries per page: 1, or 16 to 128 tokens.
-        backend: 'triton' or 'reference'.
+        backend: 'triton', 'native' (compiled CUDA) or 'reference'.
 
     Returns:
         [R, S] int32, sums per group exactly total_pages. No host sync, graph-safe, deterministic.
@@ -92,8 +93,10 @@ def joint_page_counts(
     )
     num_pages = scores.new_empty(num_requests, num_streams, dtype=torch.int32)
     arguments = (scores, num_entries, total_pages, guaranteed, num_pages)
-    if check_backend(backend, "triton") == "reference":
+    if check_backend(backend, "triton", "native") == "reference":
         reference.joint_page_counts(*arguments, page_size, apportion)
+    elif backend == "native":
+        native_ops(*arguments).joint_page_counts(*arguments, page_size)
     else:
         triton_kernels(*arguments).joint_page_counts(*arguments, page_size=page_size)
     return num_pages
@@ -113,7 +116,7 @@ def select_entries(
         scores, num_entries, page_size: as in `joint_page_counts`.
         num_pages: [R, S] int32, at most num_entries / page_size each.
         max_pages: greatest sum of a request's num_pages.
-        backend: 'triton' or 'reference'.
+        backend: 'triton', 'native' (compiled CUDA) or 'reference'.
 
     Returns:
         page_offsets [R, S + 1] int32, first virtual page of each stream, and indices
@@ -129,19 +132,13 @@ def select_entries(
         scores [[[1, 3, 2], [5, 4, 5]]], num_pages [[1, 2]]: page_offsets [[0, 1, 3]],
         indices [[1, 0, 2]].
     """
-    num_requests, num_streams = _check_scores(scores, num_entries, page_size)
-    check(
-        num_pages.shape == (num_requests, num_streams)
-        and num_pages.dtype == torch.int32
-        and num_pages.is_contiguous(),
-        f"want num_pages [{num_requests}, {num_streams}] int32, "
-        f"got {tuple(num_pages.shape)} {num_pages.dtype}",
-    )
-    page_offsets = scores.new_empty(num_requests, num_streams + 1, dtype=torch.int32)
-    indices = scores.new_empty(num_requests, max_pages * page_size, dtype=torch.int32)
+    _check_selection(scores, num_entries, num_pages, page_size)
+    page_offsets, indices = _selection_results(scores, max_pages, page_size)
     arguments = (scores, num_entries, num_pages, page_offsets, indices)
-    if check_backend(backend, "triton") == "reference":
+    if check_backend(backend, "triton", "native") == "reference":
         reference.select_entries(*arguments, page_size)
+    elif backend == "native":
+        native_ops(*arguments).select_entries(*arguments, page_size)
     else:
         triton_kernels(*arguments).select_entries(*arguments, page_size=page_size)
     return page_offsets, indices
@@ -168,7 +165,7 @@ def compact(
             all of them before `boundary_block`. Sums are num_region_blocks * S pages.
         max_region_blocks: greatest number of region blocks.
         granularity: 'page' or 'token'.
-        backend: 'triton' or 'reference'.
+        backend: 'triton', 'native' (compiled CUDA) or 'reference'.
 
     No host sync, graph-safe, deterministic.
 
@@ -176,23 +173,18 @@ def compact(
         ValueError: on shapes or types that do not fit. Values are not looked at.
         RuntimeError: if the backend cannot run here.
     """
-    check_rows(rows, block_table)
-    num_requests, num_streams = rows.shape[0], page_offsets.shape[-1] - 1
-    check(
-        pool.dim() == 3 and pool.is_contiguous() and pool.shape[1] in BLOCK_SIZES,
-        f"want a contiguous pool [pages, block size, 2 d], got {tuple(pool.shape)}",
+    num_streams = page_offsets.shape[-1] - 1
+    entries_per_page = _check_compaction(
+        pool, rows, block_table, num_streams, max_region_blocks, granularity
     )
+    num_requests = rows.shape[0]
     check(
         page_offsets.shape == (num_requests, num_streams + 1)
-        and num_streams > 0
-        and pool.shape[0] % num_streams == 0
         and page_offsets.dtype == torch.int32
         and page_offsets.is_contiguous(),
-        f"want page offsets [{num_requests}, L * H + 1] int32 of a pool of {pool.shape[0]} pages, "
+        f"want page offsets [{num_requests}, L * H + 1] int32, "
         f"got {tuple(page_offsets.shape)} {page_offsets.dtype}",
     )
-    check(granularity in ("page", "token"), f"unknown granularity {granularity!r}")
-    entries_per_page = 1 if granularity == "page" else pool.shape[1]
     want = max_region_blocks * num_streams * entries_per_page
     check(
         indices.dim() == 2
@@ -203,12 +195,112 @@ def compact(
         f"want indices [{num_requests}, {want}] int32, got {tuple(indices.shape)} {indices.dtype}",
     )
     arguments = (pool, rows, block_table, page_offsets, indices)
-    if check_backend(backend, "triton") == "reference":
+    if check_backend(backend, "triton", "native") == "reference":
         reference.compact(*arguments, entries_per_page)
-        return
-    triton_kernels(*arguments).compact(
-        *arguments, max_region_blocks=max_region_blocks, entries_per_page=entries_per_page
+    elif backend == "native":
+        native_ops(*arguments).compact(*arguments, None, None, max_region_blocks, entries_per_page)
+    else:
+        triton_kernels(*arguments).compact(
+            *arguments, max_region_blocks=max_region_blocks, entries_per_page=entries_per_page
+        )
+
+
+def select_and_compact(
+    scores: torch.Tensor,
+    num_entries: torch.Tensor,
+    num_pages: torch.Tensor,
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    *,
+    max_region_blocks: int,
+    granularity: str = "page",
+    backend: str = "triton",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_entries`, then `compact`; one launch for the 'native' backend.
+
+    Args:
+        scores, num_entries, num_pages: as in `select_entries`; a request's num_pages sum to its
+            num_region_blocks * S.
+        pool, rows, block_table, max_region_blocks, granularity: as in `compact`.
+        backend: 'triton', 'native' (compiled CUDA) or 'reference'.
+
+    Returns:
+        page_offsets and indices, as `select_entries`. No host sync, graph-safe, deterministic.
+
+    Raises:
+        ValueError: on shapes or types that do not fit. Values are not looked at.
+        RuntimeError: if the backend cannot run here.
+    """
+    num_streams = scores.shape[1]
+    page_size = 1 if granularity == "page" else pool.shape[1]
+    max_pages = max_region_blocks * num_streams
+    if check_backend(backend, "triton", "native") != "native":
+        page_offsets, indices = select_entries(
+            scores, num_entries, num_pages, max_pages, page_size, backend
+        )
+        compact(
+            pool,
+            rows,
+            block_table,
+            page_offsets,
+            indices,
+            max_region_blocks=max_region_blocks,
+            granularity=granularity,
+            backend=backend,
+        )
+        return page_offsets, indices
+    _check_compaction(pool, rows, block_table, num_streams, max_region_blocks, granularity)
+    _check_selection(scores, num_entries, num_pages, page_size)
+    page_offsets, indices = _selection_results(scores, max_pages, page_size)
+    arguments = (scores, num_entries, num_pages, page_offsets, indices, pool, rows, block_table)
+    native_ops(*arguments).select_and_compact(*arguments, None, None, max_region_blocks, page_size)
+    return page_offsets, indices
+
+
+def _check_compaction(
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    num_streams: int,
+    max_region_blocks: int,
+    granularity: str,
+) -> int:
+    """Entries per page; ValueError unless these can be compacted."""
+    check_rows(rows, block_table)
+    check(
+        pool.dim() == 3 and pool.is_contiguous() and pool.shape[1] in BLOCK_SIZES,
+        f"want a contiguous pool [pages, block size, 2 d], got {tuple(pool.shape)}",
     )
+    check(
+        num_streams > 0 and pool.shape[0] % num_streams == 0,
+        f"a pool of {pool.shape[0]} pages is not whole blocks of {num_streams}",
+    )
+    check(max_region_blocks >= 0, f"max_region_blocks is {max_region_blocks}")
+    check(granularity in ("page", "token"), f"unknown granularity {granularity!r}")
+    return 1 if granularity == "page" else pool.shape[1]
+
+
+def _check_selection(
+    scores: torch.Tensor, num_entries: torch.Tensor, num_pages: torch.Tensor, page_size: int
+) -> None:
+    num_requests, num_streams = _check_scores(scores, num_entries, page_size)
+    check(
+        num_pages.shape == (num_requests, num_streams)
+        and num_pages.dtype == torch.int32
+        and num_pages.is_contiguous(),
+        f"want num_pages [{num_requests}, {num_streams}] int32, "
+        f"got {tuple(num_pages.shape)} {num_pages.dtype}",
+    )
+
+
+def _selection_results(
+    scores: torch.Tensor, max_pages: int, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page offsets and indices, to be written."""
+    num_requests, num_streams, _ = scores.shape
+    page_offsets = scores.new_empty(num_requests, num_streams + 1, dtype=torch.int32)
+    return page_offsets, scores.new_empty(num_requests, max_pages * page_size, dtype=torch.int32)
 
 
 def _check_scores(

@@ -98,6 +98,7 @@ class CUDAEngine:
         max_num_reqs: rows of the largest step, CUDA graphs' padding included.
         stats: where finished prompts are recorded.
         backend: of the ops, 'triton' or 'reference'.
+        select_backend: of those that select and copy, 'native' too; None = `backend`.
 
     Raises:
         RuntimeError: if the views are not slices of one [block, layer, head, ...] buffer.
@@ -113,14 +114,18 @@ class CUDAEngine:
         max_num_reqs: int,
         stats: CompressionStats,
         backend: str = "triton",
+        select_backend: str | None = None,
     ) -> None:
         self.shape = shape
         self.ops_name = backend
+        if select_backend is not None:
+            self.ops_name += f", {select_backend} selection"
         self.layer_index = {name: i for i, name in enumerate(layer_views)}
         pool = flat_pool(list(layer_views.values()), shape)
         self.pool = pool.view(-1, shape.block_size, 2 * shape.head_size)
         self.stats = stats
         self.backend = backend
+        self._select_backend = select_backend
         self._row_names = row_names
         self._max_num_reqs = max_num_reqs
         self._is_in_step = False
@@ -138,7 +143,9 @@ class CUDAEngine:
     def configure(self, config: KVCompressConfig, layers: list[LayerParameters]) -> None:
         """Use a setting from now on; no request of an earlier one may go on."""
         # First what may refuse the setting.
-        self.compactor = PagedCompactor(config, self.shape, self.pool, layers, self.backend)
+        self.compactor = PagedCompactor(
+            config, self.shape, self.pool, layers, self.backend, self._select_backend
+        )
         self.config = config
         self.requests = DeviceRequests(
             Geometry(config, self.shape.block_size), self.shape.num_layers, self._max_num_reqs

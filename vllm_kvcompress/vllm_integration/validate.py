@@ -118,7 +118,9 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
     for is_problem, what in (*problems, *(_cuda if is_cuda else _cpu)(vllm_config)):
         if is_problem:
             raise KVCompressConfigError(f"KV compression does not support {what}")
-    check_table_shape(config, model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
+    if not windows:
+        # Else the layers that are compressed are known once vLLM has grouped them.
+        check_table_shape(config, model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
     _use_own_scheduler(vllm_config.scheduler_config)
     if is_cuda:
         _use_own_backend(vllm_config.attention_config)

@@ -53,6 +53,9 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
                 f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
                 f"this model has {shape.num_queries_per_kv}"
             )
+        missing = ops.native_problem()
+        if missing and self.rank == 0:
+            logger.info("kv-compress: no compiled selection, Triton's instead: %s", missing)
         capture_size = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
         return CUDAEngine(
@@ -63,6 +66,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
             row_names=names(self.model_runner),
             max_num_reqs=max(self.vllm_config.scheduler_config.max_num_seqs, capture_size),
             stats=self._stats,
+            select_backend=None if missing else "native",
         )
 
     def compile_or_warm_up_model(self) -> Any:
