@@ -395,23 +395,15 @@ def test_requests_without_a_region_are_selected_only(target):
     rows = batch.rows.clone()
     rows[:, 1] = 0
     scores = fresh_scores(batch, 6)
-    counts = torch.ones(len(batch.requests), BASE.num_streams, dtype=torch.int32, device=device)
+    num_streams = BASE.num_streams
+    counts = torch.ones(len(batch.requests), num_streams, dtype=torch.int32, device=device)
     lens = int32([6] * len(batch.requests), device)
-    for max_region_blocks in (0, 3):
-        pool = batch.pool.clone()
-        offsets, indices = kernels.select_and_compact(
-            scores,
-            lens,
-            counts,
-            BASE.num_streams,
-            pool,
-            rows,
-            batch.block_table,
-            max_region_blocks=max_region_blocks,
-        )
-        assert torch.equal(pool.view(torch.uint8), batch.pool.view(torch.uint8))
-        assert offsets.tolist() == [list(range(BASE.num_streams + 1))] * len(batch.requests)
-        assert torch.equal(indices, scores.argmax(dim=2).int())
+    pool = batch.pool.clone()
+    arguments = (scores, lens, counts, 3 * num_streams, pool, rows, batch.block_table)
+    offsets, indices = kernels.select_and_compact(*arguments, max_region_blocks=3)
+    assert torch.equal(pool.view(torch.uint8), batch.pool.view(torch.uint8))
+    assert offsets.tolist() == [list(range(num_streams + 1))] * len(batch.requests)
+    assert torch.equal(indices[:, :num_streams], scores.argmax(dim=2).int())
 
 
 @pytest.mark.parametrize("fused", [False, True])
