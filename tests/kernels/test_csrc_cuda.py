@@ -404,6 +404,11 @@ def test_requests_without_a_region_are_selected_only(target):
     assert torch.equal(pool.view(torch.uint8), batch.pool.view(torch.uint8))
     assert offsets.tolist() == [list(range(num_streams + 1))] * len(batch.requests)
     assert torch.equal(indices[:, :num_streams], scores.argmax(dim=2).int())
+    # Nothing to keep in the whole batch.
+    arguments = (scores, lens, torch.zeros_like(counts), 0, *arguments[4:])
+    offsets, _ = kernels.select_and_compact(*arguments, max_region_blocks=0)
+    assert torch.equal(pool.view(torch.uint8), batch.pool.view(torch.uint8))
+    assert not offsets.any()
 
 
 @pytest.mark.parametrize("fused", [False, True])
