@@ -47,7 +47,12 @@ PROMPTS = [prompt(length) for length in (333, 600, 40, 449)]
 def shape(request, device, model, tmp_path_factory, engines_in_process):
     num_layers, build = SHAPES[request.param]
     path = build(tmp_path_factory.mktemp(request.param), model)
-    return SimpleNamespace(path=path, num_layers=num_layers, has_sinks="sinks" in request.param)
+    return SimpleNamespace(
+        path=path,
+        num_layers=num_layers,
+        has_sinks="sinks" in request.param,
+        table=[[1 + (layer + 2 * head) % 3 for head in range(2)] for layer in range(num_layers)],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +68,12 @@ def stock(shape, device):
 def engine(shape, device, stock):
     # After the stock engine: one at a time in a process. The largest regions of all tests.
     engine = start(
-        shape.path, dtype=DTYPES[device], kv_compress="snapkv", kv_compress_ratio=LOW_RATIO
+        shape.path,
+        dtype=DTYPES[device],
+        kv_compress="streamingllm",
+        kv_compress_ratio=LOW_RATIO,
+        # Of the layers that are compressed.
+        kv_compress_options={"budgets": "static", "table": shape.table},
     )
     yield engine
     stop(engine)
@@ -182,8 +192,7 @@ def largest_shift(expected, other, output, prompt_len):
 
 def test_decode_attends_to_just_what_each_head_kept(shape, engine, plain, device) -> None:
     # Of this method it is known which pages every head keeps: the first, and the most recent.
-    table = [[1 + (layer + 2 * head) % 3 for head in range(2)] for layer in range(shape.num_layers)]
-    configure(engine, "streamingllm", ratio=LOW_RATIO, budgets="static", table=table)
+    configure(engine, "streamingllm", ratio=LOW_RATIO, budgets="static", table=shape.table)
     prompt_tokens = PROMPTS[1]
     (output,) = generate(engine, [prompt_tokens], max_tokens=2 * BLOCK)
     (record,) = records_of(engine, [output])

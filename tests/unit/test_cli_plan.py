@@ -14,6 +14,15 @@ from vllm_kvcompress.cli.plan import plan_pages, usable_blocks
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies.budgets import stream_budgets
 
+FULL, WINDOWED = "full_attention", "sliding_attention"
+# Gemma 3's way: two layers with full attention, four with a window, in two groups of two.
+MIXED = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 6,
+    "layer_types": [WINDOWED, WINDOWED, FULL] * 2,
+    "sliding_window": 40,
+}
+
 
 @pytest.fixture
 def model(tmp_path):
@@ -116,6 +125,41 @@ def test_requests_that_fit_a_pool(capsys, model, blocks, fits, full_fits):
         assert plan["pool_blocks"] == blocks
         (request,) = plan["requests"]
         assert (request["fits"], request["full_fits"]) == (fits, full_fits)
+
+
+def test_windowed_layers_take_blocks_of_their_own(capsys, tmp_path):
+    folder = write_model(tmp_path / "mixed", {**LLAMA, **MIXED})
+    # Half of the layers of the Llama: half of its blocks' bytes.
+    pool = ("--pool", str((1 + 37 + 20) * BLOCK_BYTES // 2))
+    plan = plan_json(capsys, folder, "snapkv", *SETTING, *pool)
+    assert plan["model"]["num_layers"] == 2
+    assert (plan["model"]["num_windowed_layers"], plan["model"]["window_tokens"]) == (4, 40)
+    assert plan["block_bytes"] == BLOCK_BYTES // 2
+    (request,) = plan["requests"]
+    # The full layers' blocks are those of any model.
+    assert (request["region_blocks"], request["dense_blocks"]) == (5, 9)
+    assert (request["held_blocks"], request["full_blocks"]) == (14, 38)
+    # 40 tokens lie in at most 4 blocks, in each of two groups.
+    assert request["window_blocks"] == 8
+    assert request["held_bytes"] == (14 + 8) * BLOCK_BYTES // 2
+    assert request["full_bytes"] == (38 + 8) * BLOCK_BYTES // 2
+    assert request["prefill_bytes"] == (37 + 8) * BLOCK_BYTES // 2
+    assert request["pages"]["total"] == 5 * 2 * 2
+    # 57 blocks, of which one request needs 37 + 8 once and each 14 + 8 then.
+    assert (request["fits"], request["full_fits"]) == (1, 1)
+    short = plan_one(
+        capsys, folder, "snapkv", *SETTING[:2], "--prompt-len", "20", "--output-len", "5"
+    )
+    assert short["window_blocks"] == 2 * 2
+
+
+def test_the_text_tells_what_windowed_layers_take(capsys, tmp_path):
+    folder = write_model(tmp_path / "mixed", {**LLAMA, **MIXED})
+    assert main(["plan", folder, "--kv-compress", "snapkv", *SETTING]) == 0
+    text = capsys.readouterr().out
+    assert "2 layers with full attention, 2 KV heads" in text
+    assert "4 more layers, of 40 tokens each" in text
+    assert "8 blocks (16.0 KiB) for them" in text
 
 
 def test_an_empty_pool_holds_nothing():
@@ -318,7 +362,15 @@ def test_heads_that_cannot_be_split(tmp_path, num_heads, ranks, message):
         ({"model_type": "jamba"}, "other layers than full attention (linear_attention)"),
         ({"model_type": "llama4"}, "(chunked_attention)"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding-window layers"),
-        ({"model_type": "gemma3"}, "sliding-window layers"),
+        (
+            {**LLAMA, **MIXED, "num_hidden_layers": 4, "layer_types": [WINDOWED] + [FULL] * 3},
+            "into several groups: 3 of them beside 1 with a sliding window",
+        ),
+        (
+            {**LLAMA, **MIXED, "num_hidden_layers": 7, "layer_types": [WINDOWED] * 4 + [FULL] * 3},
+            "into a group that it pads: 3 of them beside 4",
+        ),
+        ({**LLAMA, **MIXED, "layer_types": [WINDOWED] * 6}, "sliding-window layers only"),
         ({"model_type": "bloom"}, "ALiBi"),
         ({"model_type": "mpt"}, "ALiBi"),
         ({"model_type": "falcon", "alibi": True}, "ALiBi"),

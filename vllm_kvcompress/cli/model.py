@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressConfigError
+from vllm_kvcompress.memory import cdiv
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # As vLLM asks for them, in this order.
 _KV_HEAD_KEYS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num")
-_FULL_ATTENTION = {"full_attention", "attention"}
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+_FULL_ATTENTION = {_FULL, "attention"}
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,30 @@ class ModelShape:
     """What decides the size of a model's KV cache, on one tensor-parallel rank.
 
     Attributes:
-        num_layers, num_kv_heads, head_size: of the attention layers.
+        num_layers, num_kv_heads, head_size: of the layers with full attention.
         dtype: of the cached numbers, a key of `DTYPE_BYTES`.
+        num_windowed_layers: layers with a sliding window beside them, which stay as they are.
+        window_tokens: tokens that these see; 0 if there are none.
     """
 
     num_layers: int
     num_kv_heads: int
     head_size: int
     dtype: str
+    num_windowed_layers: int = 0
+    window_tokens: int = 0
+
+    def window_blocks(self, num_tokens: int, block_size: int) -> int:
+        """Most blocks that the windowed layers of a request of `num_tokens` hold.
+
+        vLLM puts them into groups of `num_layers`, each with blocks of its own.
+        """
+        # A window may begin anywhere in its first block.
+        seen = min(cdiv(num_tokens, block_size), cdiv(self.window_tokens - 1, block_size) + 1)
+        return cdiv(self.num_windowed_layers, self.num_layers) * seen
 
     def block_bytes(self, block_size: int) -> int:
-        """Bytes of one block of `block_size` tokens: keys and values of all layers and heads."""
+        """Bytes of one block of `block_size` tokens: keys and values of its layers and heads."""
         per_token = 2 * self.num_layers * self.num_kv_heads * self.head_size
         return per_token * DTYPE_BYTES[self.dtype] * block_size
 
@@ -53,12 +68,17 @@ def read_shape(model: str, cache_dtype: str = "auto", tensor_parallel_size: int 
     num_layers = getattr(text_config, "num_hidden_layers", None)
     if not num_layers:
         raise KVCompressConfigError("the model's config does not say how many layers there are")
+    num_full, num_windowed = _mixed_layers(text_config)
+    window_tokens = 0
+    if num_windowed:
+        num_layers, window_tokens = num_full, text_config.sliding_window
+        _check_groups(num_full, num_windowed)
     num_heads = text_config.num_attention_heads
     head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
     num_kv_heads = _local_kv_heads(num_heads, _num_kv_heads(text_config), tensor_parallel_size)
     if cache_dtype == "auto":
         cache_dtype = _served_dtype(config, text_config)
-    return ModelShape(num_layers, num_kv_heads, head_size, cache_dtype)
+    return ModelShape(num_layers, num_kv_heads, head_size, cache_dtype, num_windowed, window_tokens)
 
 
 def _read_configs(model: str) -> tuple[Any, Any]:
@@ -82,7 +102,11 @@ def _problem(config: Any, text_config: Any) -> str | None:
         or getattr(text_config, "layers_block_type", None)
         or ()
     )
-    has_window = getattr(text_config, "sliding_window", None) is not None
+    if _mixed_layers(text_config)[1]:
+        layer_types -= {_WINDOWED}
+        has_window = False
+    else:
+        has_window = getattr(text_config, "sliding_window", None) is not None
     attention = getattr(text_config, "attn_config", None)
     quantization = getattr(config, "quantization_config", None) or {}
     problems = (
@@ -90,13 +114,8 @@ def _problem(config: Any, text_config: Any) -> str | None:
         (config.is_encoder_decoder, "encoder-decoder models"),
         (not getattr(text_config, "num_attention_heads", None), "attention-free models"),
         (
-            "sliding_attention" in layer_types and "full_attention" in layer_types,
-            "models that mix sliding-window layers with full attention in `plan`; engines compress "
-            "their full-attention layers",
-        ),
-        (
             (has_window and getattr(text_config, "use_sliding_window", True))
-            or "sliding_attention" in layer_types,
+            or _WINDOWED in layer_types,
             "models with sliding-window layers only",
         ),
         (
@@ -120,6 +139,29 @@ def _problem(config: Any, text_config: Any) -> str | None:
         ),
     )
     return next((words for is_problem, words in problems if is_problem), None)
+
+
+def _mixed_layers(text_config: Any) -> tuple[int, int]:
+    """Layers with full attention and with a window, in a model that has both; else 0, 0."""
+    layer_types = list(getattr(text_config, "layer_types", None) or ())
+    counts = layer_types.count(_FULL), layer_types.count(_WINDOWED)
+    has_window = getattr(text_config, "sliding_window", None) is not None
+    return counts if has_window and all(counts) else (0, 0)
+
+
+def _check_groups(num_full: int, num_windowed: int) -> None:
+    """Refuse what an engine refuses of how vLLM groups layers over one pool of blocks.
+
+    Groups have as many layers as the rarer kind, or as the other if that has less than half more.
+    """
+    fewest, most = sorted((num_full, num_windowed))
+    group_size = most if 2 * most < 3 * fewest else fewest
+    if num_full != group_size:
+        how = "several groups" if num_full > group_size else "a group that it pads"
+        raise KVCompressConfigError(
+            f"KV compression does not support models whose layers with full attention vLLM puts "
+            f"into {how}: {num_full} of them beside {num_windowed} with a sliding window"
+        )
 
 
 def _num_kv_heads(text_config: Any) -> int:

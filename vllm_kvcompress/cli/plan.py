@@ -56,7 +56,9 @@ class RequestPlan:
         held_blocks: their sum.
         full_blocks: what the request holds at its end without compression.
         prefill_blocks: blocks held in the step that compacts: dense prompt and region.
-        held_bytes, full_bytes, prefill_bytes: the same as memory.
+        window_blocks: most blocks that layers with a sliding window hold beside each of these; a
+            chunk of the prompt takes more of them while it is computed.
+        held_bytes, full_bytes, prefill_bytes: the same as memory, those of windows included.
         pages: of the region; None if nothing is compressed.
         fits, full_fits: requests of this kind that the pool holds with and without compression;
             None if no pool is given.
@@ -72,6 +74,7 @@ class RequestPlan:
     held_blocks: int
     full_blocks: int
     prefill_blocks: int
+    window_blocks: int
     held_bytes: int
     full_bytes: int
     prefill_bytes: int
@@ -232,13 +235,14 @@ def plan_request(
     compact_len = max(0, prompt_len - geometry.config.option("suffix_tokens"))
     asked = geometry.kept_tokens_asked(compact_len) + prompt_len - compact_len
     block_bytes = shape.block_bytes(block_size)
+    window_blocks = shape.window_blocks(total_len, block_size)
     fits = full_fits = None
     if pool_bytes is not None:
         pool_blocks = usable_blocks(pool_bytes, block_bytes)
         # One is being computed while the others are at the end of their output.
         extra = max(0, prefill_blocks - held_blocks)
-        fits = max(0, (pool_blocks - extra) // held_blocks)
-        full_fits = pool_blocks // full_blocks
+        fits = max(0, (pool_blocks - extra) // (held_blocks + window_blocks))
+        full_fits = pool_blocks // (full_blocks + window_blocks)
     return RequestPlan(
         prompt_len=prompt_len,
         output_len=output_len,
@@ -250,9 +254,10 @@ def plan_request(
         held_blocks=held_blocks,
         full_blocks=full_blocks,
         prefill_blocks=prefill_blocks,
-        held_bytes=held_blocks * block_bytes,
-        full_bytes=full_blocks * block_bytes,
-        prefill_bytes=prefill_blocks * block_bytes,
+        window_blocks=window_blocks,
+        held_bytes=(held_blocks + window_blocks) * block_bytes,
+        full_bytes=(full_blocks + window_blocks) * block_bytes,
+        prefill_bytes=(prefill_blocks + window_blocks) * block_bytes,
         pages=plan_pages(
             geometry.config, shape, request.num_region_blocks, request.first_kept_block, block_size
         )

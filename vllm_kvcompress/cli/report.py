@@ -41,13 +41,23 @@ def _head(plan: Plan) -> str:
     window = f"window {config.window} tokens"
     if config.recent_tokens < config.window:
         window += f" (the last {config.recent_tokens} always kept)"
+    has_windows = shape.num_windowed_layers > 0
+    layers = f"{shape.num_layers} layers" + (" with full attention" if has_windows else "")
     lines = [
         f"setting  {config.method}, {asked}, {window}",
-        f"model    {shape.num_layers} layers, {shape.num_kv_heads} KV heads{where}, head size "
+        f"model    {layers}, {shape.num_kv_heads} KV heads{where}, head size "
         f"{shape.head_size}, {shape.dtype}",
-        f"block    {plan.block_size} tokens of all layers and heads, "
-        f"{size(plan.block_bytes)}{where}",
+        f"block    {plan.block_size} tokens of all {'these ' if has_windows else ''}layers and "
+        f"heads, {size(plan.block_bytes)}{where}",
     ]
+    if has_windows:
+        blocks = max(request.window_blocks for request in plan.requests)
+        lines += [
+            f"windows  {shape.num_windowed_layers} more layers, of {shape.window_tokens} tokens "
+            f"each, stay as they are; a request holds up to",
+            f"         {blocks} blocks ({size(blocks * plan.block_bytes)}) for them, beside the "
+            "blocks and in the memory below",
+        ]
     if plan.pool_bytes is not None:
         lines.append(
             f"pool     {size(plan.pool_bytes)}{where}, {plan.pool_blocks} blocks "
