@@ -13,10 +13,10 @@ NUM_DIGITS = tl.constexpr(4)
 
 @triton.jit
 def _order_key(scores):
-    """uint32 in the order of float32; NaN comes last, and -0 equals 0."""
+    """uint32 in the order of float32; NaN equals -inf, and -0 equals 0."""
     bits = (scores + 0.0).to(tl.uint32, bitcast=True)
     key = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
-    return tl.where(scores == scores, key, 0)
+    return tl.where(scores == scores, key, 0x007FFFFF)
 
 
 @triton.jit

@@ -87,9 +87,16 @@ def test_different_totals_per_group():
 def test_special_numbers():
     inf, nan = float("inf"), float("nan")
     scores = torch.tensor(
-        [[[0.0, -0.0, -1.0, inf, nan, 1.0], [-inf, nan, 1e-40, -1e-40, 0.0, inf]]], device=DEVICE
+        [
+            [
+                [0.0, -0.0, -1.0, inf, nan, 1.0],
+                [-inf, nan, 1e-40, -1e-40, 0.0, inf],
+                [nan, -inf, -nan, 1.0, -inf, nan],
+            ]
+        ],
+        device=DEVICE,
     )
-    for total in range(1, 13):
+    for total in range(1, 19):
         counts = check_counts(scores, (6,), [[total]], [[0]])
         check_selection(scores, (6,), counts)
 

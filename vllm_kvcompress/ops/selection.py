@@ -63,7 +63,7 @@ def joint_page_counts(
     largest remainder, at least one each. A group is a layer's heads (Ada-KV) or all streams.
 
     Args:
-        scores: [R, S, N] float32; entries past num_entries are not read. NaN counts as lowest.
+        scores: [R, S, N] float32; entries past num_entries are not read. NaN counts as -inf.
         num_entries: [R] int32, whole pages' worth of entries that each stream can choose from.
         total_pages: [R, G] int32, pages to share in each group of S / G streams one after
             another; at least one and at most num_entries / page_size per stream.
