@@ -34,11 +34,6 @@ class PlainModel:
             path, dtype=torch.float32, attn_implementation=name
         ).eval()
 
-    def sinks(self) -> list[torch.Tensor]:
-        """[Hq] of every layer that has them, in layer order."""
-        named = self._model.named_parameters()
-        return [weight.detach() for name, weight in named if name.endswith("sinks")]
-
     def logprobs(
         self,
         tokens: list[int],

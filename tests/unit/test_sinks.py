@@ -20,8 +20,12 @@ from compaction_prompts import (
 from layer_inputs import observe, random_inputs
 
 from vllm_kvcompress import ops
+from vllm_kvcompress.compaction import CacheShape, LayerParameters, PromptCompaction
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.paged_compaction import PagedCompactor
 from vllm_kvcompress.policies import RECIPES, make_scorer
+from vllm_kvcompress.policies.base import ScoreInputs
 from vllm_kvcompress.policies.expected_attention import ExpectedAttention, QueryMoments
 
 SHAPES = {
@@ -190,3 +194,44 @@ def test_each_layer_is_scored_with_its_own_sinks(method):
         layers[layer] = dataclasses.replace(layers[layer], sinks=drawn_sinks(*heads))
         for i, scores in enumerate(layer_scores(layers)):
             assert torch.equal(scores, plain[i]) == (i != layer)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "ada-snapkv", "tova"])
+def test_batches_on_a_gpus_pages_count_the_sink(method):
+    num_tokens, block_size = 101, 16
+    shape = CacheShape(2, 2, 3, 64, block_size)
+    options = (("granularity", "token"),)
+    config = KVCompressConfig(method, budget=48, window=WINDOW, options=options)
+    geometry = Geometry(config, block_size).of(num_tokens)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randperm(20, generator=generator)
+    # The last block of the prompt is not full, so it lies behind the region.
+    blocks, region = ids[:7], ids[7 : 7 + geometry.num_region_blocks]
+    row = torch.cat([blocks[:6], region, blocks[6:]]).int()
+    pool = torch.randn(20, 2, 2, block_size, 2 * 64, generator=generator)
+    query = torch.randn(2, num_tokens, 6, 64, generator=generator)
+    layers = [LayerParameters(0.4, sinks=drawn_sinks(2, 3) + layer) for layer in range(2)]
+    compactor = PagedCompactor(
+        config, shape, pool.view(-1, block_size, 128), layers, backend="reference"
+    )
+    assert compactor.is_fused == (method != "tova")
+    prompt = PromptCompaction(geometry, 2)
+    batch = compactor.batch([prompt], row[None])
+    for layer in range(2):
+        compactor.collect(prompt, layer, query[layer], 0, blocks)
+        compactor.score_layer(batch, layer, [None], [blocks])
+    num_candidates = geometry.num_candidate_tokens
+    for layer, parameters in enumerate(layers):
+        inputs = ScoreInputs(
+            key=pool[blocks, layer, :, :, :64].transpose(0, 1).flatten(1, 2)[:, :num_tokens],
+            num_candidates=num_candidates,
+            budget_tokens=48,
+            scale=0.4,
+            sinks=parameters.sinks,
+            window_query=query[layer, -WINDOW:].unflatten(1, (2, 3)).permute(1, 2, 0, 3),
+        )
+        expected = compactor.scorer.score(inputs).first
+        found = batch.first[0, 2 * layer : 2 * layer + 2, :num_candidates]
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-8)
+        plain = compactor.scorer.score(dataclasses.replace(inputs, sinks=None)).first
+        assert not torch.allclose(plain, expected, rtol=0.01)

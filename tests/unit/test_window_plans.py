@@ -41,14 +41,20 @@ def in_pages(key, value):
     return pages.contiguous(), rows, torch.arange(num_blocks, dtype=torch.int32)[None]
 
 
+@pytest.mark.parametrize("with_sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize(("method", "options"), PLANNED, ids=str)
-def test_plan_and_score_agree(method, options):
+def test_plan_and_score_agree(method, options, with_sinks):
     scorer = scorer_of(method, options)
     plan = scorer.window_plan()
     # The last candidates of a scorer that rates the window lie in it.
     num_candidates = 96 if plan.rates_window else 80
+    sinks = torch.linspace(-3.0, 9.0, 6).view(2, 3) if with_sinks else None
     inputs, _ = random_inputs(
-        num_tokens=NUM_TOKENS, window=WINDOW, head_size=HEAD_SIZE, num_candidates=num_candidates
+        num_tokens=NUM_TOKENS,
+        window=WINDOW,
+        head_size=HEAD_SIZE,
+        num_candidates=num_candidates,
+        sinks=sinks,
     )
     num_heads, group = inputs.window_query.shape[:2]
     pool, rows, table = in_pages(inputs.key, inputs.value)
@@ -70,6 +76,7 @@ def test_plan_and_score_agree(method, options):
         power=plan.power,
         near_tokens=plan.near_tokens,
         pool_kernel=plan.mean_kernel,
+        sinks=None if sinks is None else sinks.flatten(),
         **where,
     )
     effect = None
