@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# GPU verification in one command: the kernel tests, then the kernel benchmarks.
+# GPU verification in one command: tests and timings of kernels, then of engines.
 #
 #   scripts/gpu/verify.sh [OUT]        OUT: folder for the JSON (default: benchmarks/results/gpu)
 #
-# Needs torch with CUDA, triton, pytest and hypothesis in $PYTHON (default: python3), and neither
-# vLLM nor an installed package. With nvcc in $CUDA_HOME, $PATH or /usr/local/cuda the kernels of
-# csrc/cuda are built, tested and timed too. KVC_COMMIT names the commit where there is no git.
+# Needs torch with CUDA, triton, pytest and hypothesis in $PYTHON (default: python3).
+# With nvcc in $CUDA_HOME, $PATH or /usr/local/cuda the kernels of csrc/cuda are built, tested and
+# timed too. Where vLLM and this package are installed, and KVC_MODEL is a model folder (see
+# scripts/build_model.py), engines are tested, and timed with random weights of Llama-3.1-8B's shape.
+# KVC_COMMIT names the commit where there is no git.
 # Exit status 1 if a test failed; the benchmarks run all the same, and the JSON says so.
 set -euo pipefail
 
@@ -44,6 +46,23 @@ fi
   --shapes Llama-3.1-8B --prompts 4096 32768 --batches 1 32 256
 "$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" ${native[@]+"${native[@]}"} \
   --shapes "Llama-3.1-70B TP8" --prompts 32768 --batches 32 --kept 1024 4096
+
+if "$python" -P -c 'import vllm, importlib.metadata as m; m.version("vllm-kvcompress")' &&
+  [[ -n "${KVC_MODEL:-}" ]]; then
+  # The installed package, which may have compiled ops.
+  unset PYTHONPATH
+  "$python" -P -m pytest tests/integration/test_cuda_backend.py tests/e2e/test_model_shapes.py -q \
+    -p no:cacheprovider --junit-xml="$out/engine_tests.xml" || status=1
+  serving() {
+    "$python" -P scripts/bench_serving.py --model configs/models/llama-3.1-8b --dummy \
+      --tokenizer "$KVC_MODEL" --out "$out/serving_$1" "${@:2}" || status=1
+  }
+  # What nothing evicted costs, and what a small pool gains.
+  serving equal --variants stock span@0 span@0.875 --inputs 2000 --pools auto --prompts 128
+  serving small --variants stock span@0.875 span@0.984 --inputs 6000 --pools 8 --prompts 64
+else
+  echo "no vLLM with this package, or no KVC_MODEL: no engine is tested or timed"
+fi
 
 "$python" - "$out" "$status" <<'PY'
 import json, sys, xml.etree.ElementTree as tree
