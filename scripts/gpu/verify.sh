@@ -6,7 +6,7 @@
 # Needs torch with CUDA, triton, pytest and hypothesis in $PYTHON (default: python3).
 # With nvcc in $CUDA_HOME, $PATH or /usr/local/cuda the kernels of csrc/cuda are built, tested and
 # timed too. Where vLLM and this package are installed, and KVC_MODEL is a model folder (see
-# scripts/build_model.py), engines are tested, and timed with random weights of Llama-3.1-8B's shape.
+# scripts/build_model.py), engines are tested, and timed with random weights of the 8B shape.
 # KVC_COMMIT names the commit where there is no git.
 # Exit status 1 if a test failed; the benchmarks run all the same, and the JSON says so.
 set -euo pipefail
