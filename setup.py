@@ -1,8 +1,10 @@
 """Builds the compiled ops where they can be built; everything else is in pyproject.toml.
 
-`_native_cuda.so` needs nvcc and a torch with CUDA in the environment to install into. Without
-them the package is pure Python, and Triton does the same work. VLLM_KVCOMPRESS_BUILD=0 builds
-nothing; =1 also builds beside a torch without CUDA, and fails where nothing can be built.
+`_native_cpu.so` needs a C++ compiler and a torch in the environment to install into,
+`_native_cuda.so` nvcc and a torch with CUDA. What cannot be built is left out: the package works
+without, by torch and Triton. VLLM_KVCOMPRESS_BUILD=0 builds nothing; =1 fails where the CPU ops
+cannot be built, or where nvcc is there and the CUDA ops cannot, and builds those also beside a
+torch without CUDA.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 
+import build_cpu  # noqa: E402
 import build_cuda  # noqa: E402
 
+CPU = "vllm_kvcompress._native_cpu"
 CUDA = "vllm_kvcompress._native_cuda"
 WISH = os.environ.get("VLLM_KVCOMPRESS_BUILD", "")
 
@@ -36,23 +40,26 @@ def find_torch() -> Path | None:
     return next((folder for folder in folders if (folder / "version.py").is_file()), None)
 
 
-def reason_not_to_build() -> str | None:
-    """Why the CUDA ops are left out, or None."""
+def reasons_not_to_build() -> dict[str, str]:
+    """Why libraries are left out, by their names."""
     if WISH == "0":
-        return "VLLM_KVCOMPRESS_BUILD=0"
-    if build_cuda.find_nvcc() is None:
-        return "no nvcc in $CUDA_HOME, $PATH or /usr/local/cuda"
+        return dict.fromkeys((CPU, CUDA), "VLLM_KVCOMPRESS_BUILD=0")
     torch = find_torch()
     if torch is None:
-        return "no torch in this environment"
+        return dict.fromkeys((CPU, CUDA), "no torch in this environment")
+    reasons = {}
+    if build_cpu.find_compiler() is None:
+        reasons[CPU] = "no C++ compiler in $CXX or $PATH"
     has_cuda = re.search(r"^cuda\b[^=]*=\s*['\"]", (torch / "version.py").read_text(), re.MULTILINE)
-    if not has_cuda and WISH != "1":
-        return "this environment's torch has no CUDA"
-    return None
+    if build_cuda.find_nvcc() is None:
+        reasons[CUDA] = "no nvcc in $CUDA_HOME, $PATH or /usr/local/cuda"
+    elif not has_cuda and WISH != "1":
+        reasons[CUDA] = "this environment's torch has no CUDA"
+    return reasons
 
 
 class BuildNative(build_ext):
-    """Hands the sources to csrc/build_cuda.py, which needs no Python headers."""
+    """Hands the sources to csrc/build_cpu.py and build_cuda.py, which need no Python headers."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """No Python version in the name: the library does not know Python."""
@@ -62,8 +69,9 @@ class BuildNative(build_ext):
         """Compile and link into the place that setuptools wants."""
         torch = find_torch()
         assert torch is not None
+        build = build_cpu.build if ext.name == CPU else build_cuda.build
         try:
-            build_cuda.build(Path(self.get_ext_fullpath(ext.name)).parent, torch)
+            build(Path(self.get_ext_fullpath(ext.name)).parent, torch)
         except build_cuda.BuildError as error:
             raise CompileError(str(error)) from None
 
@@ -77,13 +85,14 @@ class PlainWheel(bdist_wheel):
         return "py3", "none", platform
 
 
-reason = reason_not_to_build()
-if reason is None:
-    # A build that fails is an error only where it was asked for.
-    native = [Extension(CUDA, sources=[], optional=WISH != "1")]
-elif WISH == "1":
-    raise SystemExit(f"vllm-kvcompress: VLLM_KVCOMPRESS_BUILD=1, but {reason}")
-else:
-    print(f"vllm-kvcompress: without the compiled CUDA ops: {reason}", file=sys.stderr)
-    native = []
+reasons = reasons_not_to_build()
+for name, reason in reasons.items():
+    if WISH == "1" and name == CPU:
+        raise SystemExit(f"vllm-kvcompress: VLLM_KVCOMPRESS_BUILD=1, but {reason}")
+    kind = "CPU" if name == CPU else "CUDA"
+    print(f"vllm-kvcompress: without the compiled {kind} ops: {reason}", file=sys.stderr)
+# A build that fails is an error only where it was asked for.
+native = [
+    Extension(name, sources=[], optional=WISH != "1") for name in (CPU, CUDA) if name not in reasons
+]
 setup(ext_modules=native, cmdclass={"build_ext": BuildNative, "bdist_wheel": PlainWheel})

@@ -40,7 +40,7 @@ def load_built_here(out_dir: Path) -> None:
     library = build_cuda().build(out_dir, torch_root, [10 * major + minor])
     if library is None:
         raise RuntimeError("the compiled ops need nvcc in $CUDA_HOME, $PATH or /usr/local/cuda")
-    compiled.load(library)
+    compiled.load("cuda", library)
 
 
 joint_page_counts = partial(ops.joint_page_counts, backend="native")

@@ -1,15 +1,38 @@
-"""Kernels run on the GPU if there is one, else in Triton's interpreter on the CPU."""
+"""Triton's kernels run on the GPU if there is one, else in its interpreter; compiled ones on the
+CPU, with every instruction set that it has.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from compiled_ops import INSTRUCTION_SETS, need_compiled_ops, using
 from paged_pool import DEVICE
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture(scope="module", params=["triton", *INSTRUCTION_SETS])
+def scorer(request) -> Iterator[str]:
+    """The backend of ops that score; the compiled one with one instruction set after another."""
+    if request.param == "triton":
+        yield "triton"
+        return
+    with using(request.param):
+        yield "native"
+
+
+@pytest.fixture(scope="module", params=["triton", "native"])
+def selector(request) -> str:
+    """The backend of ops that select and copy."""
+    if request.param == "native":
+        need_compiled_ops()
+    return request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

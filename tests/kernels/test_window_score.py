@@ -66,6 +66,7 @@ def window_lse(
 
 
 def check_scores(
+    backend: str,
     shape: Shape,
     lens: tuple[int, ...],
     num_rated: tuple[int, ...],
@@ -87,7 +88,7 @@ def check_scores(
         "scale": scale,
         **options,
     }
-    got = ops.window_scores(*arguments, **options)
+    got = ops.window_scores(*arguments, **options, backend=backend)
     want = ops.window_scores(*arguments, **options, backend="reference")
     if options.get("reduce") == "defensive":
         got = got.amax(dim=2, keepdim=True)
@@ -111,9 +112,11 @@ CASES = {
 
 @pytest.mark.parametrize("reduce", ["mean", "defensive"])
 @pytest.mark.parametrize(("shape", "window"), CASES.values(), ids=CASES)
-def test_matches_reference(shape, window, reduce):
+def test_matches_reference(scorer, shape, window, reduce):
     lens = (150, 3 * shape.block_size + window, window + 1)
-    check_scores(shape, lens, (150 - window, 3 * shape.block_size, 1), window, reduce=reduce)
+    check_scores(
+        scorer, shape, lens, (150 - window, 3 * shape.block_size, 1), window, reduce=reduce
+    )
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -130,37 +133,37 @@ def test_matches_reference(shape, window, reduce):
     ],
     ids=str,
 )
-def test_reductions(options, with_lse):
+def test_reductions(scorer, options, with_lse):
     # Keys of the window itself are rated, and every length around a tile's.
-    check_scores(BASE, (64, 200, 129), (60, 192, 128), 12, with_lse, **options)
+    check_scores(scorer, BASE, (64, 200, 129), (60, 192, 128), 12, with_lse, **options)
 
 
-def test_soft_cap_and_scales():
+def test_soft_cap_and_scales(scorer):
     scales = torch.linspace(0.5, 2.0, BASE.num_streams, device=DEVICE)
-    check_scores(BASE, (90,), (80,), 8, logits_soft_cap=3.0, key_scale=scales)
+    check_scores(scorer, BASE, (90,), (80,), 8, logits_soft_cap=3.0, key_scale=scales)
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize("reduce", ["mean", "defensive"])
 @pytest.mark.parametrize("group", [4, 5])
-def test_sinks(reduce, with_lse, group):
+def test_sinks(scorer, reduce, with_lse, group):
     shape = Shape(group=group)
     # Below all logits, among them, and far above them.
     sinks = torch.linspace(-30.0, 30.0, shape.num_heads, device=DEVICE)
-    check_scores(shape, (90, 40), (80, 30), 8, with_lse, reduce=reduce, sinks=sinks)
+    check_scores(scorer, shape, (90, 40), (80, 30), 8, with_lse, reduce=reduce, sinks=sinks)
 
 
 @pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_fp8_pool(pool_dtype):
     shape = Shape(dtype=torch.bfloat16, pool_dtype=pool_dtype)
-    check_scores(shape, (90, 40), (80, 16), 8, reduce="defensive")
+    check_scores("triton", shape, (90, 40), (80, 16), 8, reduce="defensive")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduce", ["mean", "defensive"])
-def test_long_prompts(reduce):
+def test_long_prompts(scorer, reduce):
     shape = Shape(num_kv_heads=8, head_size=128, num_layers=4, dtype=torch.bfloat16)
-    check_scores(shape, (8192, 5000, 33), (8160, 4960, 16), 32, reduce=reduce)
+    check_scores(scorer, shape, (8192, 5000, 33), (8160, 4960, 16), 32, reduce=reduce)
 
 
 @pytest.mark.parametrize(
@@ -169,11 +172,19 @@ def test_long_prompts(reduce):
         (BASE, torch.float32),
         (Shape(head_size=80, dtype=torch.bfloat16), torch.bfloat16),
         (Shape(head_size=256, num_kv_heads=1, dtype=torch.float16), torch.float16),
-        (Shape(dtype=torch.bfloat16, pool_dtype=torch.float8_e4m3fn), torch.bfloat16),
     ],
     ids=str,
 )
-def test_value_effect(shape, root_dtype):
+def test_value_effect(scorer, shape, root_dtype):
+    check_effect(scorer, shape, root_dtype)
+
+
+def test_value_effect_of_fp8():
+    shape = Shape(dtype=torch.bfloat16, pool_dtype=torch.float8_e4m3fn)
+    check_effect("triton", shape, torch.bfloat16)
+
+
+def check_effect(backend: str, shape: Shape, root_dtype: torch.dtype) -> None:
     batch = prompts(shape, (150, 70))
     generator = torch.Generator(DEVICE).manual_seed(3)
     size = (shape.num_kv_heads, shape.head_size, shape.head_size)
@@ -181,7 +192,7 @@ def test_value_effect(shape, root_dtype):
     scales = torch.linspace(0.5, 2.0, shape.num_streams, device=DEVICE)
     arguments = (batch.pool, root, batch.rows, batch.block_table, int32(130, 70), 130)
     options = {"layer": 1, "num_layers": 2, "value_scale": scales}
-    got = ops.paged_value_effect(*arguments, **options)
+    got = ops.paged_value_effect(*arguments, **options, backend=backend)
     want = ops.paged_value_effect(*arguments, **options, backend="reference")
     for r, rated in enumerate((130, 70)):
         exact = want[r, :, :rated]
@@ -216,7 +227,7 @@ JOINS = {
 
 @pytest.mark.parametrize("with_effect", [False, True])
 @pytest.mark.parametrize("options", JOINS.values(), ids=JOINS)
-def test_join_scores(options, with_effect):
+def test_join_scores(scorer, options, with_effect):
     scores = raw_scores(3, 2, 3, 700)
     rated, candidates = (700, 290, 65), (640, 256, 64)
     # What is not rated is not read.
@@ -226,7 +237,7 @@ def test_join_scores(options, with_effect):
     if effect is not None:
         effect[1, :, 7] = 0.0
     arguments = (scores, int32(*rated), int32(*candidates), 640)
-    got = ops.join_scores(*arguments, **options, effect=effect)
+    got = ops.join_scores(*arguments, **options, effect=effect, backend=scorer)
     want = ops.join_scores(*arguments, **options, effect=effect, backend="reference")
     page = options.get("page_size", 16) if "page_reduce" in options else 1
     for r, num_candidates in enumerate(candidates):
@@ -234,14 +245,14 @@ def test_join_scores(options, with_effect):
         assert_close(got[r, :, : num_candidates // page], exact, exact, torch.float32, ulps=16)
 
 
-def test_small_scores_keep_their_order_as_pages():
+def test_small_scores_keep_their_order_as_pages(scorer):
     scores = torch.full((1, 1, 1, 32), 1e-30, device=DEVICE)
     scores[..., 16:] = 2e-30
-    pages = ops.join_scores(scores, int32(32), int32(32), 32, page_reduce="rms")
+    pages = ops.join_scores(scores, int32(32), int32(32), 32, page_reduce="rms", backend=scorer)
     assert torch.allclose(pages, torch.tensor([[[1e-30, 2e-30]]], device=DEVICE), rtol=1e-5, atol=0)
 
 
-def test_same_as_the_policies_steps():
+def test_same_as_the_policies_steps(scorer):
     """The fused steps of span give what the scorer on the CPU gives."""
     from vllm_kvcompress.policies.base import ScoreInputs
     from vllm_kvcompress.policies.span import Span
@@ -251,7 +262,7 @@ def test_same_as_the_policies_steps():
     query = window_query(BASE, 1, window)
     generator = torch.Generator(DEVICE).manual_seed(3)
     root = random_like((2, 64, 64), torch.float32, generator)
-    shared = {"layer": 0, "num_layers": 2}
+    shared = {"layer": 0, "num_layers": 2, "backend": scorer}
     num_rated = num_tokens - window
     prompt = (batch.rows, batch.block_table, int32(num_rated), num_rated)
     scores = ops.window_scores(
@@ -273,6 +284,7 @@ def test_same_as_the_policies_steps():
         floor_at_mean=True,
         effect=ops.paged_value_effect(batch.pool, root, *prompt, **shared),
         span_kernel=11,
+        backend=scorer,
     )
     entries = torch.stack(
         [
@@ -308,11 +320,13 @@ def test_same_as_the_policies_steps():
     near_tokens=st.integers(0, 12),
     with_lse=st.booleans(),
 )
-def test_any_prompt(window, group, extra, reduce, near_tokens, with_lse):
+def test_any_prompt(scorer, window, group, extra, reduce, near_tokens, with_lse):
     shape = Shape(num_layers=1, num_kv_heads=2, group=group)
     lens = tuple(window + n for n in extra)
     num_rated = tuple(max(1, n) for n in extra)
-    check_scores(shape, lens, num_rated, window, with_lse, reduce=reduce, near_tokens=near_tokens)
+    check_scores(
+        scorer, shape, lens, num_rated, window, with_lse, reduce=reduce, near_tokens=near_tokens
+    )
 
 
 def test_what_does_not_fit_is_refused():

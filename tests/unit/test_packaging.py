@@ -9,6 +9,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+import build_cpu
+import build_cuda
 import pytest
 import torch
 
@@ -17,6 +19,8 @@ from vllm_kvcompress.ops import native
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("csrc", "triton_kernels", "vllm_kvcompress")
+
+needs_compiler = pytest.mark.skipif(build_cpu.find_compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture
@@ -49,7 +53,8 @@ def wheel_of(sources: Path) -> tuple[str, list[str]]:
 def test_without_compiled_ops_the_wheel_is_plain(sources):
     result = build(sources, "0", "bdist_wheel", "sdist")
     assert result.returncode == 0, result.stderr
-    assert "without the compiled CUDA ops: VLLM_KVCOMPRESS_BUILD=0" in result.stderr
+    for kind in ("CPU", "CUDA"):
+        assert f"without the compiled {kind} ops: VLLM_KVCOMPRESS_BUILD=0" in result.stderr
     name, files = wheel_of(sources)
     assert name.endswith("-py3-none-any.whl")
     assert not [file for file in files if file.endswith(".so")]
@@ -57,36 +62,81 @@ def test_without_compiled_ops_the_wheel_is_plain(sources):
     assert not [file for file in files if file.startswith("triton_kernels")]
     (archive,) = (sources / "dist").glob("*.tar.gz")
     listed = subprocess.run(["tar", "-tf", archive], capture_output=True, text=True).stdout
-    assert "csrc/build_cuda.py" in listed and "csrc/cuda/select.cu" in listed
+    for part in ("build_cuda.py", "cuda/select.cu", "build_cpu.py", "cpu/select.cpp", "cpu/vec.h"):
+        assert f"csrc/{part}" in listed
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@needs_compiler
 @pytest.mark.slow
-def test_with_nvcc_the_wheel_has_the_library_for_any_python(sources):
+def test_the_wheel_has_what_can_be_built_for_any_python(sources):
     result = build(sources, "1")
     assert result.returncode == 0, result.stderr
     name, files = wheel_of(sources)
     assert "-py3-none-linux_" in name
-    assert "vllm_kvcompress/_native_cuda.so" in files
+    assert "vllm_kvcompress/_native_cpu.so" in files
+    assert ("vllm_kvcompress/_native_cuda.so" in files) == (build_cuda.find_nvcc() is not None)
+    library = sources / "_native_cpu.so"
+    (wheel,) = (sources / "dist").glob("*.whl")
+    library.write_bytes(zipfile.ZipFile(wheel).read("vllm_kvcompress/_native_cpu.so"))
+    script = (
+        "from pathlib import Path; from vllm_kvcompress.ops import native; "
+        f"native.load('cpu', Path({str(library)!r})); print(*native.instruction_sets())"
+    )
+    loaded = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
+    assert loaded.stdout.split()[-1] == "portable", loaded.stderr
 
 
-def test_a_wished_build_that_cannot_be_is_an_error(sources):
-    (sources / "csrc" / "cuda" / "select.cu").write_text("this is no C++")
-    result = build(sources, "1")
+@needs_compiler
+@pytest.mark.parametrize("wish", ["", "1"])
+def test_a_build_that_fails_is_an_error_where_it_was_wished(sources, wish):
+    for pattern in ("*.cpp", "*.cu"):
+        for source in (sources / "csrc").rglob(pattern):
+            source.write_text("this is no C++")
+    result = build(sources, wish)
+    assert (result.returncode != 0) == (wish == "1")
+    assert "this is no C++" in result.stderr
+    if wish == "":
+        _, files = wheel_of(sources)
+        assert not [file for file in files if file.endswith(".so")]
+
+
+def test_without_a_compiler_the_reason_is_said(sources):
+    empty = sources / "empty"
+    empty.mkdir()
+    environment = {"PATH": str(empty), "CUDA_HOME": str(empty), "CXX": ""}
+    assert "CPU ops: no C++ compiler in $CXX or $PATH" in build(sources, "", **environment).stderr
+    result = build(sources, "1", **environment)
     assert result.returncode != 0
-    assert "this is no C++" in result.stderr or "no nvcc" in result.stderr
+    assert "VLLM_KVCOMPRESS_BUILD=1, but no C++ compiler" in result.stderr
+
+
+@needs_compiler
+def test_where_a_compiler_is_the_cpu_ops_are_built_and_load():
+    assert ops.native_problem("cpu") is None
 
 
 def test_the_compiled_ops_say_why_they_do_not_run(tmp_path):
-    numbers = torch.zeros(1, 2, dtype=torch.int32)
-    arguments = (torch.zeros(1, 2, 4), numbers[:, 0], numbers, 2)
-    with pytest.raises(RuntimeError, match="needs CUDA tensors, got cpu"):
+    numbers = torch.zeros(1, 2, dtype=torch.int32, device="meta")
+    arguments = (torch.zeros(1, 2, 4, device="meta"), numbers[:, 0], numbers, 2)
+    with pytest.raises(RuntimeError, match="needs tensors on one of cpu, cuda, got meta"):
         ops.select_entries(*arguments, backend="native")
     with pytest.raises(RuntimeError, match="has no compiled CUDA ops"):
-        native.load(tmp_path / "missing.so")
+        native.load("cuda", tmp_path / "missing.so")
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"no library")
     with pytest.raises(RuntimeError, match="do not load here"):
-        native.load(broken)
+        native.load("cuda", broken)
     if not torch.cuda.is_available():
-        assert ops.native_problem() == "no CUDA device"
+        assert ops.native_problem("cuda") == "no CUDA device"
+
+
+@needs_compiler
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"set 'sse9' here; known: .*portable"):
+        native.use_instruction_set("sse9")
+    script = "from vllm_kvcompress import ops; print(ops.native_problem('cpu'))"
+    environment = {**os.environ, "VLLM_KVCOMPRESS_CPU_ISA": "sse9"}
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert "$VLLM_KVCOMPRESS_CPU_ISA: no ops for instruction set 'sse9'" in result.stdout

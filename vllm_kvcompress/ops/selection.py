@@ -1,4 +1,4 @@
-"""Which entries every stream keeps, and moving them, on a GPU and without the host.
+"""Which entries every stream keeps, and moving them: on a GPU without the host, or on a CPU.
 
 An entry is what scores are given to: a page, or a token. Streams are (layer, KV head), layer first.
 """
@@ -68,8 +68,8 @@ def joint_page_counts(
         total_pages: [R, G] int32, pages to share in each group of S / G streams one after
             another; at least one and at most num_entries / page_size per stream.
         guaranteed: [R, G] int32, entries; S / G of them are at most the group's total.
-        page_size: entries per page: 1, or 16 to 128 tokens.
-        backend: 'triton', 'native' (compiled CUDA) or 'reference'.
+        page_size: entries per page: 1, or 16 to 128 tokens; any number for 'native' on a CPU.
+        backend: 'triton', 'native' (compiled) or 'reference'.
 
     Returns:
         [R, S] int32, sums per group exactly total_pages. No host sync, graph-safe, deterministic.
@@ -78,7 +78,7 @@ def joint_page_counts(
         ValueError: on shapes or types that do not fit. Values are not looked at.
         RuntimeError: if the backend cannot run here.
     """
-    num_requests, num_streams = _check_scores(scores, num_entries, page_size)
+    num_requests, num_streams = _check_scores(scores, num_entries, page_size, backend)
     num_groups = total_pages.shape[-1]
     for name, numbers in (("total_pages", total_pages), ("guaranteed", guaranteed)):
         check(
@@ -116,7 +116,7 @@ def select_entries(
         scores, num_entries, page_size: as in `joint_page_counts`.
         num_pages: [R, S] int32, at most num_entries / page_size each.
         max_pages: greatest sum of a request's num_pages.
-        backend: 'triton', 'native' (compiled CUDA) or 'reference'.
+        backend: 'triton', 'native' (compiled) or 'reference'.
 
     Returns:
         page_offsets [R, S + 1] int32, first virtual page of each stream, and indices
@@ -132,7 +132,7 @@ def select_entries(
         scores [[[1, 3, 2], [5, 4, 5]]], num_pages [[1, 2]]: page_offsets [[0, 1, 3]],
         indices [[1, 0, 2]].
     """
-    _check_selection(scores, num_entries, num_pages, page_size)
+    _check_selection(scores, num_entries, num_pages, page_size, backend)
     page_offsets, indices = _selection_results(scores, max_pages, page_size)
     arguments = (scores, num_entries, num_pages, page_offsets, indices)
     if check_backend(backend, "triton", "native") == "reference":
@@ -153,6 +153,8 @@ def compact(
     *,
     max_region_blocks: int,
     granularity: str = "page",
+    key_offsets: torch.Tensor | None = None,
+    value_offsets: torch.Tensor | None = None,
     backend: str = "triton",
 ) -> None:
     """Copy what is kept of each prompt into its region, keys and values of all streams.
@@ -165,7 +167,9 @@ def compact(
             all of them before `boundary_block`. Sums are num_region_blocks * S pages.
         max_region_blocks: greatest number of region blocks.
         granularity: 'page' or 'token'.
-        backend: 'triton', 'native' (compiled CUDA) or 'reference'.
+        key_offsets, value_offsets: [b, d] int64 of a `PageOrder`, 'native' on a CPU only; None =
+            plain pages. Read with granularity 'token'.
+        backend: 'triton', 'native' (compiled) or 'reference'.
 
     No host sync, graph-safe, deterministic.
 
@@ -175,8 +179,9 @@ def compact(
     """
     num_streams = page_offsets.shape[-1] - 1
     entries_per_page = _check_compaction(
-        pool, rows, block_table, num_streams, max_region_blocks, granularity
+        pool, rows, block_table, num_streams, max_region_blocks, granularity, backend
     )
+    offsets = _checked_offsets(pool, key_offsets, value_offsets, backend)
     num_requests = rows.shape[0]
     check(
         page_offsets.shape == (num_requests, num_streams + 1)
@@ -198,7 +203,7 @@ def compact(
     if check_backend(backend, "triton", "native") == "reference":
         reference.compact(*arguments, entries_per_page)
     elif backend == "native":
-        native_ops(*arguments).compact(*arguments, None, None, max_region_blocks, entries_per_page)
+        native_ops(*arguments).compact(*arguments, *offsets, max_region_blocks, entries_per_page)
     else:
         triton_kernels(*arguments).compact(
             *arguments, max_region_blocks=max_region_blocks, entries_per_page=entries_per_page
@@ -215,6 +220,8 @@ def select_and_compact(
     *,
     max_region_blocks: int,
     granularity: str = "page",
+    key_offsets: torch.Tensor | None = None,
+    value_offsets: torch.Tensor | None = None,
     backend: str = "triton",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`select_entries`, then `compact`; one launch for the 'native' backend.
@@ -222,8 +229,9 @@ def select_and_compact(
     Args:
         scores, num_entries, num_pages: as in `select_entries`; a request's num_pages sum to its
             num_region_blocks * S.
-        pool, rows, block_table, max_region_blocks, granularity: as in `compact`.
-        backend: 'triton', 'native' (compiled CUDA) or 'reference'.
+        pool, rows, block_table, max_region_blocks, granularity, key_offsets, value_offsets: as in
+            `compact`.
+        backend: 'triton', 'native' (compiled) or 'reference'.
 
     Returns:
         page_offsets and indices, as `select_entries`. No host sync, graph-safe, deterministic.
@@ -235,6 +243,7 @@ def select_and_compact(
     num_streams = scores.shape[1]
     page_size = 1 if granularity == "page" else pool.shape[1]
     max_pages = max_region_blocks * num_streams
+    offsets = _checked_offsets(pool, key_offsets, value_offsets, backend)
     if check_backend(backend, "triton", "native") != "native":
         page_offsets, indices = select_entries(
             scores, num_entries, num_pages, max_pages, page_size, backend
@@ -250,11 +259,11 @@ def select_and_compact(
             backend=backend,
         )
         return page_offsets, indices
-    _check_compaction(pool, rows, block_table, num_streams, max_region_blocks, granularity)
-    _check_selection(scores, num_entries, num_pages, page_size)
+    _check_compaction(pool, rows, block_table, num_streams, max_region_blocks, granularity, backend)
+    _check_selection(scores, num_entries, num_pages, page_size, backend)
     page_offsets, indices = _selection_results(scores, max_pages, page_size)
     arguments = (scores, num_entries, num_pages, page_offsets, indices, pool, rows, block_table)
-    native_ops(*arguments).select_and_compact(*arguments, None, None, max_region_blocks, page_size)
+    native_ops(*arguments).select_and_compact(*arguments, *offsets, max_region_blocks, page_size)
     return page_offsets, indices
 
 
@@ -265,11 +274,14 @@ def _check_compaction(
     num_streams: int,
     max_region_blocks: int,
     granularity: str,
+    backend: str,
 ) -> int:
     """Entries per page; ValueError unless these can be compacted."""
     check_rows(rows, block_table)
     check(
-        pool.dim() == 3 and pool.is_contiguous() and pool.shape[1] in BLOCK_SIZES,
+        pool.dim() == 3
+        and pool.is_contiguous()
+        and (pool.shape[1] in BLOCK_SIZES or _takes_any_size(backend, pool)),
         f"want a contiguous pool [pages, block size, 2 d], got {tuple(pool.shape)}",
     )
     check(
@@ -281,10 +293,35 @@ def _check_compaction(
     return 1 if granularity == "page" else pool.shape[1]
 
 
+def _checked_offsets(
+    pool: torch.Tensor,
+    key_offsets: torch.Tensor | None,
+    value_offsets: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The element order of pages; ValueError unless the backend and the pool have it."""
+    check(
+        (key_offsets is None and value_offsets is None) or _takes_any_size(backend, pool),
+        f"backend {backend!r} on {pool.device} knows plain pages only",
+    )
+    want = (pool.shape[1], pool.shape[2] // 2) if pool.dim() == 3 else None
+    for offsets in (key_offsets, value_offsets):
+        check(
+            offsets is None
+            or (offsets.shape == want and offsets.dtype == torch.int64 and offsets.is_contiguous()),
+            f"want offsets {want} int64",
+        )
+    return key_offsets, value_offsets
+
+
 def _check_selection(
-    scores: torch.Tensor, num_entries: torch.Tensor, num_pages: torch.Tensor, page_size: int
+    scores: torch.Tensor,
+    num_entries: torch.Tensor,
+    num_pages: torch.Tensor,
+    page_size: int,
+    backend: str,
 ) -> None:
-    num_requests, num_streams = _check_scores(scores, num_entries, page_size)
+    num_requests, num_streams = _check_scores(scores, num_entries, page_size, backend)
     check(
         num_pages.shape == (num_requests, num_streams)
         and num_pages.dtype == torch.int32
@@ -303,8 +340,13 @@ def _selection_results(
     return page_offsets, scores.new_empty(num_requests, max_pages * page_size, dtype=torch.int32)
 
 
+def _takes_any_size(backend: str, tensor: torch.Tensor) -> bool:
+    """Whether pages may have any number of tokens."""
+    return backend == "native" and tensor.device.type == "cpu"
+
+
 def _check_scores(
-    scores: torch.Tensor, num_entries: torch.Tensor, page_size: int
+    scores: torch.Tensor, num_entries: torch.Tensor, page_size: int, backend: str
 ) -> tuple[int, int]:
     check(
         scores.dim() == 3 and scores.dtype == torch.float32 and scores.stride(2) == 1,
@@ -320,5 +362,8 @@ def _check_scores(
         0 < num_streams <= MAX_STREAMS,
         f"1 to {MAX_STREAMS} streams can be selected from, not {num_streams}",
     )
-    check(page_size in (1, *BLOCK_SIZES), f"pages of {page_size} entries are not supported")
+    check(
+        page_size in (1, *BLOCK_SIZES) or (page_size > 0 and _takes_any_size(backend, scores)),
+        f"pages of {page_size} entries are not supported",
+    )
     return num_requests, num_streams

@@ -1,8 +1,9 @@
-"""Window scores on the paged pool of a GPU, for many prompts of different lengths at once.
+"""Window scores on the paged pool, for many prompts of different lengths at once.
 
 The steps of `scoring.py` in the order in which the kernels fuse them: attention of the window to
 all keys, reduced over the window (`window_scores`); what values do (`paged_value_effect`); pooling,
-the group's query heads, weights and pages (`join_scores`).
+the group's query heads, weights and pages (`join_scores`). 'triton' is for a GPU, 'native' for a
+CPU, whose pages may have any element order and any size.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import torch
 from vllm_kvcompress.ops import reference_paged as reference
 from vllm_kvcompress.ops.checks import check, check_backend
 from vllm_kvcompress.ops.decode import (
+    BLOCK_SIZES,
+    QUERY_DTYPES,
     check_pool,
     check_rows,
     stream_scales,
     triton_kernels,
 )
+from vllm_kvcompress.ops.native import native_ops
 from vllm_kvcompress.ops.scoring import PAGE_REDUCTIONS
 
 WINDOW_REDUCTIONS = ("mean", "sum", "max", "defensive")
 GROUP_REDUCTIONS = ("mean", "sum", "max")
+POOL_KINDS = ("max", "avg")
 MAX_WINDOW = 128
 MAX_POOL_KERNEL = 31
 
@@ -47,6 +52,7 @@ def window_scores(
     lse: torch.Tensor | None = None,
     key_scale: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    key_offsets: torch.Tensor | None = None,
     backend: str = "triton",
 ) -> torch.Tensor:
     """Attention weights of each prompt's last queries, joined over the window.
@@ -77,7 +83,8 @@ def window_scores(
             twice.
         key_scale: [L * H] float32; None = 1.
         sinks: [Hq] float32, a logit per head that no key belongs to; None = none.
-        backend: 'triton' or 'reference'.
+        key_offsets: [b, d] int64 of a `PageOrder`, 'native' only; None = plain pages.
+        backend: 'triton', 'native' (compiled, CPU) or 'reference'.
 
     Returns:
         [R, H, G, max_rated] float32, entries past num_rated undefined. G = g; for 'defensive' any
@@ -92,7 +99,7 @@ def window_scores(
         f"want window queries [R, w, heads, d], got {tuple(query.shape)}",
     )
     num_requests, window, num_heads, _ = query.shape
-    check_pool(pool, query[0], num_kv_heads)
+    _check_pool(pool, query[0], num_kv_heads, key_offsets, backend)
     _check_prompts(rows, block_table, num_rated, num_requests)
     check(1 <= window <= MAX_WINDOW, f"a window has 1 to {MAX_WINDOW} queries, not {window}")
     check(0 <= layer < num_layers, f"layer {layer} is not among {num_layers}")
@@ -131,7 +138,27 @@ def window_scores(
         "lse": lse,
         "sinks": sinks,
     }
-    if check_backend(backend, "triton") == "reference":
+    if check_backend(backend, "triton", "native") == "native":
+        group = num_heads // num_kv_heads
+        scores = query.new_empty(
+            (num_requests, num_kv_heads, group, max_rated), dtype=torch.float32
+        )
+        tensors = (query, pool, rows, block_table, num_rated, key_offsets, key_scale, lse, sinks)
+        native_ops(*tensors, only="cpu").window_scores(
+            *tensors,
+            scores,
+            layer,
+            num_layers,
+            num_kv_heads,
+            scale,
+            logits_soft_cap,
+            WINDOW_REDUCTIONS.index(reduce),
+            power,
+            near_tokens,
+            pool_kernel,
+        )
+        return scores
+    if backend == "reference":
         return reference.window_scores(
             query, pool, rows, block_table, num_rated, max_rated, key_scale, **options
         )
@@ -154,6 +181,7 @@ def paged_value_effect(
     layer: int,
     num_layers: int,
     value_scale: torch.Tensor | None = None,
+    value_offsets: torch.Tensor | None = None,
     backend: str = "triton",
 ) -> torch.Tensor:
     """`scoring.value_effect` of every rated token's value, read from pages.
@@ -161,8 +189,10 @@ def paged_value_effect(
     Args:
         pool, rows, block_table, num_rated, max_rated, layer, num_layers: as in `window_scores`.
         output_root: [H, d, d] of `output_root`, in the type to multiply in: bf16, fp16 or fp32.
+            'native' multiplies in float32, whatever its type.
         value_scale: [L * H] float32; None = 1.
-        backend: 'triton' or 'reference'.
+        value_offsets: [b, d] int64 of a `PageOrder`, 'native' only; None = plain pages.
+        backend: 'triton', 'native' (compiled, CPU) or 'reference'.
 
     Returns:
         [R, H, max_rated] float32, entries past num_rated undefined. No host sync, graph-safe,
@@ -179,7 +209,7 @@ def paged_value_effect(
         f"want a contiguous output root [H, d, d], got {tuple(output_root.shape)}",
     )
     num_kv_heads = output_root.shape[0]
-    check_pool(pool, output_root, output_root.shape[1])
+    _check_pool(pool, output_root, output_root.shape[1], value_offsets, backend)
     _check_prompts(rows, block_table, num_rated, rows.shape[0])
     check(0 <= layer < num_layers, f"layer {layer} is not among {num_layers}")
     value_scale = stream_scales(value_scale, num_layers * num_kv_heads, pool)
@@ -187,8 +217,11 @@ def paged_value_effect(
     effect = torch.empty(size, dtype=torch.float32, device=pool.device)
     arguments = (pool, output_root, rows, block_table, num_rated, value_scale, effect)
     options: dict[str, Any] = {"layer": layer, "num_layers": num_layers}
-    if check_backend(backend, "triton") == "reference":
+    if check_backend(backend, "triton", "native") == "reference":
         reference.value_effect(*arguments, **options)
+    elif backend == "native":
+        tensors = (*arguments[:5], value_offsets, value_scale, effect)
+        native_ops(*tensors, only="cpu").paged_value_effect(*tensors, layer, num_layers)
     else:
         triton_kernels(*arguments).value_effect(*arguments, **options)
     return effect
@@ -230,8 +263,8 @@ def join_scores(
         effect: [R, H, N] float32 of `paged_value_effect`.
         span_kernel: odd width of the last pooling; 1 = none.
         page_reduce: 'max', 'mean' or 'rms' of a page's tokens; None = a score per token.
-        page_size: tokens per page, 16 to 128.
-        backend: 'triton' or 'reference'.
+        page_size: tokens per page, 16 to 128; any number for 'native'.
+        backend: 'triton', 'native' (compiled, CPU) or 'reference'.
 
     Returns:
         [R, H, max_candidates or max_candidates / page_size] float32, entries past the candidates
@@ -252,9 +285,12 @@ def join_scores(
             f"want {name} [{num_requests}] int32, got {tuple(lens.shape)} {lens.dtype}",
         )
     check(group_reduce in GROUP_REDUCTIONS, f"unknown group reduction {group_reduce!r}")
-    check(pool_kind in ("max", "avg"), f"pool kind must be 'max' or 'avg', got {pool_kind!r}")
+    check(pool_kind in POOL_KINDS, f"pool kind must be 'max' or 'avg', got {pool_kind!r}")
     check(page_reduce in (None, *PAGE_REDUCTIONS), f"unknown page reduction {page_reduce!r}")
-    check(page_size in (16, 32, 64, 128), f"pages of {page_size} tokens are not supported")
+    check(
+        page_size in BLOCK_SIZES or (backend == "native" and page_size > 0),
+        f"pages of {page_size} tokens are not supported",
+    )
     for kernel in (pool_kernel, span_kernel):
         _check_kernel(kernel)
     check(
@@ -281,11 +317,63 @@ def join_scores(
         "page_reduce": page_reduce or "token",
         "page_size": page_size,
     }
-    if check_backend(backend, "triton") == "reference":
+    if check_backend(backend, "triton", "native") == "reference":
         reference.join_scores(*arguments, **options)
+    elif backend == "native":
+        native_ops(*arguments, only="cpu").join_scores(
+            *arguments,
+            GROUP_REDUCTIONS.index(group_reduce),
+            pool_kernel,
+            POOL_KINDS.index(pool_kind),
+            pool_first,
+            floor_at_mean,
+            span_kernel,
+            0 if page_reduce is None else 1 + PAGE_REDUCTIONS.index(page_reduce),
+            page_size,
+        )
     else:
         triton_kernels(scores, num_rated, num_candidates).join_scores(*arguments, **options)
     return out
+
+
+def _check_pool(
+    pool: torch.Tensor,
+    query: torch.Tensor,
+    num_kv_heads: int,
+    offsets: torch.Tensor | None,
+    backend: str,
+) -> None:
+    """As `check_pool`, but 'native' takes pages of any size and order, and of any query type."""
+    if backend != "native":
+        check(offsets is None, f"backend {backend!r} reads plain pages only")
+        check_pool(pool, query, num_kv_heads)
+        return
+    num_heads, head_size = query.shape[1:]
+    check(
+        query.stride(2) == 1 and query.dtype in QUERY_DTYPES,
+        f"want dense rows of bf16, fp16 or fp32, got {query.dtype} of stride {query.stride(2)}",
+    )
+    check(
+        num_kv_heads > 0 and num_heads % num_kv_heads == 0,
+        f"{num_heads} query heads are not groups of {num_kv_heads} KV heads",
+    )
+    check(
+        pool.dim() == 3
+        and pool.is_contiguous()
+        and pool.shape[2] == 2 * head_size
+        and pool.dtype in QUERY_DTYPES,
+        f"want a contiguous pool [pages, block size, {2 * head_size}] of bf16, fp16 or fp32, "
+        f"got {tuple(pool.shape)} {pool.dtype}",
+    )
+    check(
+        offsets is None
+        or (
+            offsets.shape == (pool.shape[1], head_size)
+            and offsets.dtype == torch.int64
+            and offsets.is_contiguous()
+        ),
+        f"want offsets [{pool.shape[1]}, {head_size}] int64",
+    )
 
 
 def _check_kernel(kernel: int) -> None:

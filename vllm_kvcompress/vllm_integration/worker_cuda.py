@@ -53,7 +53,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
                 f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
                 f"this model has {shape.num_queries_per_kv}"
             )
-        missing = ops.native_problem()
+        missing = ops.native_problem("cuda")
         if missing and self.rank == 0:
             logger.info("kv-compress: no compiled selection, Triton's instead: %s", missing)
         capture_size = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
