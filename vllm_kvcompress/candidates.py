@@ -54,6 +54,7 @@ class Candidates:
         geometry: of the prompt.
         num_layers: L.
         order: element order of pages.
+        backend: 'torch' or 'native', of the ops that select.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class Candidates:
         geometry: RequestGeometry,
         num_layers: int,
         order: PageOrder,
+        backend: str = "torch",
     ) -> None:
         self._config = config
         self._geometry = geometry
         self._num_layers = num_layers
         self._order = order
+        self._backend = backend
         self._per_page = entries_per_page(config, geometry.block_size)
         self._scores: list[LayerScores] = []
         # Per layer: [m] int64 ascending, head * num_entries + entry; and [m, elements] of each.
@@ -102,6 +105,7 @@ class Candidates:
                 mean_pages,
                 self._per_page,
                 options,
+                self._backend,
             )
             keys = self._best(layer, num_pages * self._per_page)
         heads, entries = keys // num_entries, keys % num_entries
@@ -116,7 +120,7 @@ class Candidates:
         if is_joint and self.num_held > _MOST_HELD * num_kept:
             known = torch.stack([layer.first for layer in self._scores])
             bounds = joint_most_entries(
-                known, self._num_layers, mean_pages, self._per_page, options
+                known, self._num_layers, mean_pages, self._per_page, options, self._backend
             )
             for i, counts in enumerate(bounds):
                 self._narrow(i, self._best(i, counts))
@@ -126,9 +130,9 @@ class Candidates:
         scores = self._scores[layer]
         is_wanted = torch.zeros(scores.first.shape, dtype=torch.bool)
         heads = torch.arange(len(counts)).repeat_interleave(counts)
-        is_wanted[heads, ops.select_top(scores.first, counts)] = True
+        is_wanted[heads, ops.select_top(scores.first, counts, self._backend)] = True
         if scores.second is not None:
-            is_wanted[heads, ops.select_top(scores.second, counts)] = True
+            is_wanted[heads, ops.select_top(scores.second, counts, self._backend)] = True
         return is_wanted.flatten().nonzero().flatten()
 
     def _narrow(self, layer: int, keys: torch.Tensor) -> None:

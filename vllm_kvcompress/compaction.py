@@ -17,9 +17,16 @@ from vllm_kvcompress.candidates import Candidates, LayerPages
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import RequestGeometry, cdiv
 from vllm_kvcompress.ops import PageOrder
+from vllm_kvcompress.planned_scores import PagedPrompts, can_run, planned_scores
 from vllm_kvcompress.policies import make_scorer
-from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, Rotary, ScoreInputs
-from vllm_kvcompress.policies.selection import Selection, select
+from vllm_kvcompress.policies.base import (
+    ChunkInputs,
+    LayerScores,
+    Rotary,
+    ScoreInputs,
+    WindowPlan,
+)
+from vllm_kvcompress.policies.selection import Selection, select, share_pages
 
 
 @dataclass(frozen=True)
@@ -113,9 +120,10 @@ class Compactor:
         shape: of the paged cache.
         order: element order of its pages.
         layers: one per layer; what the method's scorer needs must be there.
+        backend: 'torch', or 'native' for all that compiled ops can do of the method.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if what the scorer needs is not there.
     """
 
     def __init__(
@@ -124,15 +132,31 @@ class Compactor:
         shape: CacheShape,
         order: PageOrder,
         layers: Sequence[LayerParameters],
+        backend: str = "torch",
     ) -> None:
         self.config = config
         self.shape = shape
         self.order = order
         self.layers = layers
+        self.backend = backend
         self.scorer = make_scorer(config)
+        plan = self.scorer.window_plan() if backend == "native" else None
+        self._plan = plan if plan is not None and can_run(plan) else None
+        self._output_roots = [
+            None if layer.output_root is None else layer.output_root.contiguous()
+            for layer in layers
+        ]
         for need in ("output_weight", "output_root", "rotary"):
             if need in self.scorer.needs and any(getattr(x, need) is None for x in layers):
                 raise ValueError(f"method {config.method!r} needs every layer's {need}")
+
+    @property
+    def ops_name(self) -> str:
+        """What computes, for people: the backend, and which part of the work it leaves to torch."""
+        if self.backend == "torch":
+            return "torch"
+        rest = "" if self._plan is not None else f", scores of {self.config.method!r} by torch"
+        return f"native ({ops.instruction_set()}){rest}"
 
     def collect(
         self,
@@ -229,6 +253,62 @@ class Compactor:
         assert layer == len(prompt.layer_scores), (
             f"layer {layer} is scored after {len(prompt.layer_scores)} others"
         )
+        if self._plan is not None:
+            scores = self._score_planned(self._plan, prompt, layer, pages)
+        else:
+            scores = self._score_by_torch(prompt, layer, pages)
+        prompt.observed[layer] = None
+        prompt.layer_scores.append(scores)
+
+    def _score_planned(
+        self, plan: WindowPlan, prompt: PromptCompaction, layer: int, pages: LayerPages
+    ) -> LayerScores:
+        """By compiled ops, straight from the pages."""
+        geometry, parameters, num_heads = (
+            prompt.geometry,
+            self.layers[layer],
+            self.shape.num_kv_heads,
+        )
+        assert prompt.window_query is not None
+        assert prompt.num_window_queries[layer] == self.config.window
+        num_candidates = geometry.num_candidate_tokens
+        num_rated = plan.num_rated(geometry.compact_len, num_candidates, self.config.window)
+        row = torch.tensor([[geometry.compact_len, 0, 0, 0, num_rated, num_candidates]])
+        numbers = row.int()
+        prompts = PagedPrompts(
+            self._as_pages(pages.pool),
+            numbers[:, :4].contiguous(),
+            pages.blocks.int()[None],
+            numbers[:, 4].contiguous(),
+            numbers[:, 5].contiguous(),
+            num_rated,
+            num_candidates,
+            self.order,
+        )
+        scores = planned_scores(
+            plan,
+            prompts,
+            prompt.window_query[layer].permute(2, 0, 1, 3).flatten(1, 2)[None],
+            layer=pages.first // num_heads,
+            num_layers=pages.pages_per_block // num_heads,
+            num_kv_heads=num_heads,
+            scale=parameters.scale,
+            logits_soft_cap=parameters.logits_soft_cap,
+            sinks=parameters.sinks,
+            output_root=self._output_roots[layer],
+            page_reduce=None,
+            backend=self.backend,
+        )
+        return LayerScores(scores[0])
+
+    def _as_pages(self, pool: torch.Tensor) -> torch.Tensor:
+        """[num_pages, page_elements] as [num_pages, b, 2 d]."""
+        return pool.view(-1, self.shape.block_size, 2 * self.shape.head_size)
+
+    def _score_by_torch(
+        self, prompt: PromptCompaction, layer: int, pages: LayerPages
+    ) -> LayerScores:
+        """By the scorer itself, from keys and values in token order."""
         geometry, needs, parameters = prompt.geometry, self.scorer.needs, self.layers[layer]
         num_tokens = geometry.compact_len
         window_query = value = None
@@ -241,7 +321,7 @@ class Compactor:
         if "value" in needs:
             value = self._read(pages, "value")[:, :num_tokens]
         key = self._read(pages, "key")[:, :num_tokens]
-        scores = self.scorer.score(
+        return self.scorer.score(
             ScoreInputs(
                 key=key,
                 num_candidates=geometry.num_candidate_tokens,
@@ -259,8 +339,6 @@ class Compactor:
                 rotary=parameters.rotary,
             )
         )
-        prompt.observed[layer] = None
-        prompt.layer_scores.append(scores)
 
     def hold(self, prompt: PromptCompaction, pages: LayerPages) -> None:
         """Set aside what may be kept of the layer scored last, whose pages are about to go.
@@ -272,7 +350,7 @@ class Compactor:
         if len(prompt.layer_scores) == 1:
             shape = self.shape
             prompt.candidates = Candidates(
-                self.config, prompt.geometry, shape.num_layers, self.order
+                self.config, prompt.geometry, shape.num_layers, self.order, self.backend
             )
         assert prompt.candidates is not None
         prompt.candidates.add(prompt.layer_scores[-1], pages)
@@ -297,6 +375,8 @@ class Compactor:
             What was kept; its `page_offsets` address the region.
         """
         assert prompt.is_scored
+        if self.backend == "native" and prompt.candidates is None:
+            return self._compact_natively(prompt, pool, prompt_blocks, region_blocks)
         shape, geometry, candidates = self.shape, prompt.geometry, prompt.candidates
         selection = select(
             prompt.layer_scores,
@@ -304,6 +384,7 @@ class Compactor:
             geometry.num_region_blocks,
             geometry.block_size,
             geometry.num_tail_tokens,
+            self.backend,
         )
         prompt.reset()
         target = ops.region_page_ids(region_blocks, shape.pages_per_block)
@@ -322,3 +403,40 @@ class Compactor:
         kept = ops.gather_tokens(pool, source, selection.indices % block_size, self.order)
         ops.pack_pages(pool, target, *kept, self.order)
         return selection
+
+    def _compact_natively(
+        self,
+        prompt: PromptCompaction,
+        pool: torch.Tensor,
+        prompt_blocks: torch.Tensor,
+        region_blocks: torch.Tensor,
+    ) -> Selection:
+        """`compact` by an op that selects and copies at once."""
+        geometry, config = prompt.geometry, self.config
+        num_pages, scores = share_pages(
+            prompt.layer_scores,
+            config,
+            geometry.num_region_blocks,
+            geometry.block_size,
+            geometry.num_tail_tokens,
+            self.backend,
+        )
+        prompt.reset()
+        num_region_blocks = geometry.num_region_blocks
+        _, indices = ops.select_and_compact(
+            scores[None],
+            torch.tensor([scores.shape[1]], dtype=torch.int32),
+            num_pages.reshape(1, -1).int(),
+            self._as_pages(pool),
+            torch.tensor(
+                [[geometry.compact_len, num_region_blocks, len(prompt_blocks), 0]],
+                dtype=torch.int32,
+            ),
+            torch.cat([prompt_blocks, region_blocks]).int()[None],
+            max_region_blocks=num_region_blocks,
+            granularity=config.granularity,
+            key_offsets=self.order.key_offsets,
+            value_offsets=self.order.value_offsets,
+            backend=self.backend,
+        )
+        return Selection(num_pages, indices[0].long(), config.granularity)

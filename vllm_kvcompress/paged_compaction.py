@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from vllm_kvcompress.compaction import (
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.ops import PageOrder
+from vllm_kvcompress.planned_scores import PagedPrompts, planned_scores
 from vllm_kvcompress.policies.base import LayerScores
 from vllm_kvcompress.policies.budgets import plan_budgets
 from vllm_kvcompress.policies.selection import entries_per_page, entry_scores, first_stage_counts
@@ -230,58 +230,28 @@ class PagedCompactor:
         """Scores of [R, w, H * g, d] queries by the ops that read pages."""
         plan, shape, parameters = self._plan, self.shape, self._layers[layer]
         assert plan is not None
-        max_candidates = max(g.num_candidate_tokens for g in batch.geometries)
-        max_rated = max(self._num_rated(g) for g in batch.geometries)
-        where: dict[str, Any] = {
-            "layer": layer,
-            "num_layers": shape.num_layers,
-            "backend": self._backend,
-        }
-        scores = ops.window_scores(
-            queries,
+        prompts = PagedPrompts(
             self.pool,
             batch.rows,
             batch.block_table,
             batch.num_rated,
-            max_rated,
+            batch.num_candidates,
+            max_rated=max(self._num_rated(g) for g in batch.geometries),
+            max_candidates=max(g.num_candidate_tokens for g in batch.geometries),
+        )
+        by_page = self.config.granularity == "page"
+        entries = planned_scores(
+            plan,
+            prompts,
+            queries,
+            layer=layer,
+            num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             scale=parameters.scale,
             logits_soft_cap=parameters.logits_soft_cap,
-            reduce=plan.reduce,
-            power=plan.power,
-            near_tokens=plan.near_tokens,
-            pool_kernel=plan.mean_kernel,
-            sinks=None if parameters.sinks is None else parameters.sinks.flatten(),
-            **where,
-        )
-        effect = None
-        if plan.uses_value_effect:
-            root = self._output_roots[layer]
-            assert root is not None
-            effect = ops.paged_value_effect(
-                self.pool,
-                root,
-                batch.rows,
-                batch.block_table,
-                batch.num_rated,
-                max_rated,
-                **where,
-            )
-        by_page = self.config.granularity == "page"
-        entries = ops.join_scores(
-            scores,
-            batch.num_rated,
-            batch.num_candidates,
-            max_candidates,
-            group_reduce=plan.group_reduce,
-            pool_kernel=plan.pool_kernel,
-            pool_kind=plan.pool_kind,
-            pool_first=plan.pool_first,
-            floor_at_mean=plan.floor_at_mean,
-            effect=effect,
-            span_kernel=plan.span_kernel,
+            sinks=parameters.sinks,
+            output_root=self._output_roots[layer],
             page_reduce=self.config.option("page_reduce") if by_page else None,
-            page_size=shape.block_size,
             backend=self._backend,
         )
         batch.first[:, self._streams(layer)] = entries

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from compiled_ops import need_compiled_ops
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
@@ -31,6 +32,17 @@ from vllm_kvcompress.vllm_integration.engine import WorkerEngine, flat_pool  # n
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats  # noqa: E402
 
 WINDOW = 8
+
+
+@pytest.fixture(autouse=True, scope="module", params=["torch", "native"])
+def ops_backend(request):
+    if request.param == "native":
+        need_compiled_ops()
+    Rig.ops_backend = request.param
+    yield
+    Rig.ops_backend = "torch"
+
+
 SCALE = 0.2
 
 
@@ -49,6 +61,8 @@ class Request:
 
 class Rig:
     """A one-worker stand-in for the model runner: pool, builder, impl, block allocation."""
+
+    ops_backend = "torch"
 
     def __init__(
         self,
@@ -81,6 +95,7 @@ class Rig:
             [self._layer_parameters() for _ in range(shape.num_layers)],
             self.batch,
             self.stats,
+            Rig.ops_backend,
         )
         builder = object.__new__(KVCompressCPUMetadataBuilder)
         vars(builder).update(

@@ -4,9 +4,11 @@ blocks, NaN everywhere else.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from compiled_ops import need_compiled_ops
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, Compactor, LayerParameters, PromptCompaction
@@ -105,8 +107,23 @@ def make_prompt(config, prompt_len, seed=0, geometry=None):
     return Prompt(key, value, query, pool, order, blocks, region, geometry)
 
 
+# Of every compactor that is made here; see `on_backend`.
+_BACKEND = "torch"
+
+
+@contextmanager
+def on_backend(backend):
+    """Compactors made here use these ops."""
+    global _BACKEND
+    if backend == "native":
+        need_compiled_ops()
+    before, _BACKEND = _BACKEND, backend
+    yield backend
+    _BACKEND = before
+
+
 def make_compactor(config, prompt, layers=LAYERS):
-    return Compactor(config, SHAPE, prompt.order, layers)
+    return Compactor(config, SHAPE, prompt.order, layers, _BACKEND)
 
 
 def collection_of(prompt):

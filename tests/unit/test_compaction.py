@@ -25,6 +25,7 @@ from compaction_prompts import (
     kept_tokens,
     make_compactor,
     make_prompt,
+    on_backend,
     score,
     scores_of,
 )
@@ -34,6 +35,12 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.ops import reference
 from vllm_kvcompress.policies import RECIPES, make_scorer
+
+
+@pytest.fixture(autouse=True, scope="module", params=["torch", "native"])
+def backend(request):
+    with on_backend(request.param):
+        yield request.param
 
 
 def config_of(method, **options):

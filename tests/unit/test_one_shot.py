@@ -12,6 +12,7 @@ from compaction_prompts import (
     compact,
     make_compactor,
     make_prompt,
+    on_backend,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,12 @@ CASES = [
     {"method": "span", "page_reduce": "max", "floor": 0.0},
     {"method": "snapkv", "suffix_tokens": 9},
 ]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["torch", "native"])
+def backend(request):
+    with on_backend(request.param):
+        yield request.param
 
 
 def config_of(case, granularity="page", budget=28):

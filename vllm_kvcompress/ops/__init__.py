@@ -1,7 +1,8 @@
 """The front door to every computation: checks arguments, then runs the chosen backend.
 
-Backends: 'torch' (vectorised, any device), 'triton' (CUDA's paged pool), 'native' (compiled CUDA,
-where it is built) and 'reference' (float64 loops, slow and obvious, the judge of the others).
+Backends: 'torch' (vectorised, any device), 'triton' (CUDA's paged pool), 'native' (compiled, for
+CPU and CUDA, where it is built) and 'reference' (float64 loops, slow and obvious, the judge of the
+others).
 """
 
 from vllm_kvcompress.ops.decode import (
@@ -13,6 +14,7 @@ from vllm_kvcompress.ops.decode import (
     store_tokens,
     token_slots,
 )
+from vllm_kvcompress.ops.native import instruction_set
 from vllm_kvcompress.ops.native import problem as native_problem
 from vllm_kvcompress.ops.paged import (
     PageOrder,
@@ -40,11 +42,17 @@ from vllm_kvcompress.ops.selection import (
     select_and_compact,
     select_entries,
 )
-from vllm_kvcompress.ops.window import join_scores, paged_value_effect, window_scores
+from vllm_kvcompress.ops.window import (
+    MAX_POOL_KERNEL,
+    join_scores,
+    paged_value_effect,
+    window_scores,
+)
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_GROUP",
+    "MAX_POOL_KERNEL",
     "MAX_QUERY_LEN",
     "PageOrder",
     "ROW_FIELDS",
@@ -52,6 +60,7 @@ __all__ = [
     "compact",
     "copy_pages",
     "gather_tokens",
+    "instruction_set",
     "join_scores",
     "joint_page_counts",
     "joint_top_counts",

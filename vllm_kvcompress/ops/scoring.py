@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from vllm_kvcompress.ops import reference
 from vllm_kvcompress.ops.checks import check, check_backend
+from vllm_kvcompress.ops.selection import joint_page_counts, select_entries
 
 PAGE_REDUCTIONS = ("max", "mean", "rms")
 # Tokens whose projected values are held at once: little memory, and cache-sized on a CPU.
@@ -242,7 +243,7 @@ def joint_top_counts(
         scores: [R, n] float32.
         total: entries to give out over all rows, <= R * n.
         guaranteed: best entries of each row that count in any case, R * guaranteed <= total.
-        backend: 'torch' or 'reference'.
+        backend: 'torch', 'native' (compiled) or 'reference'.
 
     Returns:
         [R] int64 summing to total. Equal scores: the entry that ranks higher in its row, then
@@ -256,8 +257,14 @@ def joint_top_counts(
         0 <= guaranteed <= num_entries and num_rows * guaranteed <= total <= scores.numel(),
         f"cannot give {total} of {num_rows} x {num_entries} entries, {guaranteed} sure per row",
     )
-    if check_backend(backend, "torch") == "reference":
+    if check_backend(backend, "torch", "native") == "reference":
         return reference.joint_top_counts(scores, total, guaranteed)
+    if backend == "native":
+        numbers = torch.tensor(
+            [[num_entries], [total], [guaranteed]], dtype=torch.int32, device=scores.device
+        )
+        entries, totals, sure = numbers[0], numbers[1:2], numbers[2:]
+        return joint_page_counts(scores[None], entries, totals, sure, backend="native")[0].long()
     by_rank = scores.sort(dim=1, descending=True, stable=True).values
     # Rank by rank, so that a stable sort prefers the higher rank, then the lower row.
     rest = by_rank[:, guaranteed:].t().flatten()
@@ -271,7 +278,7 @@ def select_top(scores: torch.Tensor, counts: torch.Tensor, backend: str = "torch
     Args:
         scores: [R, n] float32.
         counts: [R] int64, entries to take, each in [0, n].
-        backend: 'torch' or 'reference'.
+        backend: 'torch', 'native' (compiled) or 'reference'.
 
     Returns:
         [sum(counts)] int64: each row's chosen indices ascending, rows one after another.
@@ -285,8 +292,15 @@ def select_top(scores: torch.Tensor, counts: torch.Tensor, backend: str = "torch
         counts.shape == (num_rows,) and bool(((counts >= 0) & (counts <= num_entries)).all()),
         f"want {num_rows} counts in [0, {num_entries}], got {counts.tolist()}",
     )
-    if check_backend(backend, "torch") == "reference":
+    if check_backend(backend, "torch", "native") == "reference":
         return reference.select_top(scores, counts)
+    if backend == "native":
+        width = torch.tensor([num_entries], dtype=torch.int32, device=scores.device)
+        wanted = counts.to(device=scores.device, dtype=torch.int32)[None]
+        _, indices = select_entries(
+            scores[None], width, wanted, int(counts.sum()), backend="native"
+        )
+        return indices[0].long()
     order = scores.sort(dim=1, descending=True, stable=True).indices
     ranks = torch.arange(num_entries, device=scores.device).expand(num_rows, -1)
     keep_mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)

@@ -69,6 +69,7 @@ def stream_budgets(
     mean_pages: int,
     page_size: int,
     options: Mapping[str, Any],
+    backend: str = "torch",
 ) -> StreamBudgets:
     """Pages for each head of each layer.
 
@@ -83,6 +84,7 @@ def stream_budgets(
         mean_pages: pages per head on average.
         page_size: entries of `scores` per page.
         options: the method's.
+        backend: 'torch' or 'native', of the ops.
 
     Returns:
         Pages summing to mean_pages * L * H.
@@ -97,13 +99,8 @@ def stream_budgets(
     if plan.num_pages is not None:
         return StreamBudgets(plan.num_pages, plan.guaranteed_per_layer(num_layers))
     groups = scores.reshape(plan.num_groups, -1, num_entries)
-    pages = [
-        _compete(group, int(total), page_size, int(sure))
-        for group, total, sure in zip(groups, plan.total_pages, plan.guaranteed, strict=True)
-    ]
-    return StreamBudgets(
-        torch.stack(pages).view(num_layers, num_heads), plan.guaranteed_per_layer(num_layers)
-    )
+    pages = _compete(groups, plan.total_pages, page_size, plan.guaranteed, backend)
+    return StreamBudgets(pages.view(num_layers, num_heads), plan.guaranteed_per_layer(num_layers))
 
 
 @dataclass(frozen=True)
@@ -180,11 +177,12 @@ def layer_budgets(
     mean_pages: int,
     page_size: int,
     options: Mapping[str, Any],
+    backend: str = "torch",
 ) -> tuple[torch.Tensor, int]:
     """One layer of `stream_budgets`, for all budgets but 'joint': layers do not compete.
 
     Args:
-        budgets, mean_pages, page_size, options: as in `stream_budgets`.
+        budgets, mean_pages, page_size, options, backend: as in `stream_budgets`.
         scores: [H, N] float32 of this layer.
         layer: its 0-based index.
         num_layers: L.
@@ -197,8 +195,8 @@ def layer_budgets(
     plan = plan_budgets(budgets, num_layers, num_heads, mean_pages, max_pages, page_size, options)
     if plan.num_pages is not None:
         return plan.num_pages[layer], 0
-    sure = int(plan.guaranteed[layer])
-    return _compete(scores, int(plan.total_pages[layer]), page_size, sure), sure
+    total, sure = plan.total_pages[layer, None], plan.guaranteed[layer, None]
+    return _compete(scores[None], total, page_size, sure, backend)[0], int(sure)
 
 
 def joint_most_entries(
@@ -207,6 +205,7 @@ def joint_most_entries(
     mean_pages: int,
     page_size: int,
     options: Mapping[str, Any],
+    backend: str = "torch",
 ) -> torch.Tensor:
     """Most entries that heads of the first layers can end up with under 'joint' budgets.
 
@@ -216,7 +215,7 @@ def joint_most_entries(
     Args:
         scores: [l, H, N] float32 of layers 0 .. l - 1.
         num_layers: L >= l.
-        mean_pages, page_size, options: as in `stream_budgets`.
+        mean_pages, page_size, options, backend: as in `stream_budgets`.
 
     Returns:
         [l, H] int64, at least `stream_budgets(...).num_pages[:l] * page_size`, whatever the
@@ -226,7 +225,8 @@ def joint_most_entries(
     guaranteed = _guaranteed(options["floor"], mean_pages, page_size)
     total = mean_pages * num_layers * num_heads * page_size
     total -= (num_layers - num_known) * num_heads * guaranteed
-    counts = ops.joint_top_counts(scores.flatten(0, 1), min(total, scores.numel()), guaranteed)
+    flat = scores.flatten(0, 1)
+    counts = ops.joint_top_counts(flat, min(total, flat.numel()), guaranteed, backend)
     if page_size > 1:
         counts = ((counts // page_size + 1) * page_size).clamp(max=num_entries)
     return counts.view(num_known, num_heads)
@@ -252,11 +252,30 @@ def _guaranteed(share: float, mean_pages: int, page_size: int) -> int:
     return max(1, guaranteed) if page_size == 1 else guaranteed
 
 
-def _compete(scores: torch.Tensor, total: int, page_size: int, guaranteed: int) -> torch.Tensor:
-    """[R] pages for R rows that compete for `total` of them."""
-    num_entries = scores.shape[1]
-    counts = ops.joint_top_counts(scores, total * page_size, guaranteed)
-    if page_size == 1:
-        return counts
-    ideal = [count / page_size for count in counts.tolist()]
-    return torch.tensor(apportion(ideal, total, 1, num_entries // page_size))
+def _compete(
+    groups: torch.Tensor,
+    total_pages: torch.Tensor,
+    page_size: int,
+    guaranteed: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    """[G, R] pages for G groups of R rows [G, R, N] that compete for `total_pages` [G] of them."""
+    num_groups, num_rows, num_entries = groups.shape
+    if backend == "native":
+        num_pages = ops.joint_page_counts(
+            groups.flatten(0, 1)[None],
+            torch.tensor([num_entries], dtype=torch.int32),
+            total_pages[None].int(),
+            guaranteed[None].int(),
+            page_size,
+            backend="native",
+        )
+        return num_pages.view(num_groups, num_rows).long()
+    pages = []
+    for scores, total, sure in zip(groups, total_pages.tolist(), guaranteed.tolist(), strict=True):
+        counts = ops.joint_top_counts(scores, total * page_size, sure, backend)
+        if page_size > 1:
+            ideal = [count / page_size for count in counts.tolist()]
+            counts = torch.tensor(apportion(ideal, total, 1, num_entries // page_size))
+        pages.append(counts)
+    return torch.stack(pages)

@@ -42,6 +42,7 @@ def select(
     mean_pages: int,
     block_size: int,
     num_tail_tokens: int = 0,
+    backend: str = "torch",
 ) -> Selection:
     """Choose what each (layer, KV head) keeps.
 
@@ -51,15 +52,35 @@ def select(
         mean_pages: region pages per stream on average; the total is exact.
         block_size: tokens per page.
         num_tail_tokens: prompt tokens that are kept beside the region.
+        backend: 'torch' or 'native', of the ops.
 
     Returns:
         The selection; its pages sum to mean_pages * L * H.
+    """
+    num_pages, flat = share_pages(scores, config, mean_pages, block_size, num_tail_tokens, backend)
+    counts = num_pages.reshape(-1) * entries_per_page(config, block_size)
+    return Selection(num_pages, ops.select_top(flat, counts, backend), config.granularity)
+
+
+def share_pages(
+    scores: Sequence[LayerScores],
+    config: KVCompressConfig,
+    mean_pages: int,
+    block_size: int,
+    num_tail_tokens: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Everything of `select` but the last step, with its arguments.
+
+    Returns:
+        [L, H] int64 pages of each stream, and [L * H, N] float32 scores of entries, the best of
+        which each stream keeps.
     """
     entries = [entry_scores(layer, config, block_size) for layer in scores]
     first = torch.stack([layer.first for layer in entries])
     page_size = entries_per_page(config, block_size)
     options = dict(config.options)
-    budgets = stream_budgets(options["budgets"], first, mean_pages, page_size, options)
+    budgets = stream_budgets(options["budgets"], first, mean_pages, page_size, options, backend)
     assert int(budgets.num_pages.sum()) == mean_pages * first.shape[0] * first.shape[1]
     counts = budgets.num_pages.reshape(-1) * page_size
     flat = first.flatten(0, 1)
@@ -72,8 +93,8 @@ def select(
             block_size // page_size,
             num_tail_tokens,
         )
-        flat = _two_stages(flat, second.flatten(0, 1), in_first)
-    return Selection(budgets.num_pages, ops.select_top(flat, counts), config.granularity)
+        flat = _two_stages(flat, second.flatten(0, 1), in_first, backend)
+    return budgets.num_pages, flat
 
 
 def entries_per_page(config: KVCompressConfig, block_size: int) -> int:
@@ -121,9 +142,11 @@ def first_stage_counts(
     return (in_first.clamp(min=0) // tokens_per_entry).maximum(guaranteed).minimum(counts)
 
 
-def _two_stages(first: torch.Tensor, second: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def _two_stages(
+    first: torch.Tensor, second: torch.Tensor, counts: torch.Tensor, backend: str
+) -> torch.Tensor:
     """`second`, with each row's best `counts` entries by `first` raised to +inf."""
     rows = torch.arange(first.shape[0]).repeat_interleave(counts)
     combined = second.clone()
-    combined[rows, ops.select_top(first, counts)] = float("inf")
+    combined[rows, ops.select_top(first, counts, backend)] = float("inf")
     return combined

@@ -32,12 +32,12 @@ class WorkerEngine:
         layers: what scoring must know of each layer, in layer order.
         input_batch: the model runner's batch (V1), read at every step.
         stats: where finished prompts are recorded.
+        backend: of the ops, 'torch' or 'native'.
+        why_torch: what to tell people about a backend 'torch' that is none of their choice.
 
     Raises:
         RuntimeError: if the views are not slices of one [block, layer, head, ...] buffer.
     """
-
-    ops_name = "torch"
 
     def __init__(
         self,
@@ -48,8 +48,12 @@ class WorkerEngine:
         layers: list[LayerParameters],
         input_batch: Any,
         stats: CompressionStats,
+        backend: str = "torch",
+        why_torch: str | None = None,
     ) -> None:
         self.shape = shape
+        self._backend = backend
+        self._why_torch = why_torch
         self.layer_index = {name: i for i, name in enumerate(layer_views)}
         self.pool = flat_pool(list(layer_views.values()), shape)
         pages = self.pool.view(-1, 1, 2 * shape.block_size, shape.head_size)
@@ -63,10 +67,16 @@ class WorkerEngine:
     def configure(self, config: KVCompressConfig, layers: list[LayerParameters]) -> None:
         """Use a setting from now on; no request of an earlier one may go on."""
         # First what may refuse the setting.
-        self.compactor = Compactor(config, self.shape, self._order, layers)
+        self.compactor = Compactor(config, self.shape, self._order, layers, self._backend)
         self.has_sinks = any(layer.sinks is not None for layer in layers)
         self.config = config
         self.states = RequestStates(Geometry(config, self.shape.block_size), self.shape.num_layers)
+
+    @property
+    def ops_name(self) -> str:
+        """What computes, for the start-up message."""
+        name = self.compactor.ops_name
+        return name if self._why_torch is None else f"{name} ({self._why_torch})"
 
     def classify(self, common: Any) -> StepRows:
         """Tell the rows of a step apart; `common` is vLLM's CommonAttentionMetadata."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies.budgets import check_table
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
@@ -16,6 +18,8 @@ DEFAULT_BLOCK_SIZE = {CPU_WORKER: 32, CUDA_WORKER: 16}
 _FEWEST_STEP_TOKENS = 3
 # vLLM's name of layers with full attention.
 _COMPRESSED_KIND = "full_attention"
+# Which ops a CPU engine uses: 'torch', 'native' (compiled), or whichever there is.
+_CPU_OPS = "VLLM_KVCOMPRESS_OPS"
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -126,8 +130,31 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         _use_own_backend(vllm_config.attention_config)
 
 
+def choose_cpu_ops() -> tuple[str, str | None]:
+    """The backend of a CPU engine's ops: compiled ones if there are any.
+
+    Returns:
+        'native' or 'torch', and for a 'torch' that nobody asked for why it is that.
+
+    Raises:
+        KVCompressConfigError: if $VLLM_KVCOMPRESS_OPS is unknown, or asks for what is not there.
+    """
+    wish = os.environ.get(_CPU_OPS, "")
+    if wish not in ("", "torch", "native"):
+        raise KVCompressConfigError(f"${_CPU_OPS} must be 'torch' or 'native', got {wish!r}")
+    if wish == "torch":
+        return "torch", None
+    problem = ops.native_problem("cpu")
+    if problem is None:
+        return "native", None
+    if wish == "native":
+        raise KVCompressConfigError(f"${_CPU_OPS} is 'native', but {problem}")
+    return "torch", problem
+
+
 def _cpu(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
     """What does not work on a CPU, as (whether it is there, what it is)."""
+    choose_cpu_ops()
     return ((vllm_config.use_v2_model_runner, "Model Runner V2 (unset VLLM_USE_V2_MODEL_RUNNER)"),)
 
 

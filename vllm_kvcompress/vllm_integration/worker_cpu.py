@@ -12,6 +12,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
 from vllm_kvcompress.vllm_integration.engine import WorkerEngine
+from vllm_kvcompress.vllm_integration.validate import choose_cpu_ops
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 
 _BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cpu.KVCompressCPUBackend"
@@ -46,6 +47,7 @@ class KVCompressCPUWorker(CompressionWorker, CPUWorker):
     ) -> WorkerEngine:
         first: Any = next(iter(attention.values()))
         dtype = first.kv_cache.dtype
+        backend, why_torch = choose_cpu_ops()
         return WorkerEngine(
             config=self._config,
             shape=shape,
@@ -54,6 +56,8 @@ class KVCompressCPUWorker(CompressionWorker, CPUWorker):
             layers=layers,
             input_batch=self.model_runner.input_batch,
             stats=self._stats,
+            backend=backend,
+            why_torch=why_torch,
         )
 
     def shutdown(self) -> None:
