@@ -81,7 +81,7 @@ def test_full_attention_layers_get_our_backend_and_the_others_keep_theirs():
     [
         ({"attention_config__backend": AttentionBackendEnum.FLASHINFER}, "backend FLASHINFER"),
         ({"parallel_config__use_ubatching": True}, "microbatches"),
-        ({"speculative_config": object()}, "speculative decoding"),
+        ({"speculative_config": "a draft"}, "speculative decoding"),
         ({"cache_config__cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
         ({"scheduler_config__long_prefill_token_threshold": 2}, "fewer than 3 tokens"),
         ({"scheduler_config__max_num_batched_tokens": 2}, "fewer than 3 tokens"),

@@ -125,7 +125,7 @@ def test_insert_keeps_the_order_of_places():
     assert insert(["a"], ["X", "Y"], [0.0, 0.0]) == "X Y a"
 
 
-@pytest.mark.parametrize("task", set(TASKS) - {"summary"})
+@pytest.mark.parametrize("task", sorted(set(TASKS) - {"summary"}))
 def test_the_question_gives_nothing_away(task):
     for sample in build([task]):
         words = re.findall(r"\w+", sample.question.lower())
