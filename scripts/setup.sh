@@ -11,6 +11,8 @@ set -euo pipefail
 
 KVC_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 kvc_log="$KVC_ROOT/.cache/setup.log"
+# The compiled CPU ops, which lie in the sources of an editable installation.
+kvc_ops="$KVC_ROOT/vllm_kvcompress/_native_cpu.so"
 
 kvc_say() { echo "[setup] $*"; }
 
@@ -69,11 +71,21 @@ kvc_install_project() {
     "$KVC_PYTHON" -m pip uninstall -y torchvision torchaudio torchcodec
 }
 
+# Sources of the compiled ops; a change of them builds anew.
+kvc_csrc() { find "$KVC_ROOT/csrc" -type f -not -path '*/__pycache__/*' | LC_ALL=C sort; }
+
+kvc_can_compile() {
+  [[ -n "${CXX:-}" ]] || command -v g++ >/dev/null || command -v clang++ >/dev/null ||
+    command -v c++ >/dev/null
+}
+
 kvc_create_venv() {
-  local python stamp hash
-  hash="$(cat "$KVC_ROOT"/{,scripts/vllm_cpu_alias/}pyproject.toml | sha256sum | cut -c1-16)"
+  local python stamp hash csrc
+  mapfile -t csrc < <(kvc_csrc)
+  hash="$(cat "$KVC_ROOT"/{,scripts/vllm_cpu_alias/}pyproject.toml "$KVC_ROOT/setup.py" \
+    "${csrc[@]}" | sha256sum | cut -c1-16)"
   stamp="$KVC_VENV/.kvc-setup-$hash"
-  if [[ -f "$stamp" ]]; then
+  if [[ -f "$stamp" ]] && { [[ -f "$kvc_ops" ]] || ! kvc_can_compile; }; then
     kvc_say "environment is up to date"
     return
   fi
@@ -85,6 +97,9 @@ kvc_create_venv() {
   kvc_step "installing vLLM for CPU and this project (about 2 minutes)" kvc_install_project
   "$KVC_PYTHON" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
     kvc_fail "vLLM for CPU needs libnuma; run: apt install libnuma1"
+  if kvc_can_compile && [[ ! -f "$kvc_ops" ]]; then
+    kvc_fail "the compiled CPU ops were not built, though there is a compiler; see .cache/setup.log"
+  fi
   touch "$stamp"
 }
 
