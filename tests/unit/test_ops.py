@@ -580,5 +580,5 @@ def test_page_order_must_be_a_permutation(key_offsets, value_offsets):
     ],
 )
 def test_unknown_backend_is_refused_with_the_known_ones(call):
-    with pytest.raises(ValueError, match=r"'gpu'; known: torch, reference"):
+    with pytest.raises(ValueError, match=r"'gpu'; known: torch, (native, )?reference"):
         call("gpu")
