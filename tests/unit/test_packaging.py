@@ -111,6 +111,17 @@ def test_without_a_compiler_the_reason_is_said(sources):
 
 
 @needs_compiler
+@pytest.mark.parametrize(("kind", "is_shared"), [("inline", True), ("static inline", False)])
+def test_functions_that_object_files_share_are_found(tmp_path, kind, is_shared):
+    source, compiled = tmp_path / "one.cpp", tmp_path / "one.o"
+    source.write_text(
+        f"{kind} int one() {{ return 1; }}\nint (*const user())() {{ return one; }}\n"
+    )
+    subprocess.run([*build_cpu.find_compiler(), "-c", source, "-o", compiled], check=True)
+    assert (build_cpu.weak_symbols(compiled) == ["_Z3onev"]) == is_shared
+
+
+@needs_compiler
 def test_where_a_compiler_is_the_cpu_ops_are_built_and_load():
     assert ops.native_problem("cpu") is None
 
