@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
@@ -126,11 +127,24 @@ ElementOrder order_of(const char* name, const std::optional<Tensor>& offsets, in
   return regular;
 }
 
+// Call work(next) on torch's threads, each of which asks next() for units until there are no more
+// (-1). So a thread that the system has put aside keeps the others waiting for one unit at most.
+template <class Work>
+void on_threads(int64_t count, const Work& work) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&] {
+    const int64_t unit = taken.fetch_add(1, std::memory_order_relaxed);
+    return unit < count ? unit : -1;
+  };
+  const int64_t num_threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) { work(next); });
+}
+
 class TorchWorkers : public Workers {
  public:
   void run(int64_t count, void (*unit)(void* context, int64_t i), void* context) override {
-    torch::stable::parallel_for(0, count, 1, [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) unit(context, i);
+    on_threads(count, [=](const auto& next) {
+      for (int64_t i = next(); i >= 0; i = next()) unit(context, i);
     });
   }
 };
@@ -141,10 +155,12 @@ struct FreeAligned {
 
 template <class Params>
 void run_units(const UnitKernel<Params>& kernel, const Params& params, int64_t count) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  on_threads(count, [&](const auto& next) {
+    int64_t i = next();
+    if (i < 0) return;
     const std::unique_ptr<void, FreeAligned> scratch(
         ::operator new(kernel.scratch_bytes(params), CACHE_LINE));
-    for (int64_t i = begin; i < end; ++i) kernel.unit(params, i, scratch.get());
+    for (; i >= 0; i = next()) kernel.unit(params, i, scratch.get());
   });
 }
 
