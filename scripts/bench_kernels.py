@@ -254,6 +254,16 @@ def prompt_cases(
             pool, rows, table, *selection, max_region_blocks=region
         )
     yield Case("compact", f"{label}, all layers", compact, 2 * kept_bytes, peers, extra)
+    flat, moved = pool.flatten(1), target.flatten(1)
+    order = torch.arange(len(source), device=device)
+    yield Case(
+        "move_entries",
+        f"{label}, {len(source)} pages",
+        lambda: ops.move_entries(flat, source, moved, order),
+        2 * kept_bytes,
+        {"index_select": peers["index_select"]},
+        extra,
+    )
 
     def native_both() -> None:
         counts = native.joint_page_counts(page_scores, entries, total, sure)

@@ -9,7 +9,7 @@ KV head, d head size, b tokens per page, S = L * H streams. The pool is [num_pag
 `(block * L + layer) * H + head`, a token's key before its value.
 """
 
-from .compact import compact
+from .compact import compact, move_entries
 from .join_scores import join_scores
 from .paging import is_interpreted
 from .ragged_decode import num_decode_splits, ragged_decode
@@ -23,6 +23,7 @@ __all__ = [
     "is_interpreted",
     "join_scores",
     "joint_page_counts",
+    "move_entries",
     "num_decode_splits",
     "num_score_groups",
     "ragged_decode",

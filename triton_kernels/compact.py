@@ -1,4 +1,4 @@
-"""Copies of what is kept from a prompt's pages into its region, all layers and heads at once."""
+"""Copies of what is kept: from a prompt's pages into its region, or from anywhere to anywhere."""
 
 from __future__ import annotations
 
@@ -101,9 +101,7 @@ def compact(
     block_size = pool.shape[1]
     if num_requests == 0 or max_region_blocks == 0:
         return
-    # Bits are moved, whatever they mean; wider elements where a token has whole ones.
-    token_bytes = pool.shape[2] * pool.element_size()
-    bits = pool.view(torch.int32 if token_bytes % 4 == 0 else torch.int8)
+    bits = pool.view(_bits_type(pool.shape[2] * pool.element_size()))
     token_elements = bits.shape[2]
     tile_e = triton.next_power_of_2(token_elements)
     tile_tokens = min(block_size, max(1, _TILE_ELEMENTS // tile_e))
@@ -127,3 +125,58 @@ def compact(
         TILE_E=tile_e,
         num_warps=8,
     )
+
+
+@triton.jit
+def _move_entries_kernel(
+    source_ptr,
+    source_index_ptr,
+    target_ptr,
+    target_index_ptr,
+    num_moves,
+    ENTRY_ELEMENTS: tl.constexpr,
+    TILE_MOVES: tl.constexpr,
+    TILE_E: tl.constexpr,
+):
+    move = tl.program_id(0) * TILE_MOVES + tl.arange(0, TILE_MOVES)
+    source = tl.load(source_index_ptr + move, mask=move < num_moves, other=-1)
+    target = tl.load(target_index_ptr + move, mask=move < num_moves, other=-1)
+    is_moved = (source >= 0) & (target >= 0)
+    for start in range(0, ENTRY_ELEMENTS, TILE_E):
+        element = start + tl.arange(0, TILE_E)
+        mask = is_moved[:, None] & (element < ENTRY_ELEMENTS)[None, :]
+        source_ptrs = source_ptr + source[:, None] * ENTRY_ELEMENTS + element[None, :]
+        target_ptrs = target_ptr + target[:, None] * ENTRY_ELEMENTS + element[None, :]
+        tl.store(target_ptrs, tl.load(source_ptrs, mask=mask), mask=mask)
+
+
+def move_entries(
+    source: torch.Tensor,
+    source_index: torch.Tensor,
+    target: torch.Tensor,
+    target_index: torch.Tensor,
+) -> None:
+    """See `ops.move_entries`."""
+    num_moves = source_index.numel()
+    if num_moves == 0:
+        return
+    bits = _bits_type(source.shape[1] * source.element_size())
+    entry_elements = source.view(bits).shape[1]
+    tile_e = min(triton.next_power_of_2(entry_elements), _TILE_ELEMENTS)
+    tile_moves = max(1, min(64, _TILE_ELEMENTS // tile_e))
+    _move_entries_kernel[(triton.cdiv(num_moves, tile_moves),)](
+        source.view(bits),
+        source_index,
+        target.view(bits),
+        target_index,
+        num_moves,
+        ENTRY_ELEMENTS=entry_elements,
+        TILE_MOVES=tile_moves,
+        TILE_E=tile_e,
+        num_warps=8,
+    )
+
+
+def _bits_type(num_bytes: int) -> torch.dtype:
+    """What to move that many bytes as, whatever they mean: wide elements if they are whole."""
+    return torch.int32 if num_bytes % 4 == 0 else torch.int8

@@ -29,6 +29,8 @@ from vllm_kvcompress.planned_scores import PagedPrompts, planned_scores
 from vllm_kvcompress.policies.base import LayerScores
 from vllm_kvcompress.policies.budgets import plan_budgets
 from vllm_kvcompress.policies.selection import entries_per_page, entry_scores, first_stage_counts
+from vllm_kvcompress.staging import Staging, flat_places
+from vllm_kvcompress.transfers import to_device
 
 
 def plain_page_order(block_size: int, head_size: int) -> PageOrder:
@@ -37,12 +39,23 @@ def plain_page_order(block_size: int, head_size: int) -> PageOrder:
     return PageOrder(keys, keys + head_size)
 
 
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device that the host does not wait for."""
-    host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host.clone()
-    return host.pin_memory().to(device, non_blocking=True)
+@dataclass(frozen=True)
+class _PromptPlan:
+    """What is known of a prompt's budgets before its scores are.
+
+    Attributes:
+        num_pages: [S] int32, if scores have no say in it; else None.
+        totals: [G] int32 pages to share in each group of streams that compete, G = L or 1.
+        guaranteed: [G] int32 entries that each stream of a group is assured of.
+        stream_guaranteed: [S] int32, the same per stream.
+        layer_pages: [L] int64 pages of each layer; their sum alone, where all layers compete.
+    """
+
+    num_pages: np.ndarray | None
+    totals: np.ndarray
+    guaranteed: np.ndarray
+    stream_guaranteed: np.ndarray
+    layer_pages: np.ndarray
 
 
 @dataclass
@@ -58,6 +71,10 @@ class PromptBatch:
         num_entries: [R] int32 pages (or tokens) that compete.
         first, second: [R, S, N] float32 scores of entries, filled layer by layer; `second` is None
             until a scorer gives one.
+        staging: where they are if they have no blocks for what they evict, else None; `rows` and
+            `block_table` are then of the current layer there.
+        num_pages: [R, S] int32 pages of each stream, filled layer by layer if they are staged and
+            layers do not compete.
     """
 
     prompts: Sequence[PromptCompaction]
@@ -68,6 +85,8 @@ class PromptBatch:
     num_entries: torch.Tensor
     first: torch.Tensor
     second: torch.Tensor | None = field(default=None)
+    staging: Staging | None = field(default=None)
+    num_pages: torch.Tensor | None = field(default=None)
 
     @property
     def geometries(self) -> list[RequestGeometry]:
@@ -128,7 +147,7 @@ class PagedCompactor:
         layer: int,
         query: torch.Tensor,
         first: int,
-        blocks: torch.Tensor,
+        pages: LayerPages,
     ) -> None:
         """Take in the queries of one chunk, whose keys are in their pages.
 
@@ -137,10 +156,9 @@ class PagedCompactor:
             layer: 0-based index among the compressed layers.
             query: [m, H * g, d], consecutive tokens, not kept by reference.
             first: position of the first of them in the prompt.
-            blocks: [n] int64 on the pool's device, the prompt's blocks in token order at least to
-                the chunk's last token.
+            pages: the prompt's, at least to the chunk's last token.
         """
-        self._general.collect(prompt, layer, query, first, self._pages(layer, blocks))
+        self._general.collect(prompt, layer, query, first, pages)
 
     def window_query(
         self, prompt: PromptCompaction, layer: int, query: torch.Tensor | None
@@ -162,23 +180,23 @@ class PagedCompactor:
         self,
         prompts: Sequence[PromptCompaction],
         block_table: torch.Tensor,
+        buffer: torch.Tensor | None = None,
     ) -> PromptBatch:
         """Prepare prompts to be scored.
 
         Args:
             prompts: with whatever was collected before this step.
             block_table: [R, W] int32 rows of just these.
+            buffer: [pages, b, 2 d] of `staging_pages`, for prompts that have no blocks for what
+                they evict; None = they have. Each layer then starts with `begin_layer`.
         """
         geometries = [prompt.geometry for prompt in prompts]
         num_prompts = len(prompts)
-        numbers = np.empty((7, num_prompts), np.int32)
+        numbers = np.zeros((7, num_prompts), np.int32)
         for i, g in enumerate(geometries):
-            numbers[:4, i] = (
-                g.compact_len,
-                g.num_region_blocks,
-                g.boundary_block,
-                g.first_kept_block,
-            )
+            numbers[0, i] = g.compact_len
+            if buffer is None:
+                numbers[1:4, i] = g.num_region_blocks, g.boundary_block, g.first_kept_block
             numbers[4, i] = g.num_candidate_tokens
             numbers[5, i] = self._num_rated(g)
             numbers[6, i] = g.first_kept_block * self._per_page
@@ -186,8 +204,9 @@ class PagedCompactor:
         device = self.pool.device
         on_device = to_device(packed, device)
         num_candidates, num_rated, num_entries = on_device[4 * num_prompts :].view(3, -1)
-        size = (num_prompts, self.shape.pages_per_block, int(numbers[6].max()))
-        return PromptBatch(
+        num_streams = self.shape.pages_per_block
+        size = (num_prompts, num_streams, int(numbers[6].max()))
+        batch = PromptBatch(
             prompts,
             on_device[: 4 * num_prompts].view(num_prompts, 4),
             block_table,
@@ -196,42 +215,72 @@ class PagedCompactor:
             num_entries,
             torch.empty(size, dtype=torch.float32, device=device),
         )
+        if buffer is not None:
+            batch.staging = Staging(
+                self.config,
+                self.shape,
+                buffer,
+                self.pool,
+                geometries,
+                block_table,
+                [int(plan.stream_guaranteed[0]) for plan in self._plans(geometries)],
+                self._backend,
+                self._select_backend,
+            )
+            batch.block_table = batch.staging.block_table
+            batch.num_pages = torch.empty(
+                num_prompts, num_streams, dtype=torch.int32, device=device
+            )
+        return batch
+
+    def begin_layer(self, batch: PromptBatch, layer: int) -> torch.Tensor:
+        """Where a staged batch's keys and values of a layer go, before any is written.
+
+        Returns:
+            [blocks, H, b, 2 d], the blocks being those of the batch's `block_table`.
+        """
+        assert batch.staging is not None
+        return batch.staging.begin_layer(layer, batch.first, batch.second, batch.num_entries)
 
     def score_layer(
         self,
         batch: PromptBatch,
         layer: int,
         window_query: Sequence[torch.Tensor | None],
-        blocks: Sequence[torch.Tensor],
+        pages: Sequence[LayerPages],
     ) -> None:
         """Score one layer of all prompts, whose keys are all in their pages; layers in order.
+
+        What staged prompts keep of a layer that competes with no other moves to the regions.
 
         Args:
             batch: written to.
             layer: 0-based index among the compressed layers.
             window_query: per prompt [w, H * g, d], or None if they were collected.
-            blocks: per prompt [ceil(compact_len / b)] int64 block ids in token order, read by
-                methods that no fused kernel knows.
+            pages: per prompt all of them, read by methods that no fused kernel knows.
         """
         if self._plan is None:
-            for i, (prompt, own_blocks) in enumerate(zip(batch.prompts, blocks, strict=True)):
-                self._general.score_layer(prompt, layer, self._pages(layer, own_blocks))
+            for i, (prompt, own_pages) in enumerate(zip(batch.prompts, pages, strict=True)):
+                self._general.score_layer(prompt, layer, own_pages)
                 self._take(batch, i, layer, prompt.layer_scores[-1])
-            return
-        queries = torch.stack(
-            [
-                self.window_query(prompt, layer, query)
-                for prompt, query in zip(batch.prompts, window_query, strict=True)
-            ]
-        )
-        self._score_fused(batch, layer, queries)
+        else:
+            queries = torch.stack(
+                [
+                    self.window_query(prompt, layer, query)
+                    for prompt, query in zip(batch.prompts, window_query, strict=True)
+                ]
+            )
+            self._score_fused(batch, layer, queries)
+        if batch.staging is not None and not batch.staging.is_joint:
+            self._settle_layer(batch, batch.staging, layer)
 
     def _score_fused(self, batch: PromptBatch, layer: int, queries: torch.Tensor) -> None:
         """Scores of [R, w, H * g, d] queries by the ops that read pages."""
         plan, shape, parameters = self._plan, self.shape, self._layers[layer]
         assert plan is not None
+        staging = batch.staging
         prompts = PagedPrompts(
-            self.pool,
+            self.pool if staging is None else staging.area(),
             batch.rows,
             batch.block_table,
             batch.num_rated,
@@ -244,8 +293,8 @@ class PagedCompactor:
             plan,
             prompts,
             queries,
-            layer=layer,
-            num_layers=shape.num_layers,
+            layer=layer if staging is None else 0,
+            num_layers=shape.num_layers if staging is None else 1,
             num_kv_heads=shape.num_kv_heads,
             scale=parameters.scale,
             logits_soft_cap=parameters.logits_soft_cap,
@@ -275,53 +324,114 @@ class PagedCompactor:
         Returns:
             num_pages [R, S] int32 pages of each stream, and page_offsets [R, S + 1] int32.
         """
-        num_pages, guaranteed = self._count_pages(batch)
-        scores = batch.first
-        most = max(g.num_region_blocks for g in batch.geometries)
-        max_pages = most * self.shape.pages_per_block
-        if batch.second is not None:
-            scores = self._two_stages(batch, batch.second, num_pages, guaranteed, max_pages)
-        page_offsets, _ = ops.select_and_compact(
-            scores,
-            batch.num_entries,
-            num_pages,
-            self.pool,
-            batch.rows,
-            batch.block_table,
-            max_region_blocks=most,
-            granularity=self.config.granularity,
-            backend=self._select_backend,
-        )
+        if batch.staging is None:
+            num_pages, scores, _ = self._choose(batch)
+            page_offsets, _ = ops.select_and_compact(
+                scores,
+                batch.num_entries,
+                num_pages,
+                self.pool,
+                batch.rows,
+                batch.block_table,
+                max_region_blocks=max(g.num_region_blocks for g in batch.geometries),
+                granularity=self.config.granularity,
+                backend=self._select_backend,
+            )
+        elif batch.staging.is_joint:
+            none = torch.zeros(len(batch.prompts), 1, dtype=torch.int64, device=self.pool.device)
+            num_pages, page_offsets = self._move_chosen(batch, batch.staging, none)
+        else:
+            assert batch.num_pages is not None
+            num_pages = batch.num_pages
+            page_offsets = torch.nn.functional.pad(num_pages.cumsum(1), (1, 0)).int()
         for prompt in batch.prompts:
             prompt.reset()
         return num_pages, page_offsets
 
-    def _count_pages(self, batch: PromptBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """[R, S] int32 pages of each stream, and entries that each is sure of."""
-        plans = [self._budgets(g.num_region_blocks, g.first_kept_block) for g in batch.geometries]
+    def _settle_layer(self, batch: PromptBatch, staging: Staging, layer: int) -> None:
+        """Move what staged prompts keep of a layer, the regions being filled layer by layer."""
+        assert batch.num_pages is not None
+        earlier = np.array(
+            [[plan.layer_pages[:layer].sum()] for plan in self._plans(batch.geometries)], np.int64
+        )
+        first_pages = to_device(earlier, self.pool.device)
+        num_pages, _ = self._move_chosen(batch, staging, first_pages, layer)
+        batch.num_pages[:, self._streams(layer)] = num_pages
+
+    def _move_chosen(
+        self,
+        batch: PromptBatch,
+        staging: Staging,
+        first_pages: torch.Tensor,
+        layer: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose among staged entries of a layer, or of all; pages and offsets of its streams."""
+        num_pages, scores, max_pages = self._choose(batch, layer)
+        page_offsets, indices = ops.select_entries(
+            scores,
+            batch.num_entries,
+            num_pages,
+            max_pages,
+            self._per_page,
+            backend=self._select_backend,
+        )
+        staging.write(page_offsets, indices, first_pages)
+        return num_pages, page_offsets
+
+    def _choose(
+        self, batch: PromptBatch, layer: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """What streams keep, of one layer or of all.
+
+        Returns:
+            num_pages [R, s] int32 of each stream; scores [R, s, N], the best of which it keeps; the
+            greatest sum of a prompt's pages.
+        """
+        plans = self._plans(batch.geometries)
+        streams = slice(None) if layer is None else self._streams(layer)
+        first = batch.first[:, streams].contiguous()
+        max_pages = int(max(plan.layer_pages[layer].sum() for plan in plans))
+        num_pages, guaranteed = self._count_pages(batch, plans, first, layer)
+        if batch.second is None:
+            return num_pages, first, max_pages
+        second = batch.second[:, streams]
+        scores = self._two_stages(batch, first, second, num_pages, guaranteed, max_pages)
+        return num_pages, scores, max_pages
+
+    def _count_pages(
+        self,
+        batch: PromptBatch,
+        plans: Sequence[_PromptPlan],
+        first: torch.Tensor,
+        layer: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[R, s] int32 pages of each of `first`'s streams, and entries that each is sure of."""
         device = self.pool.device
-        guaranteed = to_device(np.stack([sure for _, _, sure, _ in plans]), device)
-        fixed = [pages for pages, _, _, _ in plans if pages is not None]
+        streams = slice(None) if layer is None else self._streams(layer)
+        groups = slice(None) if layer is None else slice(layer, layer + 1)
+        guaranteed = to_device(
+            np.stack([plan.stream_guaranteed[streams] for plan in plans]), device
+        )
+        fixed = [plan.num_pages[streams] for plan in plans if plan.num_pages is not None]
         # By the budgets' kind, so of all prompts or of none.
         if fixed:
             return to_device(np.stack(fixed), device), guaranteed
-        groups = to_device(
-            np.stack([np.stack([totals, sure]) for _, totals, _, sure in plans], axis=1), device
-        )
+        limits = [np.stack([plan.totals[groups], plan.guaranteed[groups]]) for plan in plans]
+        totals, group_sure = to_device(np.stack(limits, axis=1), device)
         num_pages = ops.joint_page_counts(
-            batch.first,
+            first,
             batch.num_entries,
-            groups[0],
-            groups[1],
+            totals,
+            group_sure,
             self._per_page,
             backend=self._select_backend,
         )
         return num_pages, guaranteed
 
-    def _plan_budgets(
-        self, mean_pages: int, max_pages: int
-    ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray, np.ndarray]:
-        """Fixed pages [S] or None, totals [G], and what a stream [S] or group [G] is sure of."""
+    def _plans(self, geometries: Sequence[RequestGeometry]) -> list[_PromptPlan]:
+        return [self._budgets(g.num_region_blocks, g.first_kept_block) for g in geometries]
+
+    def _plan_budgets(self, mean_pages: int, max_pages: int) -> _PromptPlan:
         shape, options = self.shape, dict(self.config.options)
         plan = plan_budgets(
             options["budgets"],
@@ -334,23 +444,24 @@ class PagedCompactor:
         )
         per_layer = plan.guaranteed_per_layer(shape.num_layers)
         pages = plan.num_pages
-        fixed = None if pages is None else pages.flatten().numpy().astype(np.int32)
-        return (
-            fixed,
-            plan.total_pages.numpy().astype(np.int32),
-            per_layer.repeat_interleave(shape.num_kv_heads).numpy().astype(np.int32),
-            plan.guaranteed.numpy().astype(np.int32),
+        return _PromptPlan(
+            num_pages=None if pages is None else pages.flatten().int().numpy(),
+            totals=plan.total_pages.int().numpy(),
+            guaranteed=plan.guaranteed.int().numpy(),
+            stream_guaranteed=per_layer.repeat_interleave(shape.num_kv_heads).int().numpy(),
+            layer_pages=(plan.total_pages if pages is None else pages.sum(dim=1)).numpy(),
         )
 
     def _two_stages(
         self,
         batch: PromptBatch,
+        first: torch.Tensor,
         second: torch.Tensor,
         num_pages: torch.Tensor,
         guaranteed: torch.Tensor,
         max_pages: int,
     ) -> torch.Tensor:
-        """`second`, with each stream's first share of entries by `batch.first` raised to +inf."""
+        """`second`, with each stream's first share of entries by `first` raised to +inf."""
         counts = num_pages * self._per_page
         tails = to_device(
             np.array([[g.num_tail_tokens] for g in batch.geometries], np.int32), self.pool.device
@@ -363,22 +474,18 @@ class PagedCompactor:
             tails,
         )
         offsets, indices = ops.select_entries(
-            batch.first,
+            first,
             batch.num_entries,
             in_first,
             max_pages * self._per_page,
             backend=self._select_backend,
         )
         num_prompts, num_streams, width = second.shape
-        ends = offsets[:, 1:].contiguous()
-        places = torch.arange(indices.shape[1], dtype=torch.int32, device=indices.device)
-        streams = torch.searchsorted(ends, places.expand(num_prompts, -1).contiguous(), right=True)
         # Places past the last entry go to one more column, which is dropped.
-        flat = torch.where(streams < num_streams, streams * width + indices, num_streams * width)
         raised = second.new_empty(num_prompts, num_streams * width + 1)
         raised[:, :-1] = second.flatten(1)
-        raised.scatter_(1, flat, float("inf"))
-        return raised[:, :-1].view(second.shape)
+        raised.scatter_(1, flat_places(offsets, indices, width), float("inf"))
+        return raised[:, :-1].reshape(second.shape)
 
     def _num_rated(self, geometry: RequestGeometry) -> int:
         """Tokens that fused kernels rate; 0 if none do."""
@@ -388,7 +495,8 @@ class PagedCompactor:
             geometry.compact_len, geometry.num_candidate_tokens, self.config.window
         )
 
-    def _pages(self, layer: int, blocks: torch.Tensor) -> LayerPages:
+    def pages(self, layer: int, blocks: torch.Tensor) -> LayerPages:
+        """One layer of the prompt that lies in the pool's `blocks`, [n] int64."""
         return self.shape.layer_pages(self.pool.flatten(1), layer, blocks)
 
     def _streams(self, layer: int) -> slice:

@@ -269,6 +269,13 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
                 entries_per_page=entries_per_page,
             ),
         )
+    index = pool.new_zeros(64, dtype=torch.int64)
+    for label, num_entries in (("pages", pool.shape[0]), ("tokens", pool.shape[0] * b)):
+        entries = pool.view(num_entries, -1)
+        yield (
+            label,
+            lambda entries=entries: triton_kernels.move_entries(entries, index, entries, index),
+        )
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ prefill, preemption, prefix caching, async scheduling. Tiny random models in flo
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -24,7 +25,7 @@ def prompt(length: int) -> list[int]:
     return [draw(5, 40_000) for _ in range(length)]
 
 
-# Chunks of 160 tokens; of these five requests at most some fit the pool at once.
+# Steps of 320 tokens, so in chunks or not; at most some of these requests fit the pool at once.
 FIVE = [prompt(length) for length in (300, 401, 40, 352, 277)]
 SCENARIOS = [
     {"method": "span", "ratio": 0.75, "options": {}, "prompts": FIVE, "max_tokens": 8},
@@ -32,6 +33,8 @@ SCENARIOS = [
     {"method": "h2o", "ratio": 0.5, "options": {}},
     {"method": "pyramidkv", "ratio": 0.6, "options": {"suffix_tokens": 70}},
     {"method": "snapkv", "ratio": 0.0, "options": {}},
+    {"method": "span", "ratio": 0.875, "options": {"one_shot": "always"}},
+    {"method": "ada-snapkv", "ratio": 0.8, "options": {"one_shot": "always"}},
 ]
 SCENARIOS = [{"prompts": FIVE, "max_tokens": 8, **scenario} for scenario in SCENARIOS]
 # More than the pool holds once the texts have grown.
@@ -54,7 +57,7 @@ ENGINE = {
     "dtype": "float32",
     "max_model_len": 512,
     "max_num_seqs": 4,
-    "max_num_batched_tokens": 160,
+    "max_num_batched_tokens": 320,
     "num_gpu_blocks_override": 28,
     "kv_cache_memory_bytes": 64 << 20,
     "block_size": 32,
@@ -118,6 +121,7 @@ def check(found: dict, expected: dict) -> None:
         assert ours["texts"] == theirs["texts"], ours["scenario"]
         assert ours["kept"] == theirs["kept"], ours["scenario"]
         assert ours["cached"] == theirs["cached"], ours["scenario"]
+        assert ours["one_shot"] == theirs["one_shot"], ours["scenario"]
 
 
 def test_the_run_has_what_it_is_for(expected):
@@ -125,13 +129,16 @@ def test_the_run_has_what_it_is_for(expected):
     assert growing["preemptions"] > 0
     # Later prompts find the first one's blocks, up to the window.
     assert min(again["cached"][1:]) > 200
-    texts = [scenario["texts"] for scenario in expected["scenarios"]]
-    assert texts[0] != texts[1] != texts[2] != texts[3] != texts[4]
+    # Those that fit a step, if they are compressed at all.
+    for scenario in expected["scenarios"][5:7]:
+        assert scenario["one_shot"] == [True, False, False, False, True]
+    texts = [scenario["texts"] for scenario in expected["scenarios"][:7]]
+    assert all(text != other for text, other in itertools.combinations(texts, 2))
 
 
 @pytest.mark.parametrize(
     ("is_async", "scenarios"),
-    [(True, [*SCENARIOS, GROWING, AGAIN]), (False, [SCENARIOS[0], GROWING])],
+    [(True, [*SCENARIOS, GROWING, AGAIN]), (False, [SCENARIOS[0], SCENARIOS[5], GROWING])],
     ids=["async", "sync"],
 )
 def test_model_runner_v1(llama, expected, is_async, scenarios):
@@ -142,7 +149,7 @@ def test_model_runner_v1(llama, expected, is_async, scenarios):
 
 @pytest.mark.parametrize(
     ("is_async", "scenarios"),
-    [(True, [*SCENARIOS[:3], AGAIN]), (False, SCENARIOS[:1])],
+    [(True, [*SCENARIOS[:3], *SCENARIOS[5:], AGAIN]), (False, SCENARIOS[:1])],
     ids=["async", "sync"],
 )
 def test_model_runner_v2(llama, expected, is_async, scenarios):

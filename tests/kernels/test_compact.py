@@ -95,6 +95,39 @@ def test_matches_reference(selector, shape, granularity):
     assert torch.equal(got, batch.pool.view(torch.uint8))
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(("num_elements", "dtype"), [(3, torch.int8), (2048, torch.bfloat16)])
+def test_entries_move_from_anywhere_to_anywhere(backend, num_elements, dtype):
+    generator = torch.Generator().manual_seed(2)
+    size = (120, num_elements)
+    source = torch.randint(-100, 100, size, generator=generator).to(dtype)
+    target = torch.zeros(150, num_elements, dtype=dtype)
+    source_index = torch.randint(120, (90,), generator=generator)
+    target_index = torch.randperm(150, generator=generator)[:90]
+    is_moved = torch.rand(2, 90, generator=generator) < 0.8
+    want = target.clone()
+    for i in is_moved.all(dim=0).nonzero().flatten().tolist():
+        want[target_index[i]] = source[source_index[i]]
+    source_index[~is_moved[0]] = -1
+    target_index[~is_moved[1]] = -7
+    arguments = [x.to(DEVICE) for x in (source, source_index, target, target_index)]
+    ops.move_entries(*arguments, backend=backend)
+    assert torch.equal(arguments[2].cpu(), want)
+
+
+def test_moves_that_do_not_fit_are_refused():
+    entries, index = torch.zeros(8, 4), torch.arange(3)
+    for source, source_index, target, target_index, message in (
+        (entries.t(), index, entries, index, "contiguous source"),
+        (entries, index, entries[:, :2], index, "contiguous target"),
+        (entries, index, entries.half(), index, "contiguous target"),
+        (entries, index.int(), entries, index, "source index"),
+        (entries, index, entries, index[:2], "target index"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.move_entries(source, source_index, target, target_index, backend="reference")
+
+
 def test_a_compacted_prompt_is_decoded():
     """Scores to attention on the device: the region holds the best pages of every stream."""
     shape = Shape(num_layers=2, num_kv_heads=2, group=2)

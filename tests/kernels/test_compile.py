@@ -18,6 +18,7 @@ KERNELS = {
     "mean_scores_kernel",
     "merge_splits_kernel",
     "merge_sums_kernel",
+    "move_entries_kernel",
     "ragged_decode_kernel",
     "select_kernel",
     "share_pages_kernel",

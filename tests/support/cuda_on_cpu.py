@@ -40,7 +40,8 @@ def main() -> None:
     Standard input: `runner` ('cpu', 'v1' or 'v2'; the first is the CPU side), `model` (folder),
     `engine` (arguments of LLM), and `scenarios`, each with method, ratio, options, prompts (token
     ids) and max_tokens. The result has the model runner's module, and per scenario its setting,
-    each prompt's text (token ids), cached tokens and kept_per_head, and the preemptions so far.
+    each prompt's text (token ids), cached tokens, one_shot and kept_per_head, and the preemptions
+    so far.
     """
     run = json.loads(sys.stdin.read())
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -75,6 +76,7 @@ def main() -> None:
                     "scenario": {k: scenario[k] for k in ("method", "ratio", "options")},
                     "texts": [list(output.outputs[0].token_ids) for output in outputs],
                     "cached": [output.num_cached_tokens for output in outputs],
+                    "one_shot": [records[output.request_id]["one_shot"] for output in outputs],
                     "kept": [records[output.request_id]["kept_per_head"] for output in outputs],
                     "preemptions": sum(metric.value for metric in preemptions),
                 }

@@ -10,6 +10,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_kvcompress.staging import MOST_JOINT_SHARE
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 from vllm_kvcompress.vllm_integration.worker_cuda import _rows_of_v1, _rows_of_v2
@@ -18,6 +19,8 @@ from vllm_kvcompress.vllm_integration.worker_cuda import _rows_of_v1, _rows_of_v
 class CUDAPathWorker(CompressionWorker, CPUWorker):
     """As KVCompressCUDAWorker, without a GPU."""
 
+    _one_shot_share = MOST_JOINT_SHARE
+
     def init_device(self) -> None:
         FlashAttentionImpl.forward = attend
         FlashAttentionImpl.do_kv_cache_update = store
@@ -25,9 +28,6 @@ class CUDAPathWorker(CompressionWorker, CPUWorker):
         register_backend(AttentionBackendEnum.CPU_ATTN, path)
         selector._cached_get_attn_backend.cache_clear()
         super().init_device()
-
-    def _one_shot_tokens(self) -> int:
-        return 0
 
     def _make_engine(self, shape: Any, attention: dict[str, Any], layers: list[Any]) -> CUDAEngine:
         names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
@@ -39,13 +39,14 @@ class CUDAPathWorker(CompressionWorker, CPUWorker):
             row_names=names(self.model_runner),
             max_num_reqs=self.vllm_config.scheduler_config.max_num_seqs,
             stats=self._stats,
+            one_shot_tokens=self._step_tokens(),
             backend="reference",
         )
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if self._engine is None:
             return super().execute_model(scheduler_output, *args, **kwargs)
-        with self._engine.scheduled_step():
+        with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
             return super().execute_model(scheduler_output, *args, **kwargs)
 
     def shutdown(self) -> None:

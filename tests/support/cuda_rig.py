@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import NULL_BLOCK
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
 from vllm_kvcompress.policies.selection import Selection, select
@@ -93,6 +94,7 @@ class Request:
     name: str
     prompt_len: int
     num_computed: int = 0
+    is_one_shot: bool = False
     row: list[int] = field(default_factory=list)
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
@@ -138,6 +140,7 @@ class Rig:
             lambda common: self.names,
             MAX_ROWS,
             self.stats,
+            MAX_TOKENS,
             backend,
         )
         self.builder = object.__new__(KVCompressCUDAMetadataBuilder)
@@ -219,12 +222,15 @@ class Rig:
         )
         if not is_step:
             return self.builder.build(0, common)
-        with self.engine.scheduled_step():
+        one_shot = {r.name for r, _ in chunks if r.is_one_shot and not r.num_computed}
+        with self.engine.scheduled_step(one_shot):
             return self.builder.build(0, common)
 
     def _grow(self, request: Request, num_tokens: int) -> None:
         """Give a row the blocks that its tokens and its region need."""
         geometry = self.geometry(request)
+        if request.is_one_shot and not request.row:
+            request.row = [NULL_BLOCK] * geometry.first_kept_block
         while len(request.row) < geometry.num_row_blocks(num_tokens):
             index, block = len(request.row), self.free.pop()
             region = geometry.boundary_block + geometry.num_region_blocks
@@ -249,7 +255,7 @@ class Rig:
         num_padded = 0 if captured is None else captured.step.num_single - len(chunks)
         metadata = self.metadata(chunks, num_padded)
         if captured is not None:
-            assert metadata.dense is None
+            assert not metadata.runs
             metadata = captured
         compacted = [r.num_computed >= self.geometry(r).compact_len for r, _ in chunks]
         for request, count in chunks:

@@ -1,5 +1,5 @@
 """Where kept tokens live: arithmetic shared by the scheduler's and the worker's side."""
 
-from vllm_kvcompress.memory.geometry import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.memory.geometry import NULL_BLOCK, Geometry, RequestGeometry, cdiv
 
-__all__ = ["Geometry", "RequestGeometry", "cdiv"]
+__all__ = ["NULL_BLOCK", "Geometry", "RequestGeometry", "cdiv"]

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 
 from vllm_kvcompress.config import KVCompressConfig
 
+# vLLM's block that stands for "none" in a row.
+NULL_BLOCK = 0
+
 
 def cdiv(a: int, b: int) -> int:
     """`a / b` rounded up, for `b` > 0."""

@@ -39,6 +39,7 @@ from vllm_kvcompress.ops.selection import (
     apportion,
     compact,
     joint_page_counts,
+    move_entries,
     select_and_compact,
     select_entries,
 )
@@ -64,6 +65,7 @@ __all__ = [
     "join_scores",
     "joint_page_counts",
     "joint_top_counts",
+    "move_entries",
     "native_problem",
     "pack_pages",
     "page_scores",

@@ -363,3 +363,14 @@ def compact(
                     token = int(indices[r, entry]) * tokens_per_entry + slot % tokens_per_entry
                     source = table[token // block_size] * num_streams + stream
                     bits[target, slot] = bits[source, token % block_size]
+
+
+def move_entries(
+    source: torch.Tensor,
+    source_index: torch.Tensor,
+    target: torch.Tensor,
+    target_index: torch.Tensor,
+) -> None:
+    """See `ops.move_entries`."""
+    is_moved = (source_index >= 0) & (target_index >= 0)
+    target[target_index[is_moved]] = source[source_index[is_moved]]

@@ -57,21 +57,36 @@ class KVCompressCUDABackend(FlashAttentionBackend):
         return KVCompressCUDAMetadataBuilder
 
 
+@dataclass(frozen=True)
+class PromptRun:
+    """Rows of several tokens, one after another, that the stock backend attends at once.
+
+    Attributes:
+        tokens: of the step.
+        metadata: stock metadata of these rows.
+        is_one_shot: whether their keys and values are staged, with the metadata's slots.
+    """
+
+    tokens: slice
+    metadata: FlashAttentionMetadata
+    is_one_shot: bool = False
+
+
 @dataclass
 class KVCompressCUDAMetadata:
     """What every layer of one step shares.
 
     Attributes:
         slot_mapping: [T] int64 cache slot of every token; -1 for one that gets none.
-        dense: stock metadata of the rows behind the single ones, compressed ones among them (what
-            it gives those is overwritten); None if there are none.
-        step: how the rows are attended; None before the cache is bound (profiling), where `dense`
+        runs: the rows behind the single ones, compressed ones among them (what the stock backend
+            gives those is overwritten).
+        step: how the rows are attended; None before the cache is bound (profiling), where `runs`
             has all rows.
         engine: the worker's state, with `step`.
     """
 
     slot_mapping: torch.Tensor
-    dense: FlashAttentionMetadata | None
+    runs: list[PromptRun]
     step: DeviceStep | None = None
     engine: CUDAEngine | None = field(default=None, repr=False)
 
@@ -98,14 +113,36 @@ class KVCompressCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         """Tell the step's rows apart and prepare both kernels' inputs; waits for nothing."""
         common = common_attn_metadata
         if self.engine is None:
-            dense = super().build(common_prefix_len, common, fast_build)
-            return KVCompressCUDAMetadata(common.slot_mapping, dense)
+            stock = super().build(common_prefix_len, common, fast_build)
+            run = PromptRun(slice(0, stock.num_actual_tokens), stock)
+            return KVCompressCUDAMetadata(common.slot_mapping, [run])
         step = self.engine.prepare(common)
-        dense = None
-        if step.num_single < common.num_reqs:
-            behind = _rows_behind(common, step)
-            dense = super().build(0, behind, fast_build)
-        return KVCompressCUDAMetadata(common.slot_mapping, dense, step, self.engine)
+        runs = [
+            # vLLM has one place to keep a schedule in, which the first run takes.
+            self._run(common, step, *run, fast_build=fast_build or i > 0)
+            for i, run in enumerate(step.runs)
+        ]
+        return KVCompressCUDAMetadata(common.slot_mapping, runs, step, self.engine)
+
+    def _run(
+        self,
+        common: Any,
+        step: DeviceStep,
+        first: int,
+        end: int,
+        is_one_shot: bool,
+        fast_build: bool,
+    ) -> PromptRun:
+        starts = common.query_start_loc_cpu
+        tokens = slice(int(starts[first]), int(starts[end]))
+        if is_one_shot:
+            assert self.engine is not None
+            table, slots = self.engine.staged_places(step, first, end)
+        else:
+            table = step.dense_table[first - step.num_single : end - step.num_single]
+            slots = common.slot_mapping[tokens]
+        rows = _only_rows(common, first, end, table, slots)
+        return PromptRun(tokens, super().build(0, rows, fast_build), is_one_shot)
 
 
 class KVCompressCUDAImpl(FlashAttentionImpl):
@@ -128,18 +165,32 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
         if metadata is None:
             return output.fill_(0)
         self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
-        step, engine, dense = metadata.step, metadata.engine, metadata.dense
-        num_single = 0 if step is None else step.num_single
-        if dense is not None:
-            end = num_single + dense.num_actual_tokens
-            behind = slice(num_single, end)
+        step, engine = metadata.step, metadata.engine
+        layer_index, staged = 0, None
+        if step is not None:
+            assert engine is not None
+            layer_index = engine.layer_index[layer.layer_name]
+            staged = engine.begin_layer(step, layer_index)
+        for run in metadata.runs:
+            tokens, cache = run.tokens, kv_cache
+            if run.is_one_shot:
+                assert staged is not None
+                cache = staged
+                slots = run.metadata.slot_mapping
+                self.do_kv_cache_update(layer, key[tokens], value[tokens], cache, slots)
             super().forward(
-                layer, query[behind], key[behind], value[behind], kv_cache, dense, output[behind]
+                layer,
+                query[tokens],
+                key[tokens],
+                value[tokens],
+                cache,
+                run.metadata,
+                output[tokens],
             )
         if step is None:
             return output
         assert engine is not None
-        layer_index = engine.layer_index[layer.layer_name]
+        num_single = step.num_single
         if num_single:
             self._decode(
                 query[:num_single],
@@ -196,25 +247,34 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
         )
 
 
-def _rows_behind(common: Any, step: DeviceStep) -> Any:
-    """The common metadata as if only the rows behind the single ones were there."""
-    first = step.num_single
-    if first == 0:
-        return replace(common, block_table_tensor=step.dense_table)
+def _only_rows(
+    common: Any, first: int, end: int, block_table: torch.Tensor, slot_mapping: torch.Tensor
+) -> Any:
+    """The common metadata as if only the rows from `first` to `end` were there.
+
+    Args:
+        common: of all rows.
+        first, end: rows.
+        block_table: [end - first, W] int32 of these rows.
+        slot_mapping: [t] int64 of their tokens.
+    """
+    rows = slice(first, end)
+    starts_cpu = common.query_start_loc_cpu[first : end + 1]
+    query_lens = starts_cpu.diff()
     seq_lens_bound = common.seq_lens_cpu_upper_bound
     is_prefilling = common.is_prefilling
     return replace(
         common,
-        # One token in each row before them.
-        query_start_loc=common.query_start_loc[first:] - first,
-        query_start_loc_cpu=common.query_start_loc_cpu[first:] - first,
-        seq_lens=common.seq_lens[first:],
-        num_reqs=common.num_reqs - first,
-        num_actual_tokens=common.num_actual_tokens - first,
-        block_table_tensor=step.dense_table,
-        slot_mapping=common.slot_mapping[first:],
-        seq_lens_cpu_upper_bound=None if seq_lens_bound is None else seq_lens_bound[first:],
-        is_prefilling=None if is_prefilling is None else is_prefilling[first:],
+        query_start_loc=common.query_start_loc[first : end + 1] - int(starts_cpu[0]),
+        query_start_loc_cpu=starts_cpu - starts_cpu[0],
+        seq_lens=common.seq_lens[rows],
+        num_reqs=end - first,
+        num_actual_tokens=int(starts_cpu[-1] - starts_cpu[0]),
+        max_query_len=int(query_lens.max()),
+        block_table_tensor=block_table,
+        slot_mapping=slot_mapping,
+        seq_lens_cpu_upper_bound=None if seq_lens_bound is None else seq_lens_bound[rows],
+        is_prefilling=None if is_prefilling is None else is_prefilling[rows],
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )

@@ -9,11 +9,8 @@ import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import PromptCompaction
-from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.memory import NULL_BLOCK, Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies.selection import Selection
-
-# vLLM's block that stands for "none" in a row.
-NULL_BLOCK = 0
 
 
 @dataclass

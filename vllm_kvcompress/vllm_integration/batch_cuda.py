@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,6 +84,7 @@ class PromptChunk:
         token_start, token_end: the tokens to collect, in the step's flat token order.
         first: position in the prompt of the token at `token_start`.
         finishes: whether the last token before the compaction point is among them.
+        is_one_shot: whether the prompt has no blocks for what it evicts; then this is all of it.
     """
 
     request_id: str
@@ -93,6 +94,7 @@ class PromptChunk:
     token_end: int
     first: int
     finishes: bool
+    is_one_shot: bool = False
 
     def whole_window(self, window: int) -> slice | None:
         """Tokens of the scoring window, if the step has all of them."""
@@ -127,6 +129,8 @@ class StepPlan:
         has_regions: whether any row owns a region.
         extended: rows behind those that are compressed.
         cut: rows behind those that are still dense but own a region already, with its geometry.
+        one_shot: rows behind those whose prompts have no blocks for what they evict, with the
+            tokens that get no slot.
         chunks: tokens to collect.
         finished_dense: (request id, prompt length) of prompts that end here and stay whole.
     """
@@ -136,6 +140,7 @@ class StepPlan:
     has_regions: bool = False
     extended: list[ExtendedRow] = field(default_factory=list)
     cut: list[tuple[int, int, RequestGeometry]] = field(default_factory=list)
+    one_shot: dict[int, slice] = field(default_factory=dict)
     chunks: list[PromptChunk] = field(default_factory=list)
     finished_dense: list[tuple[str, int]] = field(default_factory=list)
 
@@ -148,6 +153,7 @@ def plan_step(
     query_start_loc: np.ndarray,
     seq_lens: np.ndarray,
     collect_all: bool = False,
+    one_shot_ids: Container[str] = (),
 ) -> StepPlan:
     """Tell the rows of a step apart.
 
@@ -158,10 +164,11 @@ def plan_step(
         query_start_loc: [R + 1] first token of each row.
         seq_lens: [R] tokens of each row after this step.
         collect_all: collect all prompt tokens, not the window's only.
+        one_shot_ids: requests that begin in this step and have no blocks for what they evict.
 
     Raises:
-        RuntimeError: if a row goes on behind a compaction that has not happened here, or a token
-            to collect is alone in its step.
+        RuntimeError: if a row goes on behind a compaction that has not happened here, a token
+            to collect is alone in its step, or a one-shot prompt is not whole.
     """
     num_rows = len(query_start_loc) - 1
     plan = StepPlan(np.zeros((4, num_rows), np.int32))
@@ -194,13 +201,22 @@ def plan_step(
                 geometry.first_kept_block if is_compacted else 0,
                 request.slot,
             )
-            if row >= plan.num_single and not is_compacted:
+            if row >= plan.num_single and not is_compacted and request_id not in one_shot_ids:
                 plan.cut.append((row, seq_len, geometry))
         if is_compacted:
             if row >= plan.num_single:
                 length = starts[row + 1] - starts[row]
                 plan.extended.append(ExtendedRow(row, starts[row], length, seq_len))
             continue
+        is_one_shot = request_id in one_shot_ids
+        if is_one_shot:
+            if num_computed or seq_len != compact_len:
+                raise RuntimeError(
+                    f"request {request_id} has no blocks for what it evicts, but computes tokens "
+                    f"{num_computed} to {seq_len} of {compact_len}"
+                )
+            evicted = geometry.num_candidate_tokens
+            plan.one_shot[row] = slice(starts[row], starts[row] + evicted)
         first = num_computed if collect_all else max(num_computed, compact_len - window)
         last = min(seq_len, compact_len)
         if first < last:
@@ -213,7 +229,26 @@ def plan_step(
             offset = starts[row] - num_computed
             plan.chunks.append(
                 PromptChunk(
-                    request_id, request, row, offset + first, offset + last, first, finishes
+                    request_id,
+                    request,
+                    row,
+                    offset + first,
+                    offset + last,
+                    first,
+                    finishes,
+                    is_one_shot,
                 )
             )
     return plan
+
+
+def prompt_runs(plan: StepPlan) -> list[tuple[int, int, bool]]:
+    """Rows of several tokens as (first row, end, whether they are one-shot), in order."""
+    runs: list[tuple[int, int, bool]] = []
+    for row in range(plan.num_single, plan.numbers.shape[1]):
+        is_one_shot = row in plan.one_shot
+        if runs and runs[-1][2] == is_one_shot:
+            runs[-1] = (runs[-1][0], row + 1, is_one_shot)
+        else:
+            runs.append((row, row + 1, is_one_shot))
+    return runs

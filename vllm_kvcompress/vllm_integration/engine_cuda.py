@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,17 +11,21 @@ import numpy as np
 import torch
 
 from vllm_kvcompress import ops
+from vllm_kvcompress.candidates import LayerPages
 from vllm_kvcompress.compaction import CacheShape, LayerParameters, PromptCompaction
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.ops import MAX_QUERY_LEN
-from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch, to_device
+from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch
+from vllm_kvcompress.staging import staging_pages
+from vllm_kvcompress.transfers import to_device
 from vllm_kvcompress.vllm_integration.batch_cuda import (
     DeviceRequests,
     ExtendedRow,
     PromptChunk,
     StepPlan,
     plan_step,
+    prompt_runs,
 )
 from vllm_kvcompress.vllm_integration.engine import flat_pool
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
@@ -53,6 +57,14 @@ class ExtendedRun:
     query_start_loc: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Prompts that end in a step: their chunks, and what becomes of them, in the same order."""
+
+    chunks: list[PromptChunk]
+    batch: PromptBatch
+
+
 @dataclass
 class DeviceStep:
     """A step as the layers need it; tensors of the first three lie at fixed addresses.
@@ -65,9 +77,9 @@ class DeviceStep:
         num_single: rows at the front that have one token each.
         dense_table: [R - num_single, W] int32 for the rows behind them, regions cut out.
         extended: rows behind them that are compressed.
+        runs: rows behind them as (first row, end, whether they are one-shot), in order.
         chunks: tokens to collect.
-        finishing: those of `chunks` that end a prompt.
-        batch: their prompts; None if there are none.
+        endings: prompts that end in this step, one-shot ones apart from the others.
     """
 
     rows: torch.Tensor
@@ -77,9 +89,14 @@ class DeviceStep:
     num_single: int
     dense_table: torch.Tensor
     extended: list[ExtendedRun] = field(default_factory=list)
+    runs: list[tuple[int, int, bool]] = field(default_factory=list)
     chunks: list[PromptChunk] = field(default_factory=list)
-    finishing: list[PromptChunk] = field(default_factory=list)
-    batch: PromptBatch | None = None
+    endings: list[Ending] = field(default_factory=list)
+
+    @property
+    def staged(self) -> Ending | None:
+        """Prompts that have no blocks for what they evict."""
+        return next((e for e in self.endings if e.batch.staging is not None), None)
 
 
 class CUDAEngine:
@@ -97,6 +114,8 @@ class CUDAEngine:
         row_names: tells the rows of a step.
         max_num_reqs: rows of the largest step, CUDA graphs' padding included.
         stats: where finished prompts are recorded.
+        one_shot_tokens: most tokens of a step whose prompts may have no blocks for what they
+            evict; 0 = there are no such prompts.
         backend: of the ops, 'triton' or 'reference'.
         select_backend: of those that select and copy, 'native' too; None = `backend`.
 
@@ -113,6 +132,7 @@ class CUDAEngine:
         row_names: RowNames,
         max_num_reqs: int,
         stats: CompressionStats,
+        one_shot_tokens: int = 0,
         backend: str = "triton",
         select_backend: str | None = None,
     ) -> None:
@@ -128,6 +148,8 @@ class CUDAEngine:
         self._select_backend = select_backend
         self._row_names = row_names
         self._max_num_reqs = max_num_reqs
+        self._one_shot_tokens = one_shot_tokens
+        self._one_shot_ids: Container[str] = ()
         self._is_in_step = False
         width = shape.pages_per_block + 1
         # One row per request that has been compacted, and an empty one.
@@ -150,15 +172,22 @@ class CUDAEngine:
         self.requests = DeviceRequests(
             Geometry(config, self.shape.block_size), self.shape.num_layers, self._max_num_reqs
         )
+        num_pages = staging_pages(config, self.shape, self._one_shot_tokens, self._max_num_reqs)
+        self._buffer = self.pool.new_empty(0)
+        self._buffer = self.pool.new_zeros(num_pages, *self.pool.shape[1:])
 
     @contextmanager
-    def scheduled_step(self) -> Iterator[None]:
-        """Around a step of the scheduler. Batches outside of one are made up (warm-up, capture)."""
-        self._is_in_step = True
+    def scheduled_step(self, one_shot_ids: Container[str] = ()) -> Iterator[None]:
+        """Around a step of the scheduler. Batches outside of one are made up (warm-up, capture).
+
+        Args:
+            one_shot_ids: requests that begin in it and have no blocks for what they evict.
+        """
+        self._is_in_step, self._one_shot_ids = True, one_shot_ids
         try:
             yield
         finally:
-            self._is_in_step = False
+            self._is_in_step, self._one_shot_ids = False, ()
 
     def prepare(self, common: Any) -> DeviceStep:
         """Tell the rows of a step apart and put what layers need where they look for it.
@@ -185,8 +214,9 @@ class CUDAEngine:
                 out=common.slot_mapping,
                 backend=self.backend,
             )
-        finishing = [chunk for chunk in plan.chunks if chunk.finishes]
-        step = DeviceStep(
+        for evicted in plan.one_shot.values():
+            common.slot_mapping[evicted] = -1
+        return DeviceStep(
             rows=rows,
             page_offsets=page_offsets,
             block_table=block_table,
@@ -194,14 +224,25 @@ class CUDAEngine:
             num_single=plan.num_single,
             dense_table=_cut_regions(block_table, plan),
             extended=[self._extended_run(row, plan.numbers, block_table) for row in plan.extended],
+            runs=prompt_runs(plan),
             chunks=plan.chunks,
-            finishing=finishing,
+            endings=self._endings(plan, block_table),
         )
-        if finishing:
-            index = to_device(np.array([c.row for c in finishing]), self.pool.device)
-            prompts = [chunk.request.prompt for chunk in finishing]
-            step.batch = self.compactor.batch(prompts, block_table.index_select(0, index))
-        return step
+
+    def _endings(self, plan: StepPlan, block_table: torch.Tensor) -> list[Ending]:
+        endings = []
+        for is_one_shot in (False, True):
+            chunks = [c for c in plan.chunks if c.finishes and c.is_one_shot == is_one_shot]
+            if not chunks:
+                continue
+            index = to_device(np.array([chunk.row for chunk in chunks]), self.pool.device)
+            batch = self.compactor.batch(
+                [chunk.request.prompt for chunk in chunks],
+                block_table.index_select(0, index),
+                self._buffer if is_one_shot else None,
+            )
+            endings.append(Ending(chunks, batch))
+        return endings
 
     def _plan(self, common: Any) -> StepPlan:
         names: tuple[Sequence[str], np.ndarray] = ((), np.empty(0, np.int32))
@@ -214,6 +255,7 @@ class CUDAEngine:
             common.query_start_loc_cpu.numpy(),
             common.seq_lens_cpu_upper_bound.numpy() if len(names[0]) else np.empty(0),
             collect_all="all_queries" in self.compactor.scorer.needs,
+            one_shot_ids=self._one_shot_ids,
         )
         for request_id, prompt_len in plan.finished_dense:
             self.stats.record_dense(request_id, prompt_len)
@@ -240,6 +282,22 @@ class CUDAEngine:
             query_start_loc=on_device[4 * num_pieces :],
         )
 
+    def staged_places(
+        self, step: DeviceStep, first: int, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block table [end - first, W] int32 and slots [t] int64 of one-shot rows, in an area."""
+        assert step.staged is not None and step.staged.batch.staging is not None
+        index = [chunk.row for chunk in step.staged.chunks].index(first)
+        prompts = slice(index, index + end - first)
+        staging = step.staged.batch.staging
+        return staging.block_table[prompts], staging.slots(prompts)
+
+    def begin_layer(self, step: DeviceStep, layer: int) -> torch.Tensor | None:
+        """[blocks, H, b, 2 d] for a layer of the one-shot prompts, if there are any."""
+        if step.staged is None:
+            return None
+        return self.compactor.begin_layer(step.staged.batch, layer)
+
     def after_attention(self, step: DeviceStep, layer: int, query: torch.Tensor) -> None:
         """Collect one layer's queries; score prompts that end; at the last layer, compact them.
 
@@ -248,26 +306,34 @@ class CUDAEngine:
             layer: 0-based index among the compressed layers.
             query: [T, H * g, d] of the step.
         """
+        for ending in step.endings:
+            self._score(step, ending, layer, query)
         for chunk in step.chunks:
-            if self._direct_window(chunk) is None:
-                self.compactor.collect(
-                    chunk.request.prompt,
-                    layer,
-                    query[chunk.token_start : chunk.token_end],
-                    chunk.first,
-                    self._dense_blocks(step, chunk),
-                )
-        if step.batch is None:
-            return
-        windows = [self._direct_window(chunk) for chunk in step.finishing]
-        self.compactor.score_layer(
-            step.batch,
-            layer,
-            [None if tokens is None else query[tokens] for tokens in windows],
-            [self._dense_blocks(step, chunk) for chunk in step.finishing],
-        )
+            if not chunk.finishes:
+                pages = self._pool_pages(step, chunk, layer)
+                self._collect(chunk, layer, query, pages)
+
+    def _score(self, step: DeviceStep, ending: Ending, layer: int, query: torch.Tensor) -> None:
+        """Score one layer of prompts that end; at the last layer, compact them."""
+        chunks, batch = ending.chunks, ending.batch
+        if batch.staging is not None:
+            pages = [batch.staging.pages(i) for i in range(len(chunks))]
+        else:
+            pages = [self._pool_pages(step, chunk, layer) for chunk in chunks]
+        windows = [self._direct_window(chunk) for chunk in chunks]
+        for chunk, window, own_pages in zip(chunks, windows, pages, strict=True):
+            if window is None:
+                self._collect(chunk, layer, query, own_pages)
+        queries = [None if tokens is None else query[tokens] for tokens in windows]
+        self.compactor.score_layer(batch, layer, queries, pages)
         if layer == self.shape.num_layers - 1:
-            self._compact(step, step.batch)
+            self._compact(ending)
+
+    def _collect(
+        self, chunk: PromptChunk, layer: int, query: torch.Tensor, pages: LayerPages
+    ) -> None:
+        tokens = query[chunk.token_start : chunk.token_end]
+        self.compactor.collect(chunk.request.prompt, layer, tokens, chunk.first, pages)
 
     def _direct_window(self, chunk: PromptChunk) -> slice | None:
         """Tokens of the step that are a whole scoring window, if kernels take them as they are."""
@@ -275,21 +341,23 @@ class CUDAEngine:
             return None
         return chunk.whole_window(self.config.window)
 
-    def _dense_blocks(self, step: DeviceStep, chunk: PromptChunk) -> torch.Tensor:
-        """[n] int64 blocks of a prompt, as far as it is computed, in token order."""
+    def _pool_pages(self, step: DeviceStep, chunk: PromptChunk, layer: int) -> LayerPages:
+        """One layer of a prompt that has its blocks, as far as it is computed."""
         num_tokens = chunk.first + chunk.token_end - chunk.token_start
         row = step.dense_table[chunk.row - step.num_single]
-        return row[: cdiv(num_tokens, self.shape.block_size)].long()
+        return self.compactor.pages(layer, row[: cdiv(num_tokens, self.shape.block_size)].long())
 
-    def _compact(self, step: DeviceStep, batch: PromptBatch) -> None:
-        geometries = batch.geometries
+    def _compact(self, ending: Ending) -> None:
+        batch = ending.batch
         num_pages, page_offsets = self.compactor.compact(batch)
-        slots = [self.requests.take_slot(chunk.request) for chunk in step.finishing]
+        slots = [self.requests.take_slot(chunk.request) for chunk in ending.chunks]
         index = to_device(np.array(slots), self.pool.device)
         self._page_offsets.index_copy_(0, index, page_offsets)
         num_pages = num_pages.view(-1, self.shape.num_layers, self.shape.num_kv_heads)
-        for chunk, geometry, pages in zip(step.finishing, geometries, num_pages, strict=True):
-            self.stats.record_compressed(chunk.request_id, geometry, pages)
+        for chunk, geometry, pages in zip(ending.chunks, batch.geometries, num_pages, strict=True):
+            self.stats.record_compressed(
+                chunk.request_id, geometry, pages, is_one_shot=chunk.is_one_shot
+            )
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop requests that have finished or were preempted."""
@@ -311,18 +379,22 @@ class CUDAEngine:
         if not geometry.is_compressed:
             return
         shape, device = self.shape, self.pool.device
-        prompt = PromptCompaction(geometry, shape.num_layers)
         table = self._zeros(1, geometry.num_row_blocks(length))
         num_heads = shape.num_kv_heads * shape.num_queries_per_kv
-        dtype = self.pool.dtype
-        query = torch.ones(geometry.compact_len, num_heads, shape.head_size, dtype=dtype)
-        query = query.to(device)
+        size = (geometry.compact_len, num_heads, shape.head_size)
+        query = torch.ones(size, dtype=self.pool.dtype, device=device)
         blocks = table[0].long()[: cdiv(geometry.compact_len, shape.block_size)]
-        batch = self.compactor.batch([prompt], table)
-        for layer in range(shape.num_layers):
-            self.compactor.collect(prompt, layer, query, 0, blocks)
-            self.compactor.score_layer(batch, layer, [None], [blocks])
-        self.compactor.compact(batch)
+        for buffer in (None, self._buffer) if length <= self._one_shot_tokens else (None,):
+            prompt = PromptCompaction(geometry, shape.num_layers)
+            batch = self.compactor.batch([prompt], table, buffer)
+            for layer in range(shape.num_layers):
+                pages = self.compactor.pages(layer, blocks)
+                if batch.staging is not None:
+                    self.compactor.begin_layer(batch, layer)
+                    pages = batch.staging.pages(0)
+                self.compactor.collect(prompt, layer, query, 0, pages)
+                self.compactor.score_layer(batch, layer, [None], [pages])
+            self.compactor.compact(batch)
 
 
 def _cut_regions(block_table: torch.Tensor, plan: StepPlan) -> torch.Tensor:

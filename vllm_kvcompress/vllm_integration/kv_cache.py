@@ -37,18 +37,29 @@ class KVCompressSpec(FullAttentionSpec):
         one_shot_tokens: tokens of one request that the scheduler can always fit into a step in
             which no other prompt is computed; up to there a prompt may be computed in one shot,
             without blocks for what is evicted. 0 = never.
+        one_shot_share: of its blocks that such a prompt may keep where all layers compete.
     """
 
     kv_compress: KVCompressConfig
     one_shot_tokens: int = 0
+    one_shot_share: float = 1.0
 
     @classmethod
     def from_full_attention(
-        cls, spec: FullAttentionSpec, config: KVCompressConfig, one_shot_tokens: int = 0
+        cls,
+        spec: FullAttentionSpec,
+        config: KVCompressConfig,
+        one_shot_tokens: int = 0,
+        one_shot_share: float = 1.0,
     ) -> KVCompressSpec:
         """The same layer with compression on."""
         values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        return cls(**values, kv_compress=config, one_shot_tokens=one_shot_tokens)
+        return cls(
+            **values,
+            kv_compress=config,
+            one_shot_tokens=one_shot_tokens,
+            one_shot_share=one_shot_share,
+        )
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:
@@ -177,10 +188,14 @@ class KVCompressManager(FullAttentionManager):
 
     def _may_be_one_shot(self, geometry: RequestGeometry) -> bool:
         """Whether a prompt can do without blocks for what it evicts."""
+        spec = self.kv_cache_spec
+        is_joint = spec.kv_compress.option("budgets") == "joint"
+        share = spec.one_shot_share if is_joint else 1.0
         return (
             self._one_shot_option != "never"
             and geometry.is_compressed
-            and geometry.compact_len <= self.kv_cache_spec.one_shot_tokens
+            and geometry.compact_len <= spec.one_shot_tokens
+            and geometry.num_region_blocks <= share * geometry.first_kept_block
         )
 
     def _one_shot_blocks(

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.memory import NULL_BLOCK
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.layers import layer_parameters
@@ -35,6 +36,9 @@ class CompressionWorker:
     batch tells request ids and prompt lengths.
     """
 
+    # Of its blocks that a one-shot prompt may keep where all layers compete.
+    _one_shot_share = 1.0
+
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._config = KVCompressConfig.from_dict(vllm_config.additional_config["kv_compress"])
@@ -42,8 +46,29 @@ class CompressionWorker:
         self._engine: Any = None
 
     def _one_shot_tokens(self) -> int:
-        """Tokens of the longest prompt that may be computed in one shot; 0 = none."""
-        raise NotImplementedError
+        """Tokens of one request that fit a step beside one token of every other; 0 if none do."""
+        scheduler = self.vllm_config.scheduler_config
+        budget = self._step_tokens() - scheduler.max_num_seqs
+        if scheduler.long_prefill_token_threshold > 0:
+            budget = min(budget, scheduler.long_prefill_token_threshold)
+        return max(0, budget)
+
+    def _step_tokens(self) -> int:
+        """Most tokens of a step."""
+        scheduler = self.vllm_config.scheduler_config
+        limits = (scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens)
+        return min(limit for limit in limits if limit is not None)
+
+    def _one_shot_ids(self, scheduler_output: Any) -> set[str]:
+        """Requests that begin in a step and have vLLM's null block for what they evict."""
+        cached = scheduler_output.scheduled_cached_reqs
+        rows = [(new.req_id, new.block_ids) for new in scheduler_output.scheduled_new_reqs]
+        rows += [
+            (request_id, blocks)
+            for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True)
+            if blocks and request_id in cached.resumed_req_ids
+        ]
+        return {name for name, blocks in rows if blocks[self._group][:1] == [NULL_BLOCK]}
 
     def _make_engine(
         self,
@@ -86,7 +111,7 @@ class CompressionWorker:
             if problem:
                 raise KVCompressConfigError(f"KV compression cannot handle layer {name}: {problem}")
             compressed[name] = KVCompressSpec.from_full_attention(
-                spec, self._config, one_shot_tokens
+                spec, self._config, one_shot_tokens, self._one_shot_share
             )
         out.update(compressed)
         shapes = {(spec, attention[name].num_heads) for name, spec in compressed.items()}
@@ -124,6 +149,7 @@ class CompressionWorker:
         spec = group.kv_cache_spec
         names = sorted(group.layer_names, key=extract_layer_index)
         self._layer_names = names
+        self._group = ours[0]
         layers: dict[str, Attention] = {name: context[name] for name in names}
         first = layers[names[0]]
         shape = CacheShape(

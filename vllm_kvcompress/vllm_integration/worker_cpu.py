@@ -28,17 +28,6 @@ class KVCompressCPUWorker(CompressionWorker, CPUWorker):
         selector._cached_get_attn_backend.cache_clear()
         super().init_device()
 
-    def _one_shot_tokens(self) -> int:
-        """Tokens of one request that fit a step beside one token of every other; 0 if none do."""
-        scheduler = self.vllm_config.scheduler_config
-        budget = scheduler.max_num_batched_tokens
-        if scheduler.max_num_scheduled_tokens is not None:
-            budget = min(budget, scheduler.max_num_scheduled_tokens)
-        budget -= scheduler.max_num_seqs
-        if scheduler.long_prefill_token_threshold > 0:
-            budget = min(budget, scheduler.long_prefill_token_threshold)
-        return max(0, budget)
-
     def _make_engine(
         self,
         shape: CacheShape,

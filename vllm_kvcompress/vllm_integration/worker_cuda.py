@@ -14,7 +14,9 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
+from vllm_kvcompress.staging import MOST_JOINT_SHARE, staging_pages
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
+from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 
 logger = init_logger(f"vllm.{__name__}")
@@ -24,6 +26,8 @@ _BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cuda.KVCompressCUDABac
 
 class KVCompressCUDAWorker(CompressionWorker, Worker):
     """GPU worker of an engine with compression, on either of vLLM's model runners."""
+
+    _one_shot_share = MOST_JOINT_SHARE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -38,9 +42,26 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
             )
         super().init_device()
 
-    def _one_shot_tokens(self) -> int:
-        """None yet: on a GPU every prompt has dense blocks until it is compacted."""
-        return 0
+    def determine_available_memory(self) -> int:
+        """As the stock worker, less what one-shot prompts are computed in."""
+        available = super().determine_available_memory()
+        if self.vllm_config.cache_config.kv_cache_memory_bytes:
+            # Somebody chose the pool's size.
+            return available
+        specs = [s for s in self.get_kv_cache_spec().values() if isinstance(s, KVCompressSpec)]
+        spec = specs[0]
+        shape = CacheShape(len(specs), spec.num_kv_heads, 1, spec.head_size, spec.block_size)
+        pages = staging_pages(self._config, shape, self._staged_tokens(), self._max_num_reqs())
+        return available - pages * spec.page_size_bytes // spec.num_kv_heads
+
+    def _max_num_reqs(self) -> int:
+        """Rows of the largest step, a captured graph's padding included."""
+        captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        return max(self.vllm_config.scheduler_config.max_num_seqs, captured)
+
+    def _staged_tokens(self) -> int:
+        """Most tokens of a step whose prompts have no blocks for what they evict."""
+        return self._step_tokens() if self._one_shot_tokens() else 0
 
     def _make_engine(
         self,
@@ -56,7 +77,6 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         missing = ops.native_problem("cuda")
         if missing and self.rank == 0:
             logger.info("kv-compress: no compiled selection, Triton's instead: %s", missing)
-        capture_size = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
         return CUDAEngine(
             config=self._config,
@@ -64,8 +84,9 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
             layer_views={name: layer.kv_cache for name, layer in attention.items()},
             layers=layers,
             row_names=names(self.model_runner),
-            max_num_reqs=max(self.vllm_config.scheduler_config.max_num_seqs, capture_size),
+            max_num_reqs=self._max_num_reqs(),
             stats=self._stats,
+            one_shot_tokens=self._staged_tokens(),
             select_backend=None if missing else "native",
         )
 
@@ -82,7 +103,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         """As the stock worker, the engine knowing that these are requests."""
         if self._engine is None or self._is_warming_up:
             return super().execute_model(scheduler_output, *args, **kwargs)
-        with self._engine.scheduled_step():
+        with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
             return super().execute_model(scheduler_output, *args, **kwargs)
 
 

@@ -1,0 +1,222 @@
+"""One-shot prompts on the CUDA side, step by step: staged beside the pool, and what is kept.
+
+See `cuda_rig`: outputs are checked against attention in float64, regions against the policies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from cuda_rig import Request, Rig
+from paged_pool import DEVICE
+
+from vllm_kvcompress import ops
+from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import cdiv
+from vllm_kvcompress.staging import MOST_JOINT_SHARE, Staging, staging_pages
+
+WINDOW = 8
+DEEP = CacheShape(6, 2, 2, 64, 16)
+FLAT = CacheShape(2, 2, 3, 64, 16)
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+# Per layer by numbers alone, per layer by scores, over all layers, and these in two stages.
+METHODS = [
+    ("pyramidkv", {}),
+    ("ada-snapkv", {}),
+    ("span", {}),
+    ("kvc", {"floor": 0.5}),
+    ("ada-criticalkv", {}),
+    ("span-keydiff", {}),
+    ("h2o", {}),
+    ("layer-defensivekv", {"floor": 0.0}),
+]
+
+
+@pytest.fixture(params=["page", "token"])
+def granularity(request):
+    return request.param
+
+
+def config_of(method, granularity, **options):
+    pairs = (("granularity", granularity), *options.items())
+    return KVCompressConfig(method, ratio=0.85, window=WINDOW, options=pairs)
+
+
+def shrink_buffer(rig: Rig, *requests: Request) -> None:
+    """Give the engine the least buffer in which these prompts can be staged."""
+    shape, slack, num_lists = rig.shape, 0, 1
+    if rig.config.granularity == "token":
+        slack = shape.pages_per_block
+    if rig.config.method in ("ada-criticalkv", "span-keydiff"):
+        num_lists = 2
+    geometries = [rig.geometry(request) for request in requests]
+    area = sum(cdiv(g.compact_len, g.block_size) for g in geometries) * shape.num_kv_heads
+    held = sum(g.num_region_blocks * shape.pages_per_block + slack for g in geometries)
+    if rig.config.option("budgets") != "joint":
+        held = 0
+    num_pages = area + 2 * num_lists * held
+    assert num_pages <= len(rig.engine._buffer)
+    rig.engine._buffer = rig.engine._buffer[:num_pages].fill_(torch.nan)
+
+
+@pytest.fixture(autouse=True)
+def moves_in_any_order(monkeypatch):
+    """A GPU moves entries in any order, so none may be both read and written, or written twice."""
+    move = ops.move_entries
+
+    def check_and_move(source, source_index, target, target_index, backend):
+        is_moved = (source_index >= 0) & (target_index >= 0)
+        read, written = source_index[is_moved], target_index[is_moved]
+        assert len(written.unique()) == len(written)
+        if source.data_ptr() == target.data_ptr():
+            assert not torch.isin(read, written).any()
+        move(source, source_index, target, target_index, backend=backend)
+
+    monkeypatch.setattr(ops, "move_entries", check_and_move)
+
+
+@pytest.fixture
+def narrowings(monkeypatch):
+    """Numbers of layers that were known when something was dropped."""
+    known, narrow = [], Staging._narrow
+
+    def count(self, num_known, *args):
+        known.append(num_known)
+        narrow(self, num_known, *args)
+
+    monkeypatch.setattr(Staging, "_narrow", count)
+    return known
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS, ids=[m for m, _ in METHODS])
+def test_staged_prompts_keep_what_the_policy_chooses(
+    monkeypatch, method, options, granularity, narrowings
+):
+    rig = Rig(monkeypatch, DEEP, config_of(method, granularity, **options), DTYPE, "reference")
+    first = Request("first", 13 * 16 + 9, is_one_shot=True)
+    second = Request("second", 19 * 16, is_one_shot=True)
+    shrink_buffer(rig, first, second)
+    rig.step([(second, second.prompt_len), (first, first.prompt_len)])
+    assert first.selection is not None and second.selection is not None
+    for _ in range(18):
+        rig.step([(first, 1), (second, 1)])
+    records = rig.stats.snapshot()["requests"]
+    assert all(record["one_shot"] for record in records)
+    is_joint = rig.config.option("budgets") == "joint"
+    assert bool(narrowings) == is_joint
+    # Both places of what is held have been used.
+    assert not is_joint or len(narrowings) > 1
+
+
+@pytest.mark.parametrize("method", ["span", "ada-snapkv"])
+def test_staged_prompts_beside_all_kinds_of_rows(monkeypatch, method, granularity):
+    rig = Rig(monkeypatch, FLAT, config_of(method, granularity), DTYPE, "reference")
+    old, late, short = Request("old", 150), Request("late", 170), Request("short", 10)
+    one, two = (Request(name, n, is_one_shot=True) for name, n in (("one", 133), ("two", 160)))
+    rig.step([(old, 150), (short, 10)])
+    # Dense and staged rows in turn, prompts of both kinds ending together.
+    rig.step([(old, 1), (one, 133), (late, 170), (two, 160)])
+    rig.step([(one, 1), (short, 1), (two, 1), (late, 1), (old, 7)])
+    # Again in one shot, after a preemption.
+    rig.engine.forget(["one"])
+    again = Request("one", 133, is_one_shot=True)
+    rig.step([(late, 1), (two, 1), (old, 1), (again, 133)])
+    rig.step([(again, 1), (late, 1), (two, 1), (old, 1)])
+    records = {r["request_id"]: r for r in rig.stats.snapshot()["requests"]}
+    staged = {name for name, record in records.items() if record["one_shot"]}
+    assert staged == {"one", "two"}
+    assert records["one"]["num_prefills"] == 2
+
+
+@pytest.mark.parametrize("method", ["span", "ada-pyramidkv"])
+def test_triton_kernels_stage_as_the_references(monkeypatch, method, granularity, narrowings):
+    shape = CacheShape(4, 1, 2, 64, 16)
+    rig = Rig(monkeypatch, shape, config_of(method, granularity), DTYPE, "triton")
+    request = Request("a", 11 * 16 + 5, is_one_shot=True)
+    shrink_buffer(rig, request)
+    rig.step([(request, request.prompt_len)])
+    rig.step([(request, 1)])
+    assert bool(narrowings) == (method == "span")
+
+
+def test_a_suffix_follows_a_staged_prompt(monkeypatch):
+    config = config_of("span", "page", suffix_tokens=20)
+    rig = Rig(monkeypatch, FLAT, config, DTYPE, "reference")
+    request = Request("a", 200, is_one_shot=True)
+    rig.step([(request, 180)])
+    rig.step([(request, 20)])
+    rig.step([(request, 1)])
+
+
+def test_nothing_evicted_is_written_to_the_pool(monkeypatch):
+    rig = Rig(monkeypatch, FLAT, config_of("span", "page"), DTYPE, "reference")
+    request = Request("a", 200, is_one_shot=True)
+    rig.step([(request, 200)])
+    geometry = rig.geometry(request)
+    written = (~rig.buffer.isnan()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    assert sorted(written) == sorted(request.row[geometry.first_kept_block :])
+
+
+def test_a_prompt_that_is_not_whole_is_refused(monkeypatch):
+    rig = Rig(monkeypatch, FLAT, config_of("span", "page"), DTYPE, "reference")
+    request = Request("a", 200, is_one_shot=True)
+    with pytest.raises(RuntimeError, match="computes tokens 0 to 150 of 200"):
+        rig.metadata([(request, 150)])
+
+
+def test_more_than_the_buffer_holds_is_refused(monkeypatch):
+    rig = Rig(monkeypatch, FLAT, config_of("span", "page"), DTYPE, "reference")
+    rig.engine._buffer = rig.engine._buffer[:30]
+    request = Request("a", 200, is_one_shot=True)
+    with pytest.raises(RuntimeError, match="do not fit a buffer of 30 pages"):
+        rig.metadata([(request, 200)])
+
+
+def test_warm_up_stages_too(monkeypatch, narrowings):
+    rig = Rig(monkeypatch, DEEP, config_of("span", "page"), DTYPE, "reference")
+    shrink_buffer(rig, Request("made up", 300))
+    rig.buffer[0] = 0
+    rig.engine.warm_up(300)
+    assert narrowings
+    assert rig.buffer[1:].isnan().all()
+
+
+@pytest.mark.parametrize("method", ["span", "span-keydiff", "ada-snapkv", "pyramidkv"])
+@pytest.mark.parametrize("setting", [{"ratio": 0.76}, {"ratio": 0.99}, {"budget": 64}])
+def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, setting):
+    pairs = (("granularity", granularity),)
+    config = KVCompressConfig(method, window=WINDOW, options=pairs, **setting)
+    rig = Rig(monkeypatch, FLAT, config, DTYPE, "reference")
+    geometry = rig.engine.requests.geometry
+    draw = np.random.default_rng(0)
+    max_tokens, max_prompts = 700, 8
+    num_pages = staging_pages(config, FLAT, max_tokens, max_prompts)
+    buffer = rig.engine._buffer.new_empty(num_pages, *rig.engine._buffer.shape[1:])
+    table = torch.zeros(max_prompts, 80, dtype=torch.int32, device=DEVICE)
+    is_joint = config.option("budgets") == "joint"
+    num_full = 0
+    for mean in np.repeat([20, 40, 80, 160, 320, 650], 50):
+        lens, left = [], max_tokens
+        while left and len(lens) < max_prompts:
+            lens.append(min(left, 1 + int(draw.exponential(mean))))
+            left -= lens[-1]
+        geometries = [
+            g
+            for g in map(geometry.of, lens)
+            if g.is_compressed
+            and (not is_joint or g.num_region_blocks <= MOST_JOINT_SHARE * g.first_kept_block)
+        ]
+        if not geometries:
+            continue
+        num_full += sum(g.prompt_len for g in geometries) > 0.9 * max_tokens
+        sure = [0] * len(geometries)
+        rows = table[: len(geometries)]
+        Staging(
+            config, FLAT, buffer, rig.engine.pool, geometries, rows, sure, "reference", "reference"
+        )
+    assert num_full > 10
