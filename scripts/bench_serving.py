@@ -7,7 +7,8 @@ For every cell (prompt length x pool) a server is started for each variant in tu
 times over, and vLLM's own load generator sends random prompts to it, all at once. The pool is given
 in dense requests (prompt and output) that it can hold, or `auto` for vLLM's own choice. Variants
 are `stock`, `stock@BLOCK_SIZE`, or `METHOD[:option=value,...]@REMOVED`; `span@0` removes nothing.
-Ratios are of median output tokens per second, against the first variant of the same cell. Written
+Ratios are of median output tokens per second, against the first variant of the same cell;
+decode_ratio leaves prompts out (see `serving.report.summarise`). Written
 to OUT: serving.csv, serving.json, serving.png, and every run's own result in runs.jsonl, from which
 an interrupted benchmark goes on.
 
@@ -193,7 +194,8 @@ def main() -> None:
         print(
             f"{row['input_len']:6} in, pool {row['pool']:>5}  {row['variant']:24} "
             f"{row['output_tok_s']:9.1f} output tok/s = {row['ratio']:.2f} "
-            f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+            f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f}), "
+            f"decoding {row['decode_ratio']:.2f}"
         )
 
 

@@ -62,6 +62,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "model_executor/layers/linear.py": ("RowParallelLinear",),
     "model_executor/layers/rotary_embedding/base.py": ("RotaryEmbeddingBase",),
     "model_executor/models/utils.py": ("extract_layer_index(layer_name, ...)",),
+    "utils/torch_utils.py": ("canonicalize_singleton_dim_strides(t)",),
     "v1/attention/backend.py": (
         "AttentionBackend.forward_includes_kv_cache_update",
         "AttentionBackend.get_builder_cls()",
@@ -103,7 +104,15 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)",
         "FlashAttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, "
         "output, output_scale, output_block_scale)",
+        "FlashAttentionMetadata.block_table",
+        "FlashAttentionMetadata.max_num_splits",
+        "FlashAttentionMetadata.max_query_len",
+        "FlashAttentionMetadata.max_seq_len",
         "FlashAttentionMetadata.num_actual_tokens",
+        "FlashAttentionMetadata.query_start_loc",
+        "FlashAttentionMetadata.scheduler_metadata",
+        "FlashAttentionMetadata.seq_lens",
+        "FlashAttentionMetadata.slot_mapping",
         "FlashAttentionMetadataBuilder.build(self, common_prefix_len, common_attn_metadata, "
         "fast_build)",
         "FlashAttentionMetadataBuilder.get_cudagraph_support(cls, vllm_config, kv_cache_spec)",
@@ -126,6 +135,17 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "v1/core/sched/scheduler.py": (
         "Scheduler._reserve_prefill_lookahead(self, request, num_computed_tokens, num_new_tokens)",
         "Scheduler.kv_cache_manager",
+    ),
+    "v1/core/sched/output.py": (
+        "CachedRequestData.new_block_ids",
+        "CachedRequestData.req_ids",
+        "CachedRequestData.resumed_req_ids",
+        "NewRequestData.block_ids",
+        "NewRequestData.req_id",
+        "SchedulerOutput.finished_req_ids",
+        "SchedulerOutput.preempted_req_ids",
+        "SchedulerOutput.scheduled_cached_reqs",
+        "SchedulerOutput.scheduled_new_reqs",
     ),
     "v1/core/single_type_kv_cache_manager.py": (
         "FullAttentionManager.cache_blocks(self, request, num_tokens, retention_interval, "
@@ -197,6 +217,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "v1/worker/gpu_worker.py": (
         "Worker.compile_or_warm_up_model(self)",
+        "Worker.determine_available_memory(self)",
         "Worker.execute_model(self, scheduler_output)",
         "Worker.get_kv_cache_spec(self)",
         "Worker.init_device(self)",
@@ -204,6 +225,13 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "Worker.model_runner",
         "Worker.shutdown(self)",
         "Worker.use_v2_model_runner",
+    ),
+    "vllm_flash_attn/flash_attn_interface.py": (
+        "flash_attn_varlen_func(q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k, "
+        "seqused_k, q_v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, "
+        "deterministic, return_attn_probs, block_table, return_softmax_lse, out, "
+        "scheduler_metadata, q_descale, k_descale, v_descale, num_splits, output_scale, "
+        "fa_version, ...)",
     ),
 }
 

@@ -78,6 +78,8 @@ class PromptCompaction:
         geometry: where its pages go.
         window_query: [L, H, g, w, d] queries of the last w tokens, filled chunk by chunk;
             None until the first chunk that reaches the window, and after compaction.
+        window_lse: [L, w, H * g] float32, what the prompt's attention told of these queries: the
+            logarithm of each one's sum over its keys; None if it tells nothing.
         num_window_queries: [L] how many of them are there, per layer.
         observed: [L] what the scorer has made of all queries so far.
         num_observed: [L] how many queries that were.
@@ -88,6 +90,7 @@ class PromptCompaction:
     geometry: RequestGeometry
     num_layers: int
     window_query: torch.Tensor | None = None
+    window_lse: torch.Tensor | None = field(init=False)
     num_window_queries: list[int] = field(init=False)
     observed: list[Any] = field(init=False)
     num_observed: list[int] = field(init=False)
@@ -100,6 +103,7 @@ class PromptCompaction:
     def reset(self) -> None:
         """Drop everything collected."""
         self.window_query = None
+        self.window_lse = None
         self.num_window_queries = [0] * self.num_layers
         self.observed = [None] * self.num_layers
         self.num_observed = [0] * self.num_layers

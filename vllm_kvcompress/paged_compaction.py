@@ -40,6 +40,19 @@ def plain_page_order(block_size: int, head_size: int) -> PageOrder:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Queries of a prompt's last tokens in one layer.
+
+    Attributes:
+        query: [w, H * g, d].
+        lse: [w, H * g] float32 logarithm of each one's sum over its keys, if attention has told it.
+    """
+
+    query: torch.Tensor
+    lse: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class _PromptPlan:
     """What is known of a prompt's budgets before its scores are.
 
@@ -148,6 +161,7 @@ class PagedCompactor:
         query: torch.Tensor,
         first: int,
         pages: LayerPages,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """Take in the queries of one chunk, whose keys are in their pages.
 
@@ -157,24 +171,23 @@ class PagedCompactor:
             query: [m, H * g, d], consecutive tokens, not kept by reference.
             first: position of the first of them in the prompt.
             pages: the prompt's, at least to the chunk's last token.
+            lse: [m, H * g] float32 of these queries, all of the window; of all of a prompt's chunks
+                or of none.
         """
         self._general.collect(prompt, layer, query, first, pages)
+        if lse is None:
+            return
+        if prompt.window_lse is None:
+            size = (self.shape.num_layers, self.config.window, lse.shape[1])
+            prompt.window_lse = lse.new_empty(size)
+        start = first - (prompt.geometry.compact_len - self.config.window)
+        prompt.window_lse[layer, start : start + len(lse)] = lse
 
-    def window_query(
-        self, prompt: PromptCompaction, layer: int, query: torch.Tensor | None
-    ) -> torch.Tensor:
-        """[w, H * g, d] queries of a prompt's window.
-
-        Args:
-            prompt: the prompt.
-            layer: 0-based index.
-            query: [w, H * g, d] if the step at hand has all of them; None if they were collected.
-        """
-        if query is not None:
-            return query
+    def _collected_window(self, prompt: PromptCompaction, layer: int) -> Window:
         assert prompt.window_query is not None
         assert prompt.num_window_queries[layer] == self.config.window
-        return prompt.window_query[layer].permute(2, 0, 1, 3).flatten(1, 2)
+        query = prompt.window_query[layer].permute(2, 0, 1, 3).flatten(1, 2)
+        return Window(query, None if prompt.window_lse is None else prompt.window_lse[layer])
 
     def batch(
         self,
@@ -246,7 +259,7 @@ class PagedCompactor:
         self,
         batch: PromptBatch,
         layer: int,
-        window_query: Sequence[torch.Tensor | None],
+        windows: Sequence[Window | None],
         pages: Sequence[LayerPages],
     ) -> None:
         """Score one layer of all prompts, whose keys are all in their pages; layers in order.
@@ -256,7 +269,7 @@ class PagedCompactor:
         Args:
             batch: written to.
             layer: 0-based index among the compressed layers.
-            window_query: per prompt [w, H * g, d], or None if they were collected.
+            windows: per prompt its own, or None if it was collected.
             pages: per prompt all of them, read by methods that no fused kernel knows.
         """
         if self._plan is None:
@@ -264,18 +277,18 @@ class PagedCompactor:
                 self._general.score_layer(prompt, layer, own_pages)
                 self._take(batch, i, layer, prompt.layer_scores[-1])
         else:
-            queries = torch.stack(
-                [
-                    self.window_query(prompt, layer, query)
-                    for prompt, query in zip(batch.prompts, window_query, strict=True)
-                ]
-            )
-            self._score_fused(batch, layer, queries)
+            own = [
+                window or self._collected_window(prompt, layer)
+                for prompt, window in zip(batch.prompts, windows, strict=True)
+            ]
+            self._score_fused(batch, layer, own)
         if batch.staging is not None and not batch.staging.is_joint:
             self._settle_layer(batch, batch.staging, layer)
 
-    def _score_fused(self, batch: PromptBatch, layer: int, queries: torch.Tensor) -> None:
-        """Scores of [R, w, H * g, d] queries by the ops that read pages."""
+    def _score_fused(self, batch: PromptBatch, layer: int, windows: Sequence[Window]) -> None:
+        """Scores by the ops that read pages."""
+        lses = [window.lse for window in windows if window.lse is not None]
+        assert len(lses) in (0, len(windows))
         plan, shape, parameters = self._plan, self.shape, self._layers[layer]
         assert plan is not None
         staging = batch.staging
@@ -292,7 +305,8 @@ class PagedCompactor:
         entries = planned_scores(
             plan,
             prompts,
-            queries,
+            torch.stack([window.query for window in windows]),
+            torch.stack(lses) if lses else None,
             layer=layer if staging is None else 0,
             num_layers=shape.num_layers if staging is None else 1,
             num_kv_heads=shape.num_kv_heads,

@@ -45,6 +45,7 @@ def planned_scores(
     plan: WindowPlan,
     prompts: PagedPrompts,
     query: torch.Tensor,
+    lse: torch.Tensor | None = None,
     *,
     layer: int,
     num_layers: int,
@@ -62,6 +63,7 @@ def planned_scores(
         plan: of the scorer.
         prompts: where they are.
         query: [R, w, H * g, d] queries of their windows.
+        lse: [R, w, H * g] float32 of these queries, if attention has told it.
         layer, num_layers, num_kv_heads, scale, logits_soft_cap: as in `ops.window_scores`.
         sinks: [H, g] float32, or None.
         output_root: [H, d, d], if the plan weighs by values.
@@ -84,6 +86,7 @@ def planned_scores(
         power=plan.power,
         near_tokens=plan.near_tokens,
         pool_kernel=plan.mean_kernel,
+        lse=lse,
         sinks=None if sinks is None else sinks.flatten(),
         key_offsets=None if order is None else order.key_offsets,
         **where,

@@ -25,9 +25,17 @@ from vllm_kvcompress.memory import RequestGeometry, cdiv
 from vllm_kvcompress.policies.selection import entries_per_page
 from vllm_kvcompress.transfers import to_device
 
-# Where all layers compete, a region may have this share of the prompt's pages at most: more would
-# need as much memory beside the pool as blocks do in it.
-MOST_JOINT_SHARE = 0.25
+# With one score for each entry; with more, the buffer has to hold more of a prompt.
+_MOST_JOINT_SHARE = 0.25
+
+
+def most_share(config: KVCompressConfig) -> float:
+    """Share of a prompt's pages that its region may have for the prompt to be staged.
+
+    Where all layers compete, a larger one would need as much memory beside the pool as the prompt's
+    blocks do in it.
+    """
+    return _MOST_JOINT_SHARE / _num_lists(config) if _is_joint(config) else 1.0
 
 
 def staging_pages(
@@ -48,9 +56,9 @@ def staging_pages(
         # A prompt is compressed from two blocks on.
         num_prompts = min(max_prompts, max_tokens // (2 * block_size))
         return num_heads * (max_tokens // block_size + num_prompts)
-    least_blocks = int(1 / MOST_JOINT_SHARE)
-    num_prompts = min(max_prompts, max_tokens // (least_blocks * block_size))
-    region_blocks = int(MOST_JOINT_SHARE * max_tokens) // block_size
+    share = most_share(config)
+    num_prompts = min(max_prompts, int(share * max_tokens) // block_size)
+    region_blocks = int(share * max_tokens) // block_size
     if config.ratio is not None:
         # Every head keeps at least one page.
         asked = cdiv(int((1 - config.ratio) * max_tokens), block_size)

@@ -41,6 +41,8 @@ COLUMNS = (
     "ratio",
     "ratio_low",
     "ratio_high",
+    "decode_tok_s",
+    "decode_ratio",
 )
 
 
@@ -53,7 +55,8 @@ def summarise(runs: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, A
 
     Returns:
         Rows with `COLUMNS`; ratio is of the medians, ratio_low and ratio_high the worst and best
-        run against the best and worst of the baseline.
+        run against the best and worst of the baseline. decode_tok_s is that of a step without
+        prompts, in which as many requests run as ever did; decode_ratio is of its medians.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
@@ -69,8 +72,17 @@ def summarise(runs: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, A
         row["ratio"] = round(median(speeds) / median(base), 4)
         row["ratio_low"] = round(min(speeds) / max(base), 4)
         row["ratio_high"] = round(max(speeds) / min(base), 4)
+        own, other = (
+            median(map(_decode_tok_s, runs)) for runs in (group, groups[(*cell, baseline)])
+        )
+        row["decode_tok_s"], row["decode_ratio"] = round(own, 4), round(own / other, 4)
         rows.append(row)
     return rows
+
+
+def _decode_tok_s(run: dict[str, Any]) -> float:
+    """Requests running at the peak over the median time between two tokens of a request."""
+    return 1000 * run["result"]["peak_running"] / run["result"]["p50_itl_ms"]
 
 
 def write(rows: list[dict[str, Any]], environment: dict[str, Any], folder: Path, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,23 @@ def device(request) -> str:
     if current_platform.device_type != request.param:
         pytest.skip(f"this vLLM runs on {current_platform.device_type}, not on {request.param}")
     return request.param
+
+
+@pytest.fixture(scope="module", params=["cpu", "cuda"])
+def side(request) -> Iterator[str]:
+    """Side of the plugin that engines of this process take, the CUDA one on a CPU too.
+
+    Texts are compared in float32, which FlashAttention has not: not on a GPU.
+    """
+    from cuda_on_cpu import use_cuda_side
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip(f"compares texts in float32; this vLLM runs on {current_platform.device_type}")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "cuda":
+            use_cuda_side(patch)
+        yield request.param
 
 
 @pytest.fixture(scope="module")

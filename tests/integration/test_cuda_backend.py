@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 from cuda_rig import Request, Rig
 from paged_pool import DEVICE
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
 
@@ -124,6 +125,36 @@ def test_chunks_of_a_prompt_select_what_a_single_step_does(monkeypatch, method, 
         selections.append(request.selection)
     assert torch.equal(selections[0].num_pages, selections[1].num_pages)
     assert torch.equal(selections[0].indices, selections[1].indices)
+
+
+@pytest.mark.parametrize("reduce", ["mean", "defensive"])
+@pytest.mark.parametrize(("version", "tells"), [(2, True), (3, True), (4, False)])
+def test_scores_use_what_attention_tells_of_sums(monkeypatch, version, tells, reduce):
+    given, window_scores = [], ops.window_scores
+
+    def watch(query, *args, lse=None, **kwargs):
+        given.append(lse)
+        if lse is not None:
+            # Else it is made of the same queries and keys.
+            own = window_scores(query, *args, **kwargs)
+            theirs = window_scores(query, *args, lse=lse, **kwargs)
+            for scores, other, n in zip(own, theirs, args[3].tolist(), strict=True):
+                torch.testing.assert_close(scores[..., :n], other[..., :n])
+        return window_scores(query, *args, lse=lse, **kwargs)
+
+    monkeypatch.setattr(ops, "window_scores", watch)
+    shape = SHAPES["gqa_3_to_1"]
+    config = config_of({"mean": "ada-snapkv", "defensive": "span"}[reduce], 16)
+    rig = Rig(monkeypatch, shape, config, DTYPE, "reference", version)
+    # Windows of one chunk, of three, and of one that starts with the prompt's beginning.
+    whole, parts = Request("whole", 150), Request("parts", 170)
+    staged = Request("staged", 140, is_one_shot=True)
+    rig.step([(parts, 164)])
+    rig.step([(parts, 2)])
+    rig.step([(parts, 4), (whole, 150), (staged, 140)])
+    rig.step([(parts, 1), (whole, 1), (staged, 1)])
+    assert len(given) == 2 * shape.num_layers
+    assert all((lse is not None) == tells for lse in given)
 
 
 def test_a_suffix_attends_to_what_was_kept(monkeypatch, granularity):

@@ -18,7 +18,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import cdiv
-from vllm_kvcompress.staging import MOST_JOINT_SHARE, Staging, staging_pages
+from vllm_kvcompress.staging import Staging, most_share, staging_pages
 
 WINDOW = 8
 DEEP = CacheShape(6, 2, 2, 64, 16)
@@ -198,7 +198,6 @@ def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, 
     num_pages = staging_pages(config, FLAT, max_tokens, max_prompts)
     buffer = rig.engine._buffer.new_empty(num_pages, *rig.engine._buffer.shape[1:])
     table = torch.zeros(max_prompts, 80, dtype=torch.int32, device=DEVICE)
-    is_joint = config.option("budgets") == "joint"
     num_full = 0
     for mean in np.repeat([20, 40, 80, 160, 320, 650], 50):
         lens, left = [], max_tokens
@@ -208,8 +207,7 @@ def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, 
         geometries = [
             g
             for g in map(geometry.of, lens)
-            if g.is_compressed
-            and (not is_joint or g.num_region_blocks <= MOST_JOINT_SHARE * g.first_kept_block)
+            if g.is_compressed and g.num_region_blocks <= most_share(config) * g.first_kept_block
         ]
         if not geometries:
             continue

@@ -10,7 +10,6 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvcompress.staging import MOST_JOINT_SHARE
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 from vllm_kvcompress.vllm_integration.worker_cuda import _rows_of_v1, _rows_of_v2
@@ -19,7 +18,7 @@ from vllm_kvcompress.vllm_integration.worker_cuda import _rows_of_v1, _rows_of_v
 class CUDAPathWorker(CompressionWorker, CPUWorker):
     """As KVCompressCUDAWorker, without a GPU."""
 
-    _one_shot_share = MOST_JOINT_SHARE
+    _is_staged = True
 
     def init_device(self) -> None:
         FlashAttentionImpl.forward = attend

@@ -24,6 +24,7 @@ from vllm_kvcompress.memory import NULL_BLOCK
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
 from vllm_kvcompress.policies.selection import Selection, select
+from vllm_kvcompress.vllm_integration import backend_cuda
 from vllm_kvcompress.vllm_integration.backend_cuda import (
     KVCompressCUDAImpl,
     KVCompressCUDAMetadataBuilder,
@@ -70,6 +71,29 @@ def attend(
     return output
 
 
+def attend_with_lse(
+    impl: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    metadata: Any,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """Stands in for FlashAttention where its logarithms of sums are asked for too."""
+    attend(impl, None, query, key, value, kv_cache, metadata, output)
+    starts, lses = metadata.query_start_loc.tolist(), []
+    for row, seq_len in enumerate(metadata.seq_lens.tolist()):
+        own = query[starts[row] : starts[row + 1]].double()
+        pages = kv_cache[metadata.block_table[row, : -(-seq_len // kv_cache.shape[2])].long()]
+        keys = pages.transpose(1, 2).flatten(0, 1)[:seq_len, :, : query.shape[2]].double()
+        heads = own.unflatten(1, (keys.shape[1], -1))
+        logits = torch.einsum("mhgd,nhd->hgmn", heads, keys).flatten(0, 1) * impl.scale
+        is_read = torch.ones(logits.shape[1:], dtype=torch.bool).tril(seq_len - len(own))
+        lses.append(logits.masked_fill(~is_read, -torch.inf).logsumexp(dim=-1))
+    return torch.cat(lses, dim=1).float()
+
+
 def reference_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
@@ -112,12 +136,14 @@ class Rig:
         config: KVCompressConfig,
         dtype: torch.dtype = torch.float32,
         backend: str = "triton",
+        flash_attn_version: int = 3,
     ) -> None:
         self.shape, self.config, self.dtype = shape, config, dtype
         self.generator = torch.Generator(DEVICE).manual_seed(0)
         if DEVICE.type != "cuda":
             monkeypatch.setattr(FlashAttentionImpl, "forward", attend)
             monkeypatch.setattr(FlashAttentionImpl, "do_kv_cache_update", store)
+            monkeypatch.setattr(backend_cuda, "attend_with_lse", attend_with_lse)
         size = (
             NUM_BLOCKS,
             shape.num_layers,
@@ -161,6 +187,7 @@ class Rig:
             head_size=shape.head_size,
             logits_soft_cap=0,
             sinks=None,
+            vllm_flash_attn_version=flash_attn_version,
         )
         # Where vLLM keeps a step's inputs, always at the same addresses.
         self.starts = torch.zeros(MAX_ROWS + 1, dtype=torch.int32, device=DEVICE)

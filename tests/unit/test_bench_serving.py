@@ -92,6 +92,15 @@ def test_ratios_are_of_medians_within_a_cell():
     assert rows["2.5", "stock"]["ratio"] == rows["8", "stock"]["ratio"] == 1
 
 
+def test_decoding_counts_what_runs_at_once():
+    stock = [run("stock", 1.0, peak_running=2, p50_itl_ms=itl) for itl in (50, 40, 80)]
+    ours = [run("span@0.5", 1.0, peak_running=6, p50_itl_ms=60.0)]
+    rows = {row["variant"]: row for row in report.summarise([*stock, *ours], "stock")}
+    assert rows["stock"]["decode_tok_s"] == 40
+    assert rows["span@0.5"]["decode_tok_s"] == 100
+    assert (rows["stock"]["decode_ratio"], rows["span@0.5"]["decode_ratio"]) == (1, 2.5)
+
+
 def test_results_are_written_as_table_and_picture(tmp_path):
     runs = [
         run(variant, speed, input_len, pool)

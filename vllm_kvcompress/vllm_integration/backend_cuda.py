@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -167,6 +168,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
         self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
         step, engine = metadata.step, metadata.engine
         layer_index, staged = 0, None
+        lses: list[tuple[slice, torch.Tensor]] = []
         if step is not None:
             assert engine is not None
             layer_index = engine.layer_index[layer.layer_name]
@@ -178,15 +180,11 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 cache = staged
                 slots = run.metadata.slot_mapping
                 self.do_kv_cache_update(layer, key[tokens], value[tokens], cache, slots)
-            super().forward(
-                layer,
-                query[tokens],
-                key[tokens],
-                value[tokens],
-                cache,
-                run.metadata,
-                output[tokens],
-            )
+            own = (query[tokens], key[tokens], value[tokens], cache, run.metadata, output[tokens])
+            if self._tells_lse and step is not None and engine.wants_lse(step, tokens):
+                lses.append((tokens, attend_with_lse(self, *own)))
+            else:
+                super().forward(layer, *own)
         if step is None:
             return output
         assert engine is not None
@@ -214,8 +212,15 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 run.query_start_loc,
                 ops.MAX_QUERY_LEN,
             )
-        engine.after_attention(step, layer_index, query)
+        engine.after_attention(step, layer_index, query, lses)
         return output
+
+    @property
+    def _tells_lse(self) -> bool:
+        """Whether attention can tell each query's sum over its keys, in terms that are known."""
+        # FlashAttention 4 is called with more than is known here; with sinks it is not said
+        # whether they are part of the sum.
+        return self.vllm_flash_attn_version in (2, 3) and self.sinks is None
 
     def _decode(
         self,
@@ -245,6 +250,52 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
             out=output,
             backend=engine.backend,
         )
+
+
+def attend_with_lse(
+    impl: FlashAttentionImpl,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    metadata: FlashAttentionMetadata,
+    output: torch.Tensor,
+) -> torch.Tensor:
+    """Attention of the stock impl, with what its kernel also knows. FlashAttention 2 or 3.
+
+    Args:
+        impl: of a causal layer without window, sinks or ALiBi, on a cache that is not quantized.
+        query: [t, H * g, d].
+        key, value: [t, H, d], which are in the cache.
+        kv_cache: [blocks, H, b, 2 d].
+        metadata: of all t tokens.
+        output: [t, H * g, d], written.
+
+    Returns:
+        [H * g, t] float32 natural logarithm of each query's sum over its keys.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    key_cache, value_cache = kv_cache.transpose(1, 2).split(impl.head_size, dim=-1)
+    _, lse = flash_attn_varlen_func(
+        q=query,
+        k=canonicalize_singleton_dim_strides(key_cache),
+        v=canonicalize_singleton_dim_strides(value_cache),
+        out=output,
+        cu_seqlens_q=metadata.query_start_loc,
+        max_seqlen_q=metadata.max_query_len,
+        seqused_k=metadata.seq_lens,
+        max_seqlen_k=metadata.max_seq_len,
+        softmax_scale=impl.scale,
+        causal=True,
+        block_table=metadata.block_table,
+        softcap=impl.logits_soft_cap,
+        scheduler_metadata=metadata.scheduler_metadata,
+        num_splits=metadata.max_num_splits,
+        fa_version=impl.vllm_flash_attn_version,
+        return_softmax_lse=True,
+    )
+    return lse
 
 
 def _only_rows(

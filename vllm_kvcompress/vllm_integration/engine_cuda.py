@@ -16,7 +16,7 @@ from vllm_kvcompress.compaction import CacheShape, LayerParameters, PromptCompac
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.ops import MAX_QUERY_LEN
-from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch
+from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch, Window
 from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.transfers import to_device
 from vllm_kvcompress.vllm_integration.batch_cuda import (
@@ -298,42 +298,72 @@ class CUDAEngine:
             return None
         return self.compactor.begin_layer(step.staged.batch, layer)
 
-    def after_attention(self, step: DeviceStep, layer: int, query: torch.Tensor) -> None:
+    def wants_lse(self, step: DeviceStep, tokens: slice) -> bool:
+        """Whether scores are made of what attention to a run of tokens can tell."""
+        return self.compactor.is_fused and any(
+            tokens.start <= chunk.token_start < tokens.stop for chunk in step.chunks
+        )
+
+    def after_attention(
+        self,
+        step: DeviceStep,
+        layer: int,
+        query: torch.Tensor,
+        lses: Sequence[tuple[slice, torch.Tensor]] = (),
+    ) -> None:
         """Collect one layer's queries; score prompts that end; at the last layer, compact them.
 
         Args:
             step: of `prepare`.
             layer: 0-based index among the compressed layers.
             query: [T, H * g, d] of the step.
+            lses: runs of tokens and, as [H * g, t] float32, the logarithm of each query's sum over
+                its keys; all that `wants_lse`, or none.
         """
         for ending in step.endings:
-            self._score(step, ending, layer, query)
+            self._score(step, ending, layer, query, lses)
         for chunk in step.chunks:
             if not chunk.finishes:
                 pages = self._pool_pages(step, chunk, layer)
-                self._collect(chunk, layer, query, pages)
+                self._collect(chunk, layer, query, pages, lses)
 
-    def _score(self, step: DeviceStep, ending: Ending, layer: int, query: torch.Tensor) -> None:
+    def _score(
+        self,
+        step: DeviceStep,
+        ending: Ending,
+        layer: int,
+        query: torch.Tensor,
+        lses: Sequence[tuple[slice, torch.Tensor]],
+    ) -> None:
         """Score one layer of prompts that end; at the last layer, compact them."""
         chunks, batch = ending.chunks, ending.batch
         if batch.staging is not None:
             pages = [batch.staging.pages(i) for i in range(len(chunks))]
         else:
             pages = [self._pool_pages(step, chunk, layer) for chunk in chunks]
-        windows = [self._direct_window(chunk) for chunk in chunks]
-        for chunk, window, own_pages in zip(chunks, windows, pages, strict=True):
-            if window is None:
-                self._collect(chunk, layer, query, own_pages)
-        queries = [None if tokens is None else query[tokens] for tokens in windows]
-        self.compactor.score_layer(batch, layer, queries, pages)
+        windows: list[Window | None] = []
+        for chunk, own_pages in zip(chunks, pages, strict=True):
+            tokens = self._direct_window(chunk)
+            if tokens is None:
+                self._collect(chunk, layer, query, own_pages, lses)
+                windows.append(None)
+            else:
+                windows.append(Window(query[tokens], _lse_of(tokens, lses)))
+        self.compactor.score_layer(batch, layer, windows, pages)
         if layer == self.shape.num_layers - 1:
             self._compact(ending)
 
     def _collect(
-        self, chunk: PromptChunk, layer: int, query: torch.Tensor, pages: LayerPages
+        self,
+        chunk: PromptChunk,
+        layer: int,
+        query: torch.Tensor,
+        pages: LayerPages,
+        lses: Sequence[tuple[slice, torch.Tensor]],
     ) -> None:
-        tokens = query[chunk.token_start : chunk.token_end]
-        self.compactor.collect(chunk.request.prompt, layer, tokens, chunk.first, pages)
+        tokens = slice(chunk.token_start, chunk.token_end)
+        prompt, lse = chunk.request.prompt, _lse_of(tokens, lses)
+        self.compactor.collect(prompt, layer, query[tokens], chunk.first, pages, lse)
 
     def _direct_window(self, chunk: PromptChunk) -> slice | None:
         """Tokens of the step that are a whole scoring window, if kernels take them as they are."""
@@ -395,6 +425,14 @@ class CUDAEngine:
                 self.compactor.collect(prompt, layer, query, 0, pages)
                 self.compactor.score_layer(batch, layer, [None], [pages])
             self.compactor.compact(batch)
+
+
+def _lse_of(tokens: slice, lses: Sequence[tuple[slice, torch.Tensor]]) -> torch.Tensor | None:
+    """[m, H * g] of the run that has these tokens; None if there is none."""
+    for run, lse in lses:
+        if run.start <= tokens.start and tokens.stop <= run.stop:
+            return lse[:, tokens.start - run.start : tokens.stop - run.start].t()
+    return None
 
 
 def _cut_regions(block_table: torch.Tensor, plan: StepPlan) -> torch.Tensor:

@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.staging import most_share
 
 _MOST_FREED = 4096
 
@@ -37,12 +38,12 @@ class KVCompressSpec(FullAttentionSpec):
         one_shot_tokens: tokens of one request that the scheduler can always fit into a step in
             which no other prompt is computed; up to there a prompt may be computed in one shot,
             without blocks for what is evicted. 0 = never.
-        one_shot_share: of its blocks that such a prompt may keep where all layers compete.
+        is_staged: whether such prompts are staged (see `staging`), which not all can be.
     """
 
     kv_compress: KVCompressConfig
     one_shot_tokens: int = 0
-    one_shot_share: float = 1.0
+    is_staged: bool = False
 
     @classmethod
     def from_full_attention(
@@ -50,7 +51,7 @@ class KVCompressSpec(FullAttentionSpec):
         spec: FullAttentionSpec,
         config: KVCompressConfig,
         one_shot_tokens: int = 0,
-        one_shot_share: float = 1.0,
+        is_staged: bool = False,
     ) -> KVCompressSpec:
         """The same layer with compression on."""
         values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
@@ -58,7 +59,7 @@ class KVCompressSpec(FullAttentionSpec):
             **values,
             kv_compress=config,
             one_shot_tokens=one_shot_tokens,
-            one_shot_share=one_shot_share,
+            is_staged=is_staged,
         )
 
     @classmethod
@@ -189,8 +190,7 @@ class KVCompressManager(FullAttentionManager):
     def _may_be_one_shot(self, geometry: RequestGeometry) -> bool:
         """Whether a prompt can do without blocks for what it evicts."""
         spec = self.kv_cache_spec
-        is_joint = spec.kv_compress.option("budgets") == "joint"
-        share = spec.one_shot_share if is_joint else 1.0
+        share = most_share(spec.kv_compress) if spec.is_staged else 1.0
         return (
             self._one_shot_option != "never"
             and geometry.is_compressed

@@ -53,9 +53,11 @@ def layer_parameters(
 def _output_weight(owner: torch.nn.Module, name: str, layer: Any) -> torch.Tensor:
     """[H, g, d, m] columns of the output projection for each query head of this rank."""
     size = layer.num_heads * layer.head_size
+    # With LoRA a projection is wrapped; all requests are scored by the model's own weights.
+    own = [getattr(child, "base_layer", child) for child in owner.children()]
     found = [
         child
-        for child in owner.children()
+        for child in own
         if isinstance(child, RowParallelLinear) and child.input_size_per_partition == size
     ]
     if len(found) != 1:

@@ -36,8 +36,8 @@ class CompressionWorker:
     batch tells request ids and prompt lengths.
     """
 
-    # Of its blocks that a one-shot prompt may keep where all layers compete.
-    _one_shot_share = 1.0
+    # Whether one-shot prompts are staged.
+    _is_staged = False
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
@@ -111,7 +111,7 @@ class CompressionWorker:
             if problem:
                 raise KVCompressConfigError(f"KV compression cannot handle layer {name}: {problem}")
             compressed[name] = KVCompressSpec.from_full_attention(
-                spec, self._config, one_shot_tokens, self._one_shot_share
+                spec, self._config, one_shot_tokens, self._is_staged
             )
         out.update(compressed)
         shapes = {(spec, attention[name].num_heads) for name, spec in compressed.items()}

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
-from vllm_kvcompress.staging import MOST_JOINT_SHARE, staging_pages
+from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
@@ -27,7 +27,7 @@ _BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cuda.KVCompressCUDABac
 class KVCompressCUDAWorker(CompressionWorker, Worker):
     """GPU worker of an engine with compression, on either of vLLM's model runners."""
 
-    _one_shot_share = MOST_JOINT_SHARE
+    _is_staged = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
