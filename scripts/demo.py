@@ -379,7 +379,7 @@ def parse_args() -> argparse.Namespace:
         default=Path(os.environ.get("KVC_MODEL") or ROOT / ".cache/models/smollm2"),
         help="model folder (default: KVC_MODEL, or the one that scripts/setup.sh builds)",
     )
-    parser.add_argument("--method", default="pyramidkv", help="compression method")
+    parser.add_argument("--method", default="span", help="compression method")
     parser.add_argument(
         "--budgets", type=int, nargs="+", default=[512, 192], metavar="TOKENS", help="one run each"
     )
