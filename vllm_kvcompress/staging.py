@@ -29,12 +29,18 @@ from vllm_kvcompress.transfers import to_device
 _MOST_JOINT_SHARE = 0.25
 
 
-def most_share(config: KVCompressConfig) -> float:
-    """Share of a prompt's pages that its region may have for the prompt to be staged.
+def can_stage(config: KVCompressConfig, geometry: RequestGeometry) -> bool:
+    """Whether a prompt may be staged, as far as its region goes.
 
-    Where all layers compete, a larger one would need as much memory beside the pool as the prompt's
+    Where all layers compete, a large one would need as much memory beside the pool as the prompt's
     blocks do in it.
     """
+    most_blocks = most_share(config) * geometry.first_kept_block
+    return config.option("one_shot") != "never" and geometry.num_region_blocks <= most_blocks
+
+
+def most_share(config: KVCompressConfig) -> float:
+    """Share of a prompt's pages that its region may have for `can_stage`."""
     return _MOST_JOINT_SHARE / _num_lists(config) if _is_joint(config) else 1.0
 
 

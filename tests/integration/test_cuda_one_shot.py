@@ -18,7 +18,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import cdiv
-from vllm_kvcompress.staging import Staging, most_share, staging_pages
+from vllm_kvcompress.staging import Staging, can_stage, most_share, staging_pages
 
 WINDOW = 8
 DEEP = CacheShape(6, 2, 2, 64, 16)
@@ -192,6 +192,17 @@ def test_warm_up_stages_too(monkeypatch, narrowings, moves_in_any_order):
     assert rig.buffer[1:].isnan().all()
 
 
+@pytest.mark.parametrize("options", [{"one_shot": "never"}, {"ratio": 0.4}])
+def test_warm_up_stages_what_may_be_staged_only(monkeypatch, narrowings, options):
+    ratio = options.get("ratio", 0.85)
+    pairs = tuple((k, v) for k, v in options.items() if k != "ratio")
+    config = KVCompressConfig("span", ratio=ratio, window=WINDOW, options=pairs)
+    rig = Rig(monkeypatch, DEEP, config, DTYPE, "reference")
+    rig.buffer[0] = 0
+    rig.engine.warm_up(300)
+    assert not narrowings
+
+
 @pytest.mark.parametrize("method", ["span", "span-keydiff", "ada-snapkv", "pyramidkv"])
 @pytest.mark.parametrize("setting", ["most", {"ratio": 0.99}, {"budget": 64}])
 def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, setting):
@@ -214,11 +225,7 @@ def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, 
         while left and len(lens) < max_prompts:
             lens.append(min(left, 1 + int(draw.exponential(mean))))
             left -= lens[-1]
-        geometries = [
-            g
-            for g in map(geometry.of, lens)
-            if g.is_compressed and g.num_region_blocks <= most_share(config) * g.first_kept_block
-        ]
+        geometries = [g for g in map(geometry.of, lens) if g.is_compressed and can_stage(config, g)]
         if not geometries:
             continue
         num_full += sum(g.prompt_len for g in geometries) > 0.9 * max_tokens

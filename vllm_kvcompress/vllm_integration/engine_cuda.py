@@ -17,7 +17,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.ops import MAX_QUERY_LEN
 from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch, Window
-from vllm_kvcompress.staging import staging_pages
+from vllm_kvcompress.staging import can_stage, staging_pages
 from vllm_kvcompress.transfers import to_device
 from vllm_kvcompress.vllm_integration.batch_cuda import (
     DeviceRequests,
@@ -414,7 +414,10 @@ class CUDAEngine:
         size = (geometry.compact_len, num_heads, shape.head_size)
         query = torch.ones(size, dtype=self.pool.dtype, device=device)
         blocks = table[0].long()[: cdiv(geometry.compact_len, shape.block_size)]
-        for buffer in (None, self._buffer) if length <= self._one_shot_tokens else (None,):
+        buffers = [None]
+        if length <= self._one_shot_tokens and can_stage(self.config, geometry):
+            buffers.append(self._buffer)
+        for buffer in buffers:
             prompt = PromptCompaction(geometry, shape.num_layers)
             batch = self.compactor.batch([prompt], table, buffer)
             for layer in range(shape.num_layers):

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.staging import most_share
+from vllm_kvcompress.staging import can_stage
 
 _MOST_FREED = 4096
 
@@ -190,12 +190,11 @@ class KVCompressManager(FullAttentionManager):
     def _may_be_one_shot(self, geometry: RequestGeometry) -> bool:
         """Whether a prompt can do without blocks for what it evicts."""
         spec = self.kv_cache_spec
-        share = most_share(spec.kv_compress) if spec.is_staged else 1.0
         return (
             self._one_shot_option != "never"
             and geometry.is_compressed
             and geometry.compact_len <= spec.one_shot_tokens
-            and geometry.num_region_blocks <= share * geometry.first_kept_block
+            and (not spec.is_staged or can_stage(spec.kv_compress, geometry))
         )
 
     def _one_shot_blocks(
