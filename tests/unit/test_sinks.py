@@ -218,8 +218,9 @@ def test_batches_on_a_gpus_pages_count_the_sink(method):
     prompt = PromptCompaction(geometry, 2)
     batch = compactor.batch([prompt], row[None])
     for layer in range(2):
-        compactor.collect(prompt, layer, query[layer], 0, blocks)
-        compactor.score_layer(batch, layer, [None], [blocks])
+        pages = compactor.pages(layer, blocks)
+        compactor.collect(prompt, layer, query[layer], 0, pages)
+        compactor.score_layer(batch, layer, [None], [pages])
     num_candidates = geometry.num_candidate_tokens
     for layer, parameters in enumerate(layers):
         inputs = ScoreInputs(
