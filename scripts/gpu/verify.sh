@@ -51,7 +51,8 @@ if "$python" -P -c 'import vllm, importlib.metadata as m; m.version("vllm-kvcomp
   [[ -n "${KVC_MODEL:-}" ]]; then
   # The installed package, which may have compiled ops.
   unset PYTHONPATH
-  "$python" -P -m pytest tests/integration/test_cuda_backend.py tests/e2e/test_model_shapes.py -q \
+  e2e=(tests/e2e/test_{model_shapes,stress,one_shot,mixed_layers,compression,methods,off,server}.py)
+  "$python" -P -m pytest tests/integration/test_cuda_{backend,one_shot}.py "${e2e[@]}" -q \
     -p no:cacheprovider --junit-xml="$out/engine_tests.xml" || status=1
   serving() {
     "$python" -P scripts/bench_serving.py --model configs/models/llama-3.1-8b --dummy \

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from devices import DTYPES, ON_A_GPU
 
 _SUBJECTS = ("The miller", "A quiet clerk", "The old captain", "Her neighbour", "The gardener")
 _VERBS = ("walked to", "wrote a letter about", "remembered", "painted", "complained about")
@@ -74,56 +75,49 @@ def needle(prose: Callable[[int, int], str]) -> Callable[..., tuple[list[dict], 
     return make
 
 
-@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request) -> str:
-    """Where engines of this module run; the installed vLLM knows one of them."""
-    from vllm.platforms import current_platform
-
-    if current_platform.device_type != request.param:
-        pytest.skip(f"this vLLM runs on {current_platform.device_type}, not on {request.param}")
-    return request.param
-
-
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
-def side(request) -> Iterator[str]:
-    """Side of the plugin that engines of this process take, the CUDA one on a CPU too.
-
-    Texts are compared in float32, which FlashAttention has not: not on a GPU.
-    """
+@pytest.fixture(scope="module", params=["cpu", ON_A_GPU])
+def device(request) -> Iterator[str]:
+    """Where engines of this module run (see devices.py); the installed vLLM has a CPU or a GPU."""
     from cuda_on_cpu import use_cuda_side
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        pytest.skip(f"compares texts in float32; this vLLM runs on {current_platform.device_type}")
+    wanted = "cuda" if request.param == "cuda" else "cpu"
+    if current_platform.device_type != wanted:
+        pytest.skip(f"this vLLM runs on {current_platform.device_type}, not on {wanted}")
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "cuda":
+        if request.param == "cuda_on_cpu":
+            _engines_in_process(patch)
             use_cuda_side(patch)
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def dtype(device: str) -> str:
+    """Of models whose texts are compared."""
+    return DTYPES[device]
 
 
 @pytest.fixture(scope="module")
 def engines_in_process():
     """Engines of this process (see `in_process_engines`): a scheduler can be given settings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # This process and its later children may go on using every core.
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        _engines_in_process(patch)
         yield
 
 
+def _engines_in_process(patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    # This process and its later children may go on using every core.
+    patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+
 @pytest.fixture(scope="module")
-def start_engine(model: str):
+def start_engine(model: str, device: str):
     """Start an offline engine with test-sized defaults; all are shut down with the module."""
     engines = []
 
     def start(**settings):
-        from vllm.platforms import current_platform
-
         from vllm_kvcompress import LLM
-
-        if current_platform.is_cuda() and settings.get("dtype") == "float32":
-            # FlashAttention has no float32; texts may then depend on the batch.
-            settings["dtype"] = "bfloat16"
 
         defaults = {
             "max_model_len": 2560,

@@ -1,13 +1,14 @@
 """Compression in the real engine: chunked prefill, prefix caching on, a pool of about two
 dense requests.
 
-The model runs in float32, so that greedy texts do not depend on how prompts are chunked and
-which requests share a batch (in bfloat16 stock vLLM's do).
+On a CPU the model runs in float32, so that greedy texts do not depend on how prompts are chunked
+and which requests share a batch (in bfloat16 stock vLLM's do).
 """
 
 from __future__ import annotations
 
 import pytest
+from devices import Text, assert_same_texts
 
 NUM_BLOCKS = 125
 RATIO = 0.875
@@ -15,11 +16,11 @@ WINDOW = 32
 
 
 @pytest.fixture(scope="module")
-def engine(start_engine):
+def engine(start_engine, dtype):
     return start_engine(
         kv_compress="pyramidkv",
         kv_compress_ratio=RATIO,
-        dtype="float32",
+        dtype=dtype,
         max_num_batched_tokens=512,
         num_gpu_blocks_override=NUM_BLOCKS,
         enable_prefix_caching=True,
@@ -38,7 +39,7 @@ def pool_is_whole_again(engine, read_metric):
 def _params(**settings):
     from vllm import SamplingParams
 
-    return SamplingParams(**{"temperature": 0, "max_tokens": 12, **settings})
+    return SamplingParams(**{"temperature": 0, "max_tokens": 12, "logprobs": 4, **settings})
 
 
 def _generate(engine, prompts, **settings):
@@ -47,6 +48,10 @@ def _generate(engine, prompts, **settings):
 
 def _chat(engine, chats, **settings):
     return engine.chat(chats, _params(**settings), use_tqdm=False)
+
+
+def _assert_same_text(output, expected, device) -> None:
+    assert_same_texts([Text.of(output)], [Text.of(expected)], device)
 
 
 def _new_records(engine, before: int) -> list[dict]:
@@ -105,14 +110,16 @@ def test_eight_long_requests_share_a_pool_of_two(engine, needle, read_metric) ->
     assert found >= 1
 
 
-def test_second_request_hits_the_prefix_cache_and_gets_the_same_answer(engine, needle) -> None:
+def test_second_request_hits_the_prefix_cache_and_gets_the_same_answer(
+    engine, device, needle
+) -> None:
     chat, _ = needle(50)
     before = _num_records(engine)
     first, second = (_chat(engine, [chat], max_tokens=24)[0] for _ in range(2))
     prompt_len = len(first.prompt_token_ids)
     assert first.num_cached_tokens == 0
     assert prompt_len - WINDOW - 64 <= second.num_cached_tokens <= prompt_len - WINDOW
-    assert second.outputs[0].token_ids == first.outputs[0].token_ids
+    _assert_same_text(second, first, device)
     records = _new_records(engine, before)
     assert [r["compressed"] for r in records] == [True, True]
     assert records[0]["kept_per_head"] == records[1]["kept_per_head"]
@@ -127,12 +134,12 @@ def test_generated_tokens_of_a_compressed_request_are_not_cached(engine, needle)
     assert second.num_cached_tokens == len(first.prompt_token_ids) // 32 * 32
 
 
-def test_short_prompts_beside_long_ones_stay_dense(engine, needle) -> None:
+def test_short_prompts_beside_long_ones_stay_dense(engine, device, needle) -> None:
     before = _num_records(engine)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     outputs = _chat(engine, [needle(60)[0], question, needle(61)[0], question], max_tokens=16)
     assert "Paris" in outputs[1].outputs[0].text
-    assert outputs[1].outputs[0].token_ids == outputs[3].outputs[0].token_ids
+    _assert_same_text(outputs[1], outputs[3], device)
     by_id = {r["request_id"]: r for r in _new_records(engine, before)}
     assert [by_id[o.request_id]["compressed"] for o in outputs] == [True, False, True, False]
     assert by_id[outputs[1].request_id]["evicted_tokens"] == 0
@@ -150,7 +157,7 @@ def test_each_prompt_gets_a_budget_for_its_own_length(engine, needle) -> None:
     assert len({by_id[output.request_id]["region_blocks"] for output in outputs}) == 3
 
 
-def test_abort_in_mid_prefill_and_mid_decode(engine, needle, read_metric) -> None:
+def test_abort_in_mid_prefill_and_mid_decode(engine, device, needle, read_metric) -> None:
     prompts = [_prompt(engine, needle(seed)[0]) for seed in (70, 71, 72)]
     alone = _generate(engine, [prompts[2]], max_tokens=40, ignore_eos=True)[0]
     aborted = []
@@ -169,10 +176,12 @@ def test_abort_in_mid_prefill_and_mid_decode(engine, needle, read_metric) -> Non
     assert aborted == ["r1", "r0"]
     assert not outputs["r0"].finished
     assert len(outputs["r2"].outputs[0].token_ids) == 40
-    assert outputs["r2"].outputs[0].token_ids == alone.outputs[0].token_ids
+    _assert_same_text(outputs["r2"], alone, device)
 
 
-def test_preemption_and_resume_when_tails_outgrow_the_pool(engine, needle, read_metric) -> None:
+def test_preemption_and_resume_when_tails_outgrow_the_pool(
+    engine, device, needle, read_metric
+) -> None:
     before = read_metric(engine, "vllm:num_preemptions")
     num_records = _num_records(engine)
     prompts = [_prompt(engine, needle(seed)[0]) for seed in range(80, 88)]
@@ -188,7 +197,7 @@ def test_preemption_and_resume_when_tails_outgrow_the_pool(engine, needle, read_
     preempted = [r["request_id"] for r in records if r["num_prefills"] > 1]
     name = preempted[0]
     (again,) = _generate(engine, [prompts[int(name[1:])]], max_tokens=380, ignore_eos=True)
-    assert outputs[name].outputs[0].token_ids == again.outputs[0].token_ids
+    _assert_same_text(outputs[name], again, device)
 
 
 def test_parallel_samples_stop_strings_and_logprobs(engine, needle) -> None:

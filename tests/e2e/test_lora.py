@@ -11,6 +11,10 @@ import torch
 from in_process_engines import start, stop
 from tiny_models import tiny_llama
 
+# Merged weights round differently in half precision: not on a GPU.
+pytestmark = pytest.mark.parametrize(
+    "device", ["cpu", "cuda_on_cpu"], indirect=True, scope="module"
+)
 RANK, ALPHA = 8, 32
 # Scores by queries alone, and by the output projection, which the adapter leaves as it is.
 METHODS = ("ada-snapkv", "span")
@@ -91,7 +95,7 @@ def expected(models, engines_in_process):
 
 
 @pytest.fixture(scope="module")
-def engine(models, expected, side):
+def engine(models, expected, device):
     engine = start(models.base, **SETTINGS, enable_lora=True, max_lora_rank=RANK)
     yield engine
     stop(engine)

@@ -1,6 +1,6 @@
 """Models that mix sliding-window layers with full attention: only the latter are compressed.
 
-Tiny Gemma-3 models with random weights, in float32.
+Tiny Gemma-3 models with random weights, in float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from devices import Text, assert_same_texts
 from in_process_engines import start, stop
 from tiny_models import FULL, WINDOWED, tiny_gemma3
 
@@ -30,24 +31,24 @@ PROMPTS = [_prompt(length) for length in (700, 901, 64, 1100)]
 def _texts(engine, prompts=PROMPTS):
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=4)
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = engine.generate(requests, params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs], outputs
+    return [Text.of(output) for output in outputs], outputs
 
 
 @pytest.fixture(scope="module")
-def stock_texts(tiny_gemma, engines_in_process):
-    engine = start(tiny_gemma, dtype="float32")
+def stock_texts(tiny_gemma, dtype, engines_in_process):
+    engine = start(tiny_gemma, dtype=dtype)
     texts, _ = _texts(engine)
     stop(engine)
     return texts
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_gemma, stock_texts):
+def engine(tiny_gemma, dtype, stock_texts):
     # After the stock engine: one at a time in a process.
-    engine = start(tiny_gemma, dtype="float32", kv_compress="span", kv_compress_ratio=RATIO)
+    engine = start(tiny_gemma, dtype=dtype, kv_compress="span", kv_compress_ratio=RATIO)
     yield engine
     stop(engine)
 
@@ -57,15 +58,15 @@ def _configure(engine, ratio, one_shot="auto", method="span"):
     engine.reset_prefix_cache()
 
 
-def test_nothing_evicted_is_stock(engine, stock_texts) -> None:
+def test_nothing_evicted_is_stock(engine, device, stock_texts) -> None:
     _configure(engine, 0.0)
     texts, _ = _texts(engine)
-    assert texts == stock_texts
+    assert_same_texts(texts, stock_texts, device)
 
 
 @pytest.mark.parametrize("method", ["span", "pyramidkv", "h2o"])
 def test_only_full_attention_layers_are_compressed(
-    engine, stock_texts, method, read_metric
+    engine, device, stock_texts, method, read_metric
 ) -> None:
     results = {}
     for one_shot in ("never", "always"):
@@ -79,18 +80,18 @@ def test_only_full_attention_layers_are_compressed(
                 # Two of the six layers.
                 assert [len(heads) for heads in record["kept_per_head"]] == [2, 2]
                 assert record["one_shot"] == (one_shot == "always")
-    assert results["always"] == results["never"]
+    assert_same_texts(results["always"], results["never"], device)
     # The short prompt stays whole; what is evicted of the others matters.
-    assert results["never"][2] == stock_texts[2]
-    assert results["never"] != stock_texts
+    assert_same_texts(results["never"][2:3], stock_texts[2:3], device)
+    assert [text.tokens for text in results["never"]] != [text.tokens for text in stock_texts]
     _texts(engine, [[5, 6, 7]])
     assert read_metric(engine, "vllm:kv_cache_usage_perc") == 0.0
 
 
-def test_prefix_hits_give_the_same_text(engine) -> None:
+def test_prefix_hits_give_the_same_text(engine, device) -> None:
     _configure(engine, RATIO)
     texts, hits = zip(*(_texts(engine, PROMPTS[3:]) for _ in range(3)), strict=True)
-    assert texts[0] == texts[1] == texts[2]
+    assert_same_texts(texts[0] + texts[0], texts[1] + texts[2], device)
     # vLLM keeps of the windowed layers only blocks where it expects a hit, at the prompt's end.
     # Ours ends before the scoring window; there it keeps them from the second time on.
     cached = [output.num_cached_tokens for (output,) in hits]
@@ -98,10 +99,10 @@ def test_prefix_hits_give_the_same_text(engine) -> None:
     assert len(PROMPTS[3]) - 16 - 32 <= cached[2] <= len(PROMPTS[3]) - 16
 
 
-def test_padded_blocks_are_refused(model, tmp_path, engine) -> None:
+def test_padded_blocks_are_refused(model, tmp_path, dtype, engine) -> None:
     from vllm_kvcompress import KVCompressConfigError
 
     stop(engine)
     path = tiny_gemma3(tmp_path, model, [WINDOWED, FULL] * 5 + [WINDOWED])
     with pytest.raises(KVCompressConfigError, match="5 full-attention layers are padded"):
-        start(path, dtype="float32", kv_compress="span", kv_compress_ratio=RATIO)
+        start(path, dtype=dtype, kv_compress="span", kv_compress_ratio=RATIO)

@@ -1,12 +1,14 @@
 """Prompts computed in one shot, in the real engine and a pool of little more than one dense
 request.
 
-The model runs in float32, so that greedy texts do not depend on which requests share a batch.
+On a CPU the model runs in float32, so that greedy texts do not depend on which requests share a
+batch.
 """
 
 from __future__ import annotations
 
 import pytest
+from devices import Text, assert_same_texts
 
 NUM_BLOCKS = 78
 RATIO = 0.875
@@ -14,21 +16,16 @@ METHODS = ("ada-criticalkv", "keydiff", "h2o")
 
 
 @pytest.fixture(scope="module")
-def engine(start_engine):
-    with pytest.MonkeyPatch.context() as patch:
-        # A scheduler in a process of its own could not be given another setting.
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # This process and its later children may go on using every core.
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        yield start_engine(
-            kv_compress="span",
-            kv_compress_ratio=RATIO,
-            dtype="float32",
-            max_model_len=2048,
-            max_num_batched_tokens=2048,
-            num_gpu_blocks_override=NUM_BLOCKS,
-            enable_prefix_caching=True,
-        )
+def engine(start_engine, dtype, engines_in_process):
+    return start_engine(
+        kv_compress="span",
+        kv_compress_ratio=RATIO,
+        dtype=dtype,
+        max_model_len=2048,
+        max_num_batched_tokens=2048,
+        num_gpu_blocks_override=NUM_BLOCKS,
+        enable_prefix_caching=True,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +44,7 @@ def _run(engine, prompts, max_tokens, read_metric):
     """All prompts at once; texts, records of the prompts, most requests running together."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=4)
     llm_engine, outputs, most = engine.llm_engine, {}, 0
     before = len(engine.kv_compress_stats()["requests"])
     for i, prompt in enumerate(prompts):
@@ -56,7 +53,7 @@ def _run(engine, prompts, max_tokens, read_metric):
         for output in llm_engine.step():
             outputs[output.request_id] = output
         most = max(most, read_metric(engine, "vllm:num_requests_running"))
-    texts = [list(outputs[str(i)].outputs[0].token_ids) for i in range(len(prompts))]
+    texts = [Text.of(outputs[str(i)]) for i in range(len(prompts))]
     records = {
         record["request_id"]: record for record in engine.kv_compress_stats()["requests"][before:]
     }
@@ -73,7 +70,7 @@ def prompts(engine, needle):
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
-def test_a_full_pool_takes_prompts_in_one_shot(engine, prompts, read_metric) -> None:
+def test_a_full_pool_takes_prompts_in_one_shot(engine, device, prompts, read_metric) -> None:
     dense_blocks = min(map(len, prompts)) // 32
     assert dense_blocks < NUM_BLOCKS - 1 < 2 * dense_blocks
     results = {}
@@ -84,7 +81,7 @@ def test_a_full_pool_takes_prompts_in_one_shot(engine, prompts, read_metric) -> 
     assert not any(record["one_shot"] for record in records)
     assert most <= 5
     other_texts, other_records, other_most = results["auto"]
-    assert other_texts == texts
+    assert_same_texts(other_texts, texts, device)
     assert other_most == 8
     for record, other in zip(records, other_records, strict=True):
         assert other["kept_per_head"] == record["kept_per_head"]
@@ -97,13 +94,15 @@ def test_a_full_pool_takes_prompts_in_one_shot(engine, prompts, read_metric) -> 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_answers_are_those_of_prompts_with_blocks(engine, prompts, method, read_metric) -> None:
+def test_answers_are_those_of_prompts_with_blocks(
+    engine, device, prompts, method, read_metric
+) -> None:
     texts = {}
     for option in ("never", "always"):
         _configure(engine, option, method)
         texts[option], records, _ = _run(engine, prompts[:2], 16, read_metric)
         assert [r["one_shot"] for r in records] == [option == "always"] * 2
-    assert texts["always"] == texts["never"]
+    assert_same_texts(texts["always"], texts["never"], device)
 
 
 def test_only_prompts_with_blocks_fill_the_prefix_cache(engine, prompts, read_metric) -> None:
@@ -119,7 +118,7 @@ def test_only_prompts_with_blocks_fill_the_prefix_cache(engine, prompts, read_me
         assert hits == [False, is_cached]
 
 
-def test_preempted_requests_come_back_in_one_shot(engine, prompts, read_metric) -> None:
+def test_preempted_requests_come_back_in_one_shot(engine, device, prompts, read_metric) -> None:
     _configure(engine, "always")
     before = read_metric(engine, "vllm:num_preemptions")
     texts, records, _ = _run(engine, prompts[2:], 270, read_metric)
@@ -128,7 +127,7 @@ def test_preempted_requests_come_back_in_one_shot(engine, prompts, read_metric) 
     assert all(record["one_shot"] for record in records)
     (index, *_) = [i for i, record in enumerate(records) if record["num_prefills"] > 1]
     alone, _, _ = _run(engine, [prompts[2 + index]], 270, read_metric)
-    assert texts[index] == alone[0]
+    assert_same_texts([texts[index]], alone, device)
 
 
 def test_a_prompt_longer_than_a_step_gets_blocks(engine, prompts, read_metric) -> None:
@@ -137,4 +136,4 @@ def test_a_prompt_longer_than_a_step_gets_blocks(engine, prompts, read_metric) -
     texts, (long, short), _ = _run(engine, [longest, prompts[2]], 3, read_metric)
     assert not long["one_shot"] and long["blocks_returned"] > 0
     assert short["one_shot"]
-    assert all(len(text) == 3 for text in texts)
+    assert all(len(text.tokens) == 3 for text in texts)

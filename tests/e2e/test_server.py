@@ -41,7 +41,7 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory):
+def server(model, device, tmp_path_factory):
     port = _free_port()
     flags = [
         "--port",
