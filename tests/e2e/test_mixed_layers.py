@@ -8,10 +8,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from devices import Text, assert_same_texts
+from devices import EVERYWHERE, Text, assert_same_texts
 from in_process_engines import start, stop
 from tiny_models import FULL, WINDOWED, tiny_gemma3
 
+pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 RATIO = 0.75
 
 

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from devices import TOLERANCES, Text, assert_same_texts
+from devices import EVERYWHERE, TOLERANCES, Text, assert_same_texts
 from in_process_engines import start, stop
 from plain_model import PlainModel
 from tiny_models import FULL, WINDOWED, tiny_gemma3, tiny_gpt_oss, tiny_llama, tiny_qwen3
 
 from vllm_kvcompress.compaction import Compactor
 
+pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 RATIO, LOW_RATIO = 0.75, 0.6
 BLOCK, NUM_HEADS = 32, 2
 # Full-attention layers of each, and how to build it.

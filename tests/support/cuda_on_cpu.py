@@ -27,11 +27,42 @@ def pretend_triton_has_a_cpu_backend() -> None:
 
 
 def use_cuda_side(patch: Any) -> None:
-    """Make engines of this process take the CUDA side; `patch` is a pytest MonkeyPatch."""
-    from vllm_kvcompress.vllm_integration import validate
+    """Make engines of this process take the CUDA side; `patch` is a pytest MonkeyPatch.
 
+    As on a GPU, layers with a sliding window get the stock FlashAttention backend. Engines without
+    compression stay what they are.
+    """
+    from cuda_rig import attend, attend_with_lse, store
+    from vllm.config import get_current_vllm_config
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends import flash_attn
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_kvcompress.vllm_integration import backend_cuda, validate
+
+    stock_choice = CpuPlatform.get_attn_backend_cls
+
+    def choose(selected: Any, *args: Any, **kwargs: Any) -> str:
+        if selected is AttentionBackendEnum.CUSTOM:
+            return selected.get_path()
+        kinds = get_current_vllm_config().attention_config.backend_per_kind
+        if AttentionBackendEnum.CUSTOM in kinds.values():
+            return AttentionBackendEnum.FLASH_ATTN.get_path()
+        return stock_choice(selected, *args, **kwargs)
+
+    def check(vllm_config: Any) -> tuple[()]:
+        validate._use_own_backend(vllm_config.attention_config)
+        return ()
+
+    patch.setattr(CpuPlatform, "get_attn_backend_cls", staticmethod(choose))
     patch.setattr(validate, "CPU_WORKER", "cuda_path_worker.CUDAPathWorker")
-    patch.setattr(validate, "_cpu", lambda vllm_config: ())
+    patch.setattr(validate, "_cpu", check)
+    patch.setattr(flash_attn.FlashAttentionImpl, "forward", attend)
+    patch.setattr(flash_attn.FlashAttentionImpl, "do_kv_cache_update", store)
+    patch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: 3)
+    patch.setattr(flash_attn, "get_scheduler_metadata", lambda **kwargs: None, raising=False)
+    patch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
+    patch.setattr(backend_cuda, "attend_with_lse", attend_with_lse)
 
 
 def main() -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from cuda_rig import attend, store
 from vllm.v1.attention import selector
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
-from vllm_kvcompress.vllm_integration.worker_cuda import _rows_of_v1, _rows_of_v2
+from vllm_kvcompress.vllm_integration.worker_cuda import _BACKEND_PATH, _rows_of_v1, _rows_of_v2
 
 
 class CUDAPathWorker(CompressionWorker, CPUWorker):
@@ -21,10 +19,8 @@ class CUDAPathWorker(CompressionWorker, CPUWorker):
     _is_staged = True
 
     def init_device(self) -> None:
-        FlashAttentionImpl.forward = attend
-        FlashAttentionImpl.do_kv_cache_update = store
-        path = "vllm_kvcompress.vllm_integration.backend_cuda.KVCompressCUDABackend"
-        register_backend(AttentionBackendEnum.CPU_ATTN, path)
+        register_backend(AttentionBackendEnum.CUSTOM, _BACKEND_PATH)
+        # An engine without compression may have been here before, and may follow.
         selector._cached_get_attn_backend.cache_clear()
         super().init_device()
 
@@ -49,6 +45,5 @@ class CUDAPathWorker(CompressionWorker, CPUWorker):
             return super().execute_model(scheduler_output, *args, **kwargs)
 
     def shutdown(self) -> None:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
         selector._cached_get_attn_backend.cache_clear()
         super().shutdown()

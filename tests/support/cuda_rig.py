@@ -54,20 +54,10 @@ def attend(
     kv_cache: torch.Tensor,
     metadata: Any,
     output: torch.Tensor,
+    **scales: None,
 ) -> torch.Tensor:
     """Stands in for FlashAttention: causal attention of each row over its blocks, in float64."""
-    starts, head_size = metadata.query_start_loc.tolist(), query.shape[2]
-    for row, seq_len in enumerate(metadata.seq_lens.tolist()):
-        start, end = starts[row], starts[row + 1]
-        num_blocks = -(-seq_len // kv_cache.shape[2])
-        pages = kv_cache[metadata.block_table[row, :num_blocks].long()]
-        # [n, H, 2 d]
-        entries = pages.transpose(1, 2).flatten(0, 1)[:seq_len].double()
-        keys, values = entries.split(head_size, dim=-1)
-        is_read = torch.ones(end - start, seq_len, dtype=torch.bool).tril(seq_len - end + start)
-        output[start:end] = reference_attention(
-            query[start:end], keys, values, is_read[None], impl.scale
-        )
+    _attend_rows(impl, query, kv_cache, metadata, output)
     return output
 
 
@@ -81,17 +71,40 @@ def attend_with_lse(
     output: torch.Tensor,
 ) -> torch.Tensor:
     """Stands in for FlashAttention where its logarithms of sums are asked for too."""
-    attend(impl, None, query, key, value, kv_cache, metadata, output)
-    starts, lses = metadata.query_start_loc.tolist(), []
+    lses = _attend_rows(impl, query, kv_cache, metadata, output)
+    return torch.cat(lses, dim=-1).flatten(0, 1).float()
+
+
+def _attend_rows(
+    impl: Any, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, output: torch.Tensor
+) -> list[torch.Tensor]:
+    """Writes the output; returns each row's [H, g, m] logarithms of sums, sinks not among them."""
+    if metadata is None:
+        # vLLM measures its memory.
+        output.zero_()
+        return []
+    starts, head_size, lses = metadata.query_start_loc.tolist(), query.shape[2], []
     for row, seq_len in enumerate(metadata.seq_lens.tolist()):
-        own = query[starts[row] : starts[row + 1]].double()
-        pages = kv_cache[metadata.block_table[row, : -(-seq_len // kv_cache.shape[2])].long()]
-        keys = pages.transpose(1, 2).flatten(0, 1)[:seq_len, :, : query.shape[2]].double()
-        heads = own.unflatten(1, (keys.shape[1], -1))
-        logits = torch.einsum("mhgd,nhd->hgmn", heads, keys).flatten(0, 1) * impl.scale
-        is_read = torch.ones(logits.shape[1:], dtype=torch.bool).tril(seq_len - len(own))
-        lses.append(logits.masked_fill(~is_read, -torch.inf).logsumexp(dim=-1))
-    return torch.cat(lses, dim=1).float()
+        start, end = starts[row], starts[row + 1]
+        num_blocks = -(-seq_len // kv_cache.shape[2])
+        pages = kv_cache[metadata.block_table[row, :num_blocks].long()]
+        # [n, H, 2 d]
+        entries = pages.transpose(1, 2).flatten(0, 1)[:seq_len].double()
+        keys, values = entries.split(head_size, dim=-1)
+        is_read = torch.ones(end - start, seq_len, dtype=torch.bool).tril(seq_len - end + start)
+        if impl.sliding_window[0] >= 0:
+            is_read = is_read.triu(seq_len - end + start - impl.sliding_window[0])
+        output[start:end], lse = _attention(
+            query[start:end],
+            keys,
+            values,
+            is_read[None],
+            impl.scale,
+            impl.logits_soft_cap,
+            impl.sinks,
+        )
+        lses.append(lse)
+    return lses
 
 
 def reference_attention(
@@ -102,13 +115,32 @@ def reference_attention(
     scale: float = SCALE,
 ) -> torch.Tensor:
     """[m, Hq, d] float64 attention of queries to [n, H, d] keys, where is_read [H or 1, m, n]."""
-    num_heads = keys.shape[1]
-    heads = query.double().unflatten(1, (num_heads, -1))
+    return _attention(query, keys, values, is_read, scale)[0]
+
+
+def _attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    is_read: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `reference_attention`, and [H, g, m] logarithms of the sums over keys."""
+    heads = query.double().unflatten(1, (keys.shape[1], -1))
     logits = torch.einsum("mhgd,nhd->hgmn", heads, keys) * scale
-    weights = logits.masked_fill(~is_read[:, None].to(logits.device), -torch.inf).softmax(dim=-1)
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    logits = logits.masked_fill(~is_read[:, None].to(logits.device), -torch.inf)
+    lse = logits.logsumexp(dim=-1)
+    total = lse
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks.double().view(*heads.shape[1:3], 1))
+    weights = (logits - total[..., None]).exp()
     # What nobody may read may be NaN.
     values = torch.where(is_read.any(dim=1).t()[..., None].to(values.device), values, 0.0)
-    return torch.einsum("hgmn,nhd->mhgd", weights, values).flatten(1, 2)
+    return torch.einsum("hgmn,nhd->mhgd", weights, values).flatten(1, 2), lse
 
 
 @dataclass
@@ -187,6 +219,7 @@ class Rig:
             head_size=shape.head_size,
             logits_soft_cap=0,
             sinks=None,
+            sliding_window=(-1, -1),
             vllm_flash_attn_version=flash_attn_version,
         )
         # Where vLLM keeps a step's inputs, always at the same addresses.
