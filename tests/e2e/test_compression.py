@@ -8,9 +8,8 @@ and which requests share a batch (in bfloat16 stock vLLM's do).
 from __future__ import annotations
 
 import pytest
-from devices import EVERYWHERE, Text, assert_same_texts
+from devices import Text, assert_same_texts
 
-pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 NUM_BLOCKS = 125
 RATIO = 0.875
 WINDOW = 32

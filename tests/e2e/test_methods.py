@@ -11,13 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import EVERYWHERE, Text, assert_same_texts
+from devices import Text, assert_same_texts
 
 from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import RECIPES, scorer_class
 from vllm_kvcompress.policies.recipes import BUDGETS
 
-pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 BUDGET = 320
 WINDOW = 32
 NUM_LAYERS, NUM_HEADS, GROUP, HEAD_SIZE = 30, 3, 3, 64

@@ -8,9 +8,8 @@ batch.
 from __future__ import annotations
 
 import pytest
-from devices import EVERYWHERE, Text, assert_same_texts
+from devices import Text, assert_same_texts
 
-pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 NUM_BLOCKS = 78
 RATIO = 0.875
 METHODS = ("ada-criticalkv", "keydiff", "h2o")

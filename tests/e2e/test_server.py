@@ -13,6 +13,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from compiled_ops import need_compiled_ops
+
+from vllm_kvcompress import ops
 
 STARTUP_S = 400
 
@@ -149,6 +152,12 @@ def test_too_long_prompt_gets_vllms_error(client, prose) -> None:
 
     with pytest.raises(BadRequestError, match="2560"):
         client.completions.create(model="smollm2", prompt=prose(5, 400), max_tokens=4)
+
+
+def test_start_up_says_which_ops(server) -> None:
+    need_compiled_ops()
+    line = f"layers x 3 KV heads, ops: native ({ops.instruction_set()})\n"
+    assert line in server.output()
 
 
 def test_summary_line_and_empty_pool_after_all(server, client) -> None:
