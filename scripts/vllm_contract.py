@@ -130,9 +130,13 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "BlockPool.get_num_free_blocks(self)",
         "BlockPool.num_gpu_blocks",
     ),
-    "v1/core/kv_cache_coordinator.py": ("KVCacheCoordinator.single_type_managers",),
+    "v1/core/kv_cache_coordinator.py": (
+        "KVCacheCoordinator.cache_blocks(self, request, num_computed_tokens)",
+        "KVCacheCoordinator.single_type_managers",
+    ),
     "v1/core/sched/async_scheduler.py": ("AsyncScheduler",),
     "v1/core/sched/scheduler.py": (
+        "Scheduler._preempt_request(self, request, timestamp, drop_stale_output)",
         "Scheduler._reserve_prefill_lookahead(self, request, num_computed_tokens, num_new_tokens)",
         "Scheduler.kv_cache_manager",
     ),
@@ -148,8 +152,6 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "SchedulerOutput.scheduled_new_reqs",
     ),
     "v1/core/single_type_kv_cache_manager.py": (
-        "FullAttentionManager.cache_blocks(self, request, num_tokens, retention_interval, "
-        "replay_boundaries)",
         "FullAttentionManager.find_longest_cache_hit(cls, block_hashes, max_length, "
         "kv_cache_group_ids, block_pool, kv_cache_spec, drop_eagle_block, alignment_tokens, "
         "dcp_world_size, pcp_world_size)",
@@ -185,6 +187,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "uniform_type_base_spec)",
     ),
     "v1/request.py": (
+        "Request.num_computed_tokens",
         "Request.num_prompt_tokens",
         "Request.request_id",
         "Request.skip_reading_prefix_cache",

@@ -6,6 +6,7 @@ Tiny Gemma-3 models with random weights, in float32 on a CPU.
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 from devices import EVERYWHERE, Text, assert_same_texts
@@ -29,12 +30,15 @@ def _prompt(length):
 PROMPTS = [_prompt(length) for length in (700, 901, 64, 1100)]
 
 
-def _texts(engine, prompts=PROMPTS):
+def _params():
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=4)
+    return SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=4)
+
+
+def _texts(engine, prompts=PROMPTS):
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
-    outputs = engine.generate(requests, params, use_tqdm=False)
+    outputs = engine.generate(requests, _params(), use_tqdm=False)
     return [Text.of(output) for output in outputs], outputs
 
 
@@ -98,6 +102,27 @@ def test_prefix_hits_give_the_same_text(engine, device) -> None:
     cached = [output.num_cached_tokens for (output,) in hits]
     assert cached[:2] == [0, 0]
     assert len(PROMPTS[3]) - 16 - 32 <= cached[2] <= len(PROMPTS[3]) - 16
+
+
+@pytest.mark.parametrize("num_steps", [2, 12, 25])
+def test_preempted_soon_after_its_prompt_a_request_goes_on(engine, device, num_steps) -> None:
+    # Its windowed layers have kept what a lookup of prompt and output would hit.
+    _configure(engine, RATIO)
+    (expected,), _ = _texts(engine, PROMPTS[1:2])
+    llm_engine = engine.llm_engine
+    scheduler = llm_engine.engine_core.engine_core.scheduler
+    llm_engine.add_request("preempted", {"prompt_token_ids": PROMPTS[1]}, _params())
+    num_done, outputs = 0, {}
+    while llm_engine.has_unfinished_requests():
+        outputs.update((output.request_id, output) for output in llm_engine.step())
+        num_done += 1
+        if num_done == num_steps:
+            (request,) = scheduler.running
+            assert request.num_computed_tokens >= len(PROMPTS[1])
+            scheduler.running.clear()
+            scheduler._preempt_request(request, time.monotonic())
+    assert request.num_preemptions == 1
+    assert_same_texts([Text.of(outputs["preempted"])], [expected], device)
 
 
 def test_padded_blocks_are_refused(model, tmp_path, dtype, engine) -> None:

@@ -25,7 +25,10 @@ from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.vllm_integration.kv_cache import KVCompressManager
+from vllm_kvcompress.vllm_integration.kv_cache import (
+    KVCompressManager,
+    cache_only_before_compaction,
+)
 from vllm_kvcompress.vllm_integration.scheduler import KVCompressScheduler
 
 
@@ -56,7 +59,8 @@ class Machine:
         self.pool = self.kv.block_pool
         (self.manager,) = self.kv.coordinator.single_type_managers
         assert type(self.manager) is KVCompressManager
-        # Of the scheduler, only the end of chunks is asked for.
+        cache_only_before_compaction(self.kv.coordinator)
+        # Of the scheduler, only what it adds to vLLM's is asked for.
         self.scheduler = object.__new__(KVCompressScheduler)
         self.scheduler.kv_cache_manager, self.scheduler.num_prefill_lookahead = self.kv, 0
         self.hasher = get_request_block_hasher(self.bs, sha256) if setup.caching else None
@@ -407,6 +411,7 @@ class Machine:
         if self.is_compressed(sequence):
             self.seen[f"preempted mid {self._phase(sequence)}"] += 1
         self.running.remove(sequence)
+        self.scheduler._forgo_prefix_cache(request)
         self.kv.free(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
@@ -461,7 +466,6 @@ class Machine:
         assert set(self.manager.num_cached_block) <= set(rows)
         live = set(rows) | {sequence.id for sequence in self.waiting}
         assert set(self.manager._prompt_lens) <= live
-        assert set(self.manager._compacted) <= set(rows)
         assert set(self.manager._one_shot) <= live
         self.check_pool(rows)
         for sequence in self.running:
@@ -508,6 +512,8 @@ class Machine:
         if self.is_compressed(sequence):
             num_cacheable = min(num_cacheable, compact_len // self.bs)
         num_cached = min(compact_len, sequence.num_slots) // self.bs
+        if sequence.is_one_shot:
+            num_cacheable = num_cached = 0
         for i, block in enumerate(row[num_null:], start=num_null):
             if block.block_hash is not None:
                 assert i < num_cacheable, f"block {i} of {sequence.id} is in the prefix cache"
@@ -556,5 +562,4 @@ class Machine:
         assert not manager.req_to_blocks
         assert not manager.num_cached_block
         assert not manager._prompt_lens
-        assert not manager._compacted
         assert not manager._one_shot

@@ -99,8 +99,6 @@ class KVCompressManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: KVCompressSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._prompt_lens: dict[str, int] = {}
-        # Requests whose prompt has been compacted, by id.
-        self._compacted: dict[str, Any] = {}
         # Requests that get no blocks for what they evict.
         self._one_shot: set[str] = set()
         # Prompt lengths of the last requests that gave their blocks up: preempted ones come back.
@@ -262,27 +260,6 @@ class KVCompressManager(FullAttentionManager):
         if geometry.is_compressed and processed_computed_tokens >= geometry.compact_len:
             self._remove_blocks_in_range(request_id, 0, geometry.first_kept_block)
 
-    def cache_blocks(
-        self,
-        request: Any,
-        num_tokens: int,
-        retention_interval: int | None = None,
-        *,
-        replay_boundaries: Sequence[int],
-    ) -> None:
-        """Offer full prompt blocks to the prefix cache, never tokens after compaction.
-
-        The K and V of tokens computed over a compressed prompt depend on what was evicted.
-        """
-        geometry = self.geometry.of(request.num_prompt_tokens)
-        if geometry.is_compressed:
-            if num_tokens >= geometry.compact_len:
-                self._compacted[request.request_id] = request
-            num_tokens = min(num_tokens, geometry.boundary_block * self.block_size)
-        super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
-        )
-
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; also the first half of a preemption."""
         prompt_len = self._prompt_lens.pop(request_id, None)
@@ -291,12 +268,6 @@ class KVCompressManager(FullAttentionManager):
             if len(self._freed) > _MOST_FREED:
                 self._freed.popitem(last=False)
         self._one_shot.discard(request_id)
-        compacted = self._compacted.pop(request_id, None)
-        if compacted is not None:
-            # If it is resumed, the lookup would start from prompt plus output and could hit past
-            # the window (another prompt may contain our output), so that the window's queries
-            # would never be computed. Not set earlier: vLLM counts no hits of such requests.
-            compacted.skip_reading_prefix_cache = True
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -338,6 +309,28 @@ def compressing_manager(coordinator: Any) -> KVCompressManager:
     """The one of a coordinator's block managers that compresses."""
     (manager,) = (m for m in coordinator.single_type_managers if isinstance(m, KVCompressManager))
     return manager
+
+
+def cache_only_before_compaction(coordinator: Any) -> None:
+    """Have no group of layers offer the prefix cache what must not or cannot be read from there.
+
+    K and V of tokens past a compaction point depend on what was evicted, in windowed layers too.
+    The blocks that a one-shot prompt has are of no use without those that it never had.
+    """
+    manager, cache_blocks = compressing_manager(coordinator), coordinator.cache_blocks
+
+    def cache_exact_blocks(request: Any, num_computed_tokens: int) -> None:
+        geometry = manager.geometry.of(request.num_prompt_tokens)
+        if geometry.is_compressed:
+            row = manager.req_to_blocks.get(request.request_id)
+            if row and row[0].is_null:
+                # In one shot, or compacted, and then all that may be cached is.
+                return
+            last = geometry.boundary_block * manager.block_size
+            num_computed_tokens = min(num_computed_tokens, last)
+        cache_blocks(request, num_computed_tokens)
+
+    coordinator.cache_blocks = cache_exact_blocks
 
 
 def register_spec() -> None:

@@ -7,6 +7,8 @@ suffix_tokens the compaction point lies before the prompt's end.
 
 No chunk before that point has a single token: on a GPU, vLLM runs such a row as a decode, in a
 captured graph, where nobody could collect its query.
+
+And what tokens computed over a compressed prompt leave in the cache is for nobody else to read.
 """
 
 from __future__ import annotations
@@ -16,11 +18,23 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager
+from vllm_kvcompress.memory import RequestGeometry
+from vllm_kvcompress.vllm_integration.kv_cache import (
+    cache_only_before_compaction,
+    compressing_manager,
+)
 
 
-class _EndAtCompactionPoint:
+class _CompressionScheduler:
     """Mixin for vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        cache_only_before_compaction(self.kv_cache_manager.coordinator)
+
+    def _geometry_of(self, request: Any) -> RequestGeometry:
+        manager = compressing_manager(self.kv_cache_manager.coordinator)
+        return manager.geometry.of(request.num_prompt_tokens)
 
     def _reserve_prefill_lookahead(
         self, request: Any, num_computed_tokens: int, num_new_tokens: int
@@ -29,11 +43,22 @@ class _EndAtCompactionPoint:
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        manager = compressing_manager(self.kv_cache_manager.coordinator)
-        geometry = manager.geometry.of(request.num_prompt_tokens)
+        geometry = self._geometry_of(request)
         if not geometry.is_compressed:
             return num_new_tokens
         return chunk_tokens(geometry.compact_len - num_computed_tokens, num_new_tokens)
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        self._forgo_prefix_cache(request)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def _forgo_prefix_cache(self, request: Any) -> None:
+        # When it is resumed, the lookup would start from prompt plus output and could hit past the
+        # window (another prompt may contain our output), so that the window's queries would never
+        # be computed. Not said earlier: vLLM counts no hits of such requests.
+        geometry = self._geometry_of(request)
+        if geometry.is_compressed and request.num_computed_tokens >= geometry.compact_len:
+            request.skip_reading_prefix_cache = True
 
 
 def chunk_tokens(num_missing: int, num_new_tokens: int) -> int:
@@ -55,9 +80,9 @@ def chunk_tokens(num_missing: int, num_new_tokens: int) -> int:
     return num_tokens if num_tokens > 1 else 0
 
 
-class KVCompressScheduler(_EndAtCompactionPoint, Scheduler):
+class KVCompressScheduler(_CompressionScheduler, Scheduler):
     """vLLM's scheduler, chunks ending at the compaction point."""
 
 
-class KVCompressAsyncScheduler(_EndAtCompactionPoint, AsyncScheduler):
+class KVCompressAsyncScheduler(_CompressionScheduler, AsyncScheduler):
     """vLLM's asynchronous scheduler, chunks ending at the compaction point."""
