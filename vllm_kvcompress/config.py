@@ -119,10 +119,7 @@ class KVCompressConfig:
         Raises:
             KVCompressConfigError: on a missing method, a wrong type or an unknown key.
         """
-        if not isinstance(raw, Mapping):
-            raise KVCompressConfigError(
-                f"kv_compress must be a mapping, got {type(raw).__name__} {raw!r}"
-            )
+        _check_mapping(raw)
         if raw.get("method") is None:
             raise KVCompressConfigError(f"kv_compress needs a method; known: {', '.join(RECIPES)}")
         if not isinstance(raw["method"], str):
@@ -150,8 +147,10 @@ def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
     """Join two partial kv_compress mappings (flags and --additional-config).
 
     Raises:
-        KVCompressConfigError: if both name a key with different values.
+        KVCompressConfigError: if one is no mapping, or both name a key with different values.
     """
+    _check_mapping(first)
+    _check_mapping(second)
     merged = dict(first)
     for key, value in second.items():
         both_map = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
@@ -164,6 +163,13 @@ def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
         else:
             merged[key] = value
     return merged
+
+
+def _check_mapping(raw: Any) -> None:
+    if not isinstance(raw, Mapping):
+        raise KVCompressConfigError(
+            f"kv_compress must be a mapping, got {type(raw).__name__} {raw!r}"
+        )
 
 
 def parse_options_json(text: str) -> dict[str, Any]:

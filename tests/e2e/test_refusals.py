@@ -125,6 +125,7 @@ def test_bad_setting(model, kv_compress, message) -> None:
             "speculative decoding",
         ),
         ({"worker_cls": "some.other.Worker"}, "cannot use 'some.other.Worker'"),
+        ({"block_size": 24}, "must be a multiple of 16, got 24"),
         ({"runner": "pooling"}, "pooling models"),
         ({"tensor_parallel_size": 9, "decode_context_parallel_size": 3}, "decode context"),
     ],

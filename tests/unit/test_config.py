@@ -226,6 +226,13 @@ def test_config_is_frozen():
         config.budget = 5
 
 
+@pytest.mark.parametrize("raw", ["span", True, ["span"]])
+def test_merge_settings_wants_mappings(raw):
+    for pair in ((raw, {"budget": 99}), ({"budget": 99}, raw)):
+        with pytest.raises(KVCompressConfigError, match="kv_compress must be a mapping, got"):
+            merge_settings(*pair)
+
+
 def test_merge_settings():
     first = {"method": "snapkv", "options": {"pool_kernel": 5}}
     second = {"budget": 64, "method": "snapkv", "options": {"pool_kind": "avg"}}

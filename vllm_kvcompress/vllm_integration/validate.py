@@ -14,6 +14,8 @@ CPU_WORKER = "vllm_kvcompress.vllm_integration.worker_cpu.KVCompressCPUWorker"
 CUDA_WORKER = "vllm_kvcompress.vllm_integration.worker_cuda.KVCompressCUDAWorker"
 # Tokens. vLLM's CPU default of 128 is too coarse for per-head pages.
 DEFAULT_BLOCK_SIZE = {CPU_WORKER: 32, CUDA_WORKER: 16}
+# vLLM's attention kernels, on a CPU and FlashAttention's, take multiples of it.
+_BLOCK_UNIT = 16
 # A chunk is never one token, nor does it leave one (see scheduler.py).
 _FEWEST_STEP_TOKENS = 3
 # vLLM's name of layers with full attention.
@@ -50,6 +52,10 @@ def prepare_engine_args(engine_args: Any) -> KVCompressConfig | None:
     engine_args.worker_cls = worker
     if engine_args.block_size is None:
         engine_args.block_size = DEFAULT_BLOCK_SIZE[worker]
+    elif engine_args.block_size % _BLOCK_UNIT:
+        raise KVCompressConfigError(
+            f"--block-size must be a multiple of {_BLOCK_UNIT}, got {engine_args.block_size}"
+        )
     config.check_block_size(engine_args.block_size)
     engine_args.additional_config = {**additional, "kv_compress": config.to_dict()}
     return config
@@ -94,6 +100,7 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         (model.runner_type != "generate", f"pooling models (runner {model.runner_type!r})"),
         (model.use_mla, "MLA models, whose cache has no KV heads"),
         (model.is_encoder_decoder, "encoder-decoder models"),
+        (model.is_diffusion, "diffusion language models"),
         (model.is_attention_free, "attention-free models"),
         (model.is_hybrid, "hybrid state-space models"),
         (
