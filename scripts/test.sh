@@ -10,8 +10,9 @@ if [[ $# -gt 0 ]]; then
   exec "${pytest[@]}" "$@"
 fi
 status=0
-# Tests without an engine share the cores by file; an engine takes them all.
+# Tests share the cores by file; two engines at a time, each with half of them.
 OMP_NUM_THREADS=1 "${pytest[@]}" tests/unit tests/kernels tests/integration -n auto --dist loadfile ||
   status=$?
-"${pytest[@]}" tests/e2e || status=$?
+OMP_NUM_THREADS=$((($(nproc) + 1) / 2)) VLLM_CPU_OMP_THREADS_BIND=nobind \
+  "${pytest[@]}" tests/e2e -n 2 --dist loadfile || status=$?
 exit "$status"

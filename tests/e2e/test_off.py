@@ -14,7 +14,7 @@ WORKERS = {
 
 @pytest.fixture(scope="module")
 def prompts(prose) -> list[str]:
-    return [prose(seed, 2 + 4 * seed) for seed in range(20)]
+    return [prose(seed, 2 + 8 * seed) for seed in range(10)]
 
 
 def _generate(engine, prompts: list[str]) -> list[list[tuple[int, ...]]]:
