@@ -24,7 +24,7 @@ def _stream_of_page(page, offsets_ptr, NUM_STREAMS: tl.constexpr, STEPS: tl.cons
     return stream
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "indices_stride"])
 def _compact_kernel(
     pool_ptr,
     rows_ptr,
@@ -127,7 +127,7 @@ def compact(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_moves"])
 def _move_entries_kernel(
     source_ptr,
     source_index_ptr,

@@ -6,10 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from .paging import UNALIGNED
+
 JOIN = {"mean": 0, "sum": 1, "max": 2}
 PAGE_REDUCE = {"token": 0, "max": 1, "mean": 2, "rms": 3}
 _TILE = 256
-_MAX_CHUNKS = 32
+_NUM_CHUNKS = 32
 
 
 @triton.jit
@@ -46,7 +48,7 @@ def _load_groups(
     return tl.where(is_group[:, None], scores, absent)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _mean_scores_kernel(
     sums_ptr,
     scores_ptr,
@@ -79,7 +81,7 @@ def _mean_scores_kernel(
     tl.store(sums_ptr + (request * tl.num_programs(1) + head) * NUM_CHUNKS + chunk, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _join_scores_kernel(
     out_ptr,
     scores_ptr,
@@ -165,7 +167,7 @@ def _join_scores_kernel(
     tl.store(out_row_ptr + tokens, score, mask=tokens < num_rated)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _widen_kernel(
     out_ptr,
     scores_ptr,
@@ -239,14 +241,14 @@ def join_scores(
     num_requests, num_kv_heads, num_groups, max_rated = scores.shape
     if num_requests == 0 or max_rated == 0:
         return
-    joined = torch.empty(
-        num_requests, num_kv_heads, max_rated, dtype=torch.float32, device=scores.device
-    )
+    # Rows as far apart as those of the scores.
+    size = (num_requests, num_kv_heads, scores.stride(2))
+    joined = torch.empty(size, dtype=torch.float32, device=scores.device)
     strides = (scores.stride(0), scores.stride(1), scores.stride(2))
     shape = {
         "NUM_GROUPS": num_groups,
         "JOIN_KIND": JOIN[group_reduce],
-        "NUM_CHUNKS": min(_MAX_CHUNKS, triton.next_power_of_2(triton.cdiv(max_rated, 2 * _TILE))),
+        "NUM_CHUNKS": _NUM_CHUNKS,
         "TILE_G": triton.next_power_of_2(num_groups),
         "TILE": _TILE,
         "num_warps": 4,

@@ -15,6 +15,19 @@ ROW_BOUNDARY_BLOCK = tl.constexpr(2)
 ROW_FIRST_KEPT_BLOCK = tl.constexpr(3)
 ROW_WIDTH = tl.constexpr(4)
 
+# A kernel must not be compiled once more for another prompt or batch. These arguments are parts of
+# larger tensors, which start at a multiple of 16 bytes or not, as it happens; kernels read single
+# numbers there. For the same reason sizes of launches are not specialized, and callers keep the
+# strides of scores multiples of 16.
+UNALIGNED = (
+    "guaranteed_ptr",
+    "num_candidates_ptr",
+    "num_entries_ptr",
+    "num_pages_ptr",
+    "num_rated_ptr",
+    "totals_ptr",
+)
+
 
 def is_interpreted() -> bool:
     """Whether the kernels were loaded into Triton's interpreter, and so run on CPU tensors."""

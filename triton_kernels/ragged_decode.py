@@ -69,7 +69,10 @@ def _with_sink(out, lse, sinks_ptr, heads, mask, HAS_SINKS: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(
+    do_not_specialize=["layer", "num_query_tokens", "offsets_stride", "table_stride"],
+    do_not_specialize_on_alignment=["offsets_ptr", "table_ptr"],
+)
 def _ragged_decode_kernel(
     out_ptr,
     partial_ptr,
@@ -216,7 +219,10 @@ def _ragged_decode_kernel(
         tl.store(lse_ptr + entry, lse, mask=m_mask)
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(
+    do_not_specialize=["layer", "num_query_tokens", "offsets_stride"],
+    do_not_specialize_on_alignment=["offsets_ptr"],
+)
 def _merge_splits_kernel(
     out_ptr,
     partial_ptr,

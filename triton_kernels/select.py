@@ -6,7 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .paging import UNALIGNED
+
 _TILE = 1024
+# Entries that a stream may have, in bits; a constant, so that longer prompts compile nothing.
+_RANK_BITS = 24
 # Four digits of eight bits; see `_order_key`.
 NUM_DIGITS = tl.constexpr(4)
 
@@ -60,7 +64,7 @@ def _chosen_digit(counts, wanted):
     return tl.maximum(tl.sum((counts >= wanted).to(tl.int32), axis=0) - 1, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _joint_digit_kernel(
     row_counts_ptr,
     group_counts_ptr,
@@ -153,7 +157,7 @@ def _whole_pages(counts, in_group, total, PAGE_SIZE: tl.constexpr, STEPS: tl.con
     return pages + tl.where(missing > 0, more, 0) - tl.where(missing < 0, fewer, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _share_pages_kernel(
     num_pages_ptr,
     row_counts_ptr,
@@ -198,7 +202,7 @@ def joint_page_counts(
     page_size: int,
 ) -> None:
     """See `ops.joint_page_counts`."""
-    num_requests, num_streams, max_entries = scores.shape
+    num_requests, num_streams, _ = scores.shape
     num_groups = total_pages.shape[1]
     if num_requests == 0:
         return
@@ -228,14 +232,14 @@ def joint_page_counts(
         group_counts,
         total_pages,
         guaranteed,
-        STEPS=(max_entries + 1).bit_length(),
+        STEPS=_RANK_BITS,
         TILE_S=triton.next_power_of_2(streams_per_group),
         num_warps=4,
         **shape,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["indices_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def _select_kernel(
     indices_ptr,
     offsets_ptr,

@@ -18,7 +18,7 @@ from .paging import (
 _TOKENS_PER_PROGRAM = 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "table_stride"])
 def _token_slots_kernel(
     slots_ptr,
     rows_ptr,

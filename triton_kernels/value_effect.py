@@ -10,6 +10,7 @@ from .paging import (
     ROW_BOUNDARY_BLOCK,
     ROW_NUM_REGION_BLOCKS,
     ROW_WIDTH,
+    UNALIGNED,
     dot,
     prompt_entries,
 )
@@ -32,7 +33,10 @@ def _root_columns(
     )
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(
+    do_not_specialize=["layer", "tiles_per_program", "table_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def _value_effect_kernel(
     effect_ptr,
     pool_ptr,

@@ -13,6 +13,7 @@ from .paging import (
     ROW_NUM_REGION_BLOCKS,
     ROW_SEQ_LEN,
     ROW_WIDTH,
+    UNALIGNED,
     dot,
     prompt_entries,
     squash,
@@ -23,7 +24,8 @@ REDUCE = {"mean": 0, "sum": 1, "max": 2, "defensive": 3}
 DEFENSIVE = tl.constexpr(REDUCE["defensive"])
 # Query rows (head of the group x window) that one program holds.
 _MAX_TILE_M = 128
-_MAX_SPLITS = 32
+# Pieces that the keys are cut into where their sums are not known; few prompts end at once.
+_NUM_SPLITS = 32
 _PROGRAMS_WANTED = 512
 _MAX_TILES_PER_PROGRAM = 8
 
@@ -103,7 +105,7 @@ def _window_query(
     return query, place, mask
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(do_not_specialize=["layer", "table_stride"], do_not_specialize_on_alignment=UNALIGNED)
 def _window_sums_kernel(
     sums_ptr,
     query_ptr,
@@ -304,7 +306,10 @@ def _sums_of_near(weights, near):
     return tl.dot(high, ones, tl.dot(middle, ones, tl.dot(low, ones)))
 
 
-@triton.jit(do_not_specialize=["layer"])
+@triton.jit(
+    do_not_specialize=["layer", "tiles_per_program", "table_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def _window_scores_kernel(
     scores_ptr,
     query_ptr,
@@ -501,10 +506,7 @@ def window_scores(
     else:
         stats_lse = _lse_by_stat(lse, num_kv_heads, tile_w, tile_m, num_m_tiles)
     if lse is None or reduce == "defensive":
-        num_splits = 2
-        if lse is None:
-            wanted = _PROGRAMS_WANTED // (num_requests * num_kv_heads * num_m_tiles)
-            num_splits = min(_MAX_SPLITS, triton.next_power_of_2(max(1, wanted)))
+        num_splits = _NUM_SPLITS if lse is None else 2
         sums = torch.empty(num_splits, 4, num_stats, dtype=torch.float32, device=query.device)
         _window_sums_kernel[(num_splits * num_m_tiles, num_kv_heads, num_requests)](
             sums,

@@ -82,8 +82,8 @@ class PromptBatch:
         num_candidates: [R] int32 tokens that compete.
         num_rated: [R] int32 tokens that fused kernels rate, at least num_candidates; 0 if none do.
         num_entries: [R] int32 pages (or tokens) that compete.
-        first, second: [R, S, N] float32 scores of entries, filled layer by layer; `second` is None
-            until a scorer gives one.
+        first, second: [R, S, N] float32 scores of entries, N with `ops.score_width`'s room, filled
+            layer by layer; `second` is None until a scorer gives one.
         staging: where they are if they have no blocks for what they evict, else None; `rows` and
             `block_table` are then of the current layer there.
         num_pages: [R, S] int32 pages of each stream, filled layer by layer if they are staged and
@@ -218,7 +218,7 @@ class PagedCompactor:
         on_device = to_device(packed, device)
         num_candidates, num_rated, num_entries = on_device[4 * num_prompts :].view(3, -1)
         num_streams = self.shape.pages_per_block
-        size = (num_prompts, num_streams, int(numbers[6].max()))
+        size = (num_prompts, num_streams, ops.score_width(int(numbers[6].max())))
         batch = PromptBatch(
             prompts,
             on_device[: 4 * num_prompts].view(num_prompts, 4),
@@ -317,7 +317,7 @@ class PagedCompactor:
             page_reduce=self.config.option("page_reduce") if by_page else None,
             backend=self._backend,
         )
-        batch.first[:, self._streams(layer)] = entries
+        batch.first[:, self._streams(layer), : entries.shape[2]] = entries
 
     def _take(self, batch: PromptBatch, i: int, layer: int, scores: LayerScores) -> None:
         """Put one prompt's scores of a layer's tokens into the batch, as entries'."""

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton
-from gpu.recording import Launch, record
+from gpu.recording import ALIGNMENT, Launch, record
 from gpu.shapes import ModelShape, read_shapes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -66,30 +66,19 @@ class Compiled:
 
 def compile_launch(launch: Launch, arch: int) -> tuple[int, int, int, int, int]:
     """(registers, bytes of stack, narrow loads, bytes of shared memory, warps) of a launch."""
-    kernel, options = launch.kernel, launch.options
-    values = dict(zip([p.name for p in kernel.params], launch.args, strict=False))
-    values |= {k: v for k, v in options.items() if k not in LAUNCH_OPTIONS}
     signature, constants, attrs = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-            attrs[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        elif value == 1 and not parameter.do_not_specialize:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = 1
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attrs[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attrs)
+    for index, argument in enumerate(launch.arguments()):
+        if argument.kind == "constant":
+            signature[argument.name] = "constexpr"
+            constants[argument.name] = argument.constant
+            continue
+        scalar = {"float": "fp32", "int": "i32"}.get(argument.kind)
+        signature[argument.name] = scalar or "*" + TYPES[argument.kind]
+        if argument.is_aligned:
+            attrs[(index,)] = [["tt.divisibility", ALIGNMENT]]
+    source = ASTSource(launch.kernel, signature, constants, attrs)
     target = GPUTarget("cuda", arch, 32)
-    launch_options = {name: options[name] for name in LAUNCH_OPTIONS if name in options}
+    launch_options = {k: v for k, v in launch.options.items() if k in LAUNCH_OPTIONS}
     compiled = triton.compile(source, target=target, options=launch_options)
     registers, stack = resource_usage(compiled.asm["cubin"])
     narrow = re.findall(r"ld\.global[.\w]*\.[bus](?:8|16)\b", compiled.asm["ptx"])

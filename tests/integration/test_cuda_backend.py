@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("vllm")
 
 from cuda_rig import Request, Rig
+from gpu.recording import record
 from paged_pool import DEVICE
 
 from vllm_kvcompress import ops
@@ -241,3 +242,37 @@ def test_warm_up_touches_the_null_block_only(monkeypatch):
     assert rig.buffer[1:].isnan().sum() == before
     assert not rig.buffer[0].isnan().any()
     assert rig.stats.snapshot()["totals"]["prompts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "granularity", "flash_attn_version"),
+    [("span", "page", 3), ("ada-snapkv", "token", 4)],
+)
+def test_a_warm_worker_compiles_nothing(monkeypatch, method, granularity, flash_attn_version):
+    # A kernel that is compiled while requests wait takes a second of their time.
+    shape = CacheShape(2, 2, 1, 64, 16)
+    config = config_of(method, 16, granularity, suffix_tokens=3)
+    rig = Rig(monkeypatch, shape, config, DTYPE, flash_attn_version=flash_attn_version)
+    rig.buffer[0] = 0
+
+    def warm_up():
+        rig.impl.warm_up(rig.engine)
+        rig.engine.warm_up(300, rig.impl.tells_lse)
+
+    def serve():
+        staged = [Request(f"s{n}", n, is_one_shot=True) for n in (83, 99)]
+        rig.step([(r, r.prompt_len - 3) for r in staged])
+        rig.step([(r, 3) for r in staged])
+        first, second, third = (Request(f"a{n}", n) for n in (120, 97, 130))
+        rig.step([(staged[0], 1), (first, 100)])
+        rig.step([(staged[1], 1), (first, 17), (second, 94), (third, 127)])
+        rig.step([(first, 3), (second, 3), (third, 3)])
+        # As many tokens as a request that was preempted had generated.
+        rig.step([(staged[0], 1), (staged[1], 1), (first, 20)])
+        for batch in ([second], [first, second, third], [*staged, first, second, third]):
+            rig.step([(request, 1) for request in batch])
+
+    known = {launch.variant for launch in record(warm_up, is_run=True)}
+    met = {launch.variant for launch in record(serve, is_run=True)}
+    assert len(met) > 6
+    assert met <= known, sorted({v[0] for v in met - known})

@@ -215,6 +215,7 @@ class Rig:
         self.impl = object.__new__(KVCompressCUDAImpl)
         vars(self.impl).update(
             scale=SCALE,
+            num_heads=shape.num_kv_heads * shape.num_queries_per_kv,
             num_kv_heads=shape.num_kv_heads,
             head_size=shape.head_size,
             logits_soft_cap=0,

@@ -47,6 +47,7 @@ from vllm_kvcompress.ops.window import (
     MAX_POOL_KERNEL,
     join_scores,
     paged_value_effect,
+    score_width,
     window_scores,
 )
 
@@ -76,6 +77,7 @@ __all__ = [
     "ragged_decode",
     "ragged_page_table",
     "region_page_ids",
+    "score_width",
     "select_and_compact",
     "select_entries",
     "select_top",

@@ -169,7 +169,7 @@ def window_scores(
     kernels = triton_kernels(query, pool, rows, block_table, num_rated)
     num_groups = kernels.num_score_groups(num_heads // num_kv_heads, window, reduce)
     size = (num_requests, num_kv_heads, num_groups, max_rated)
-    scores = torch.empty(size, dtype=torch.float32, device=query.device)
+    scores = _empty_scores(*size, device=query.device, backend=backend)
     kernels.window_scores(query, pool, rows, block_table, num_rated, key_scale, scores, **options)
     return scores
 
@@ -218,7 +218,7 @@ def paged_value_effect(
     check(0 <= layer < num_layers, f"layer {layer} is not among {num_layers}")
     value_scale = stream_scales(value_scale, num_layers * num_kv_heads, pool)
     size = (rows.shape[0], num_kv_heads, max_rated)
-    effect = torch.empty(size, dtype=torch.float32, device=pool.device)
+    effect = _empty_scores(*size, device=pool.device, backend=backend)
     arguments = (pool, output_root, rows, block_table, num_rated, value_scale, effect)
     options: dict[str, Any] = {"layer": layer, "num_layers": num_layers}
     if check_backend(backend, "triton", "native") == "reference":
@@ -309,7 +309,7 @@ def join_scores(
     )
     width = max_candidates if page_reduce is None else max_candidates // page_size
     size = (num_requests, num_kv_heads, width)
-    out = torch.empty(size, dtype=torch.float32, device=scores.device)
+    out = _empty_scores(*size, device=scores.device, backend=backend)
     arguments = (scores, num_rated, num_candidates, effect, out)
     options: dict[str, Any] = {
         "group_reduce": group_reduce,
@@ -338,6 +338,19 @@ def join_scores(
     else:
         triton_kernels(scores, num_rated, num_candidates).join_scores(*arguments, **options)
     return out
+
+
+def score_width(num_entries: int) -> int:
+    """Room for a row of scores: a multiple of 16, since Triton compiles a kernel for each kind."""
+    return -(-num_entries // 16) * 16
+
+
+def _empty_scores(*size: int, device: torch.device, backend: str) -> torch.Tensor:
+    """float32; rows have `score_width` of room for Triton."""
+    if backend != "triton":
+        return torch.empty(size, dtype=torch.float32, device=device)
+    room = torch.empty(*size[:-1], score_width(size[-1]), dtype=torch.float32, device=device)
+    return room[..., : size[-1]]
 
 
 def _check_pool(

@@ -25,6 +25,9 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_kvcompress import ops
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, DeviceStep
 
+# Most pieces that a stream is cut into for rows of several tokens, of which a step has any number.
+_EXTENDED_SPLITS = 8
+
 
 class KVCompressCUDABackend(FlashAttentionBackend):
     """FlashAttention on a block-outermost pool, with compressed rows."""
@@ -181,7 +184,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 slots = run.metadata.slot_mapping
                 self.do_kv_cache_update(layer, key[tokens], value[tokens], cache, slots)
             own = (query[tokens], key[tokens], value[tokens], cache, run.metadata, output[tokens])
-            if self._tells_lse and step is not None and engine.wants_lse(step, tokens):
+            if self.tells_lse and step is not None and engine.wants_lse(step, tokens):
                 lses.append((tokens, attend_with_lse(self, *own)))
             else:
                 super().forward(layer, *own)
@@ -211,12 +214,36 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 run.block_table,
                 run.query_start_loc,
                 ops.MAX_QUERY_LEN,
+                _EXTENDED_SPLITS,
             )
         engine.after_attention(step, layer_index, query, lses)
         return output
 
+    def warm_up(self, engine: CUDAEngine) -> None:
+        """Compile and run the decode kernels for any rows, before a request waits for them."""
+        batches = [(n, 1, None) for n in engine.batch_sizes()]
+        for num_rows, query_len, num_splits in [*batches, (1, ops.MAX_QUERY_LEN, _EXTENDED_SPLITS)]:
+            device = engine.pool.device
+            size = (num_rows, self.num_heads, self.head_size)
+            query = torch.zeros(size, dtype=engine.pool.dtype, device=device)
+            # Rows without a query, of which nothing is computed.
+            numbers = torch.zeros(num_rows, 4, dtype=torch.int32, device=device)
+            offsets = numbers.new_zeros(num_rows, engine.shape.pages_per_block + 1)
+            self._decode(
+                query,
+                query,
+                engine,
+                0,
+                numbers,
+                offsets,
+                numbers,
+                numbers.new_zeros(num_rows + 1),
+                query_len,
+                num_splits,
+            )
+
     @property
-    def _tells_lse(self) -> bool:
+    def tells_lse(self) -> bool:
         """Whether attention can tell each query's sum over its keys, in terms that are known."""
         # FlashAttention 4 is called with more than is known here; with sinks it is not said
         # whether they are part of the sum.
@@ -233,6 +260,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
         max_query_len: int = 1,
+        num_splits: int | None = None,
     ) -> None:
         ops.ragged_decode(
             query,
@@ -247,6 +275,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
             max_query_len=max_query_len,
             logits_soft_cap=self.logits_soft_cap,
             sinks=self.sinks if self.sinks is None else self.sinks.float(),
+            num_splits=num_splits,
             out=output,
             backend=engine.backend,
         )

@@ -394,14 +394,29 @@ class CUDAEngine:
         for request_id in request_ids:
             self.requests.forget(request_id)
 
-    def warm_up(self, max_len: int) -> None:
-        """Compile and run what only a prompt's end needs, before a request waits for it.
+    def batch_sizes(self) -> list[int]:
+        """Numbers of rows that decode kernels have to be compiled for, to take any."""
+        # Streams are cut into half as many pieces for twice as many rows.
+        powers = range(self._max_num_reqs.bit_length())
+        return sorted({self._max_num_reqs, *(2**i for i in powers)})
+
+    def warm_up(self, max_len: int, tells_lse: bool = False) -> None:
+        """Compile and run what a row's region or a prompt's end needs, before a request waits.
 
         Works on vLLM's null block, whose contents mean nothing.
 
         Args:
             max_len: tokens of the longest prompt. The made-up one is shorter, if it can be.
+            tells_lse: whether attention tells its sums, so that scores are made of them.
         """
+        ops.token_slots(
+            self._step_rows[:1],
+            self._zeros(1, 1),
+            self._zeros(2),
+            1,
+            self.shape.block_size,
+            backend=self.backend,
+        )
         length = min(_WARM_UP_TOKENS, max_len)
         while length < max_len and not self.requests.geometry.of(length).is_compressed:
             length = min(2 * length, max_len)
@@ -413,6 +428,9 @@ class CUDAEngine:
         num_heads = shape.num_kv_heads * shape.num_queries_per_kv
         size = (geometry.compact_len, num_heads, shape.head_size)
         query = torch.ones(size, dtype=self.pool.dtype, device=device)
+        lse = None
+        if tells_lse and self.compactor.is_fused:
+            lse = query.new_zeros(self.config.window, num_heads, dtype=torch.float32)
         blocks = table[0].long()[: cdiv(geometry.compact_len, shape.block_size)]
         buffers = [None]
         if length <= self._one_shot_tokens and can_stage(self.config, geometry):
@@ -425,8 +443,12 @@ class CUDAEngine:
                 if batch.staging is not None:
                     self.compactor.begin_layer(batch, layer)
                     pages = batch.staging.pages(0)
-                self.compactor.collect(prompt, layer, query, 0, pages)
-                self.compactor.score_layer(batch, layer, [None], [pages])
+                if lse is None:
+                    self.compactor.collect(prompt, layer, query, 0, pages)
+                    window = None
+                else:
+                    window = Window(query[-self.config.window :], lse)
+                self.compactor.score_layer(batch, layer, [window], [pages])
             self.compactor.compact(batch)
 
 

@@ -78,6 +78,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         if missing and self.rank == 0:
             logger.info("kv-compress: no compiled selection, Triton's instead: %s", missing)
         names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
+        self._impl = next(iter(attention.values())).impl
         return CUDAEngine(
             config=self._config,
             shape=shape,
@@ -92,7 +93,10 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
 
     def compile_or_warm_up_model(self) -> Any:
         """Our own kernels, then as the stock worker, whose made-up batches are no requests."""
-        self._engine.warm_up(self.vllm_config.model_config.max_model_len)
+        max_len = self.vllm_config.model_config.max_model_len
+        # Layers differ in weights only.
+        self._impl.warm_up(self._engine)
+        self._engine.warm_up(max_len, self._impl.tells_lse)
         self._is_warming_up = True
         try:
             return super().compile_or_warm_up_model()
