@@ -9,6 +9,6 @@ import torch
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """A copy on the device; the host goes on at once, and may change `values`."""
     host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host.clone()
-    return host.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True, copy=True)
