@@ -15,12 +15,16 @@ import torch
 
 pytest.importorskip("vllm")
 
+from cuda_rig import SCALE, make_builder, make_impl
 from gpu.recording import record
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies.base import Rotary
+from vllm_kvcompress.vllm_integration import backend_cuda
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
@@ -35,25 +39,27 @@ def empty(*size, dtype=torch.float32):
 
 
 class Worker:
-    """A GPU worker's engine on the device without contents."""
+    """A GPU worker's engine, builder and impl on the device without contents."""
 
     def __init__(self, config):
         size = (NUM_BLOCKS, SHAPE.num_layers, SHAPE.num_kv_heads, SHAPE.block_size)
         buffer = empty(*size, 2 * SHAPE.head_size)
+        self.views = {f"layers.{i}": buffer[:, i] for i in range(SHAPE.num_layers)}
         root = empty(SHAPE.num_kv_heads, SHAPE.head_size, SHAPE.head_size)
         weight = empty(SHAPE.num_kv_heads, SHAPE.num_queries_per_kv, SHAPE.head_size, 24)
-        rotary = Rotary(empty(600, SHAPE.head_size))
+        parameters = LayerParameters(SCALE, 0.0, weight, root, Rotary(empty(600, SHAPE.head_size)))
         self.names = ((), np.empty(0))
         self.engine = CUDAEngine(
             config,
             SHAPE,
-            {f"layers.{i}": buffer[:, i] for i in range(SHAPE.num_layers)},
-            [LayerParameters(0.2, 0.0, weight, root, rotary) for _ in range(SHAPE.num_layers)],
+            self.views,
+            [parameters] * SHAPE.num_layers,
             lambda common: self.names,
             8,
             CompressionStats(log=False),
             1024,
         )
+        self.builder, self.impl = make_builder(self.engine), make_impl(SHAPE)
 
     def step(self, rows, one_shot_ids=()):
         """Rows of (request, prompt length, tokens before this step, tokens of this step)."""
@@ -61,40 +67,49 @@ class Worker:
         self.names = (ids, np.array(prompt_lens))
         starts = np.cumsum([0, *counts]).astype(np.int32)
         seq_lens = (np.array(before) + counts).astype(np.int32)
-        ints = {"dtype": torch.int32}
-        common = SimpleNamespace(
-            num_reqs=len(rows),
-            query_start_loc=empty(len(starts), **ints),
+        num_tokens = int(starts[-1])
+        common = CommonAttentionMetadata(
+            query_start_loc=empty(len(starts), dtype=torch.int32),
             query_start_loc_cpu=torch.from_numpy(starts),
-            seq_lens=empty(len(rows), **ints),
+            seq_lens=empty(len(rows), dtype=torch.int32),
             seq_lens_cpu_upper_bound=torch.from_numpy(seq_lens),
-            block_table_tensor=empty(len(rows), ROW_WIDTH, **ints),
-            slot_mapping=empty(int(starts[-1]), dtype=torch.int64),
+            num_reqs=len(rows),
+            num_actual_tokens=num_tokens,
+            max_query_len=max(counts),
+            max_seq_len=int(seq_lens.max()),
+            block_table_tensor=empty(len(rows), ROW_WIDTH, dtype=torch.int32),
+            slot_mapping=empty(num_tokens, dtype=torch.int64),
         )
         with self.engine.scheduled_step(one_shot_ids):
-            step = self.engine.prepare(common)
-        query = empty(int(starts[-1]), NUM_HEADS, SHAPE.head_size)
-        for first, end, is_one_shot in step.runs:
-            if is_one_shot:
-                self.engine.staged_places(step, first, end)
-        for layer in range(SHAPE.num_layers):
-            self.engine.begin_layer(step, layer)
-            lses = []
-            for first, end, _ in step.runs:
-                tokens = slice(int(starts[first]), int(starts[end]))
-                if self.engine.wants_lse(step, tokens):
-                    lses.append((tokens, empty(NUM_HEADS, tokens.stop - tokens.start)))
-            self.engine.after_attention(step, layer, query, lses)
+            metadata = self.builder.build(0, common)
+        query = empty(num_tokens, NUM_HEADS, SHAPE.head_size)
+        key = empty(num_tokens, SHAPE.num_kv_heads, SHAPE.head_size)
+        for name, view in self.views.items():
+            layer = SimpleNamespace(layer_name=name)
+            self.impl.forward(layer, query, key, key, view, metadata, torch.empty_like(query))
 
 
 def serve(worker):
     """Prompts in chunks and whole, staged and not, several at once; suffixes; single tokens."""
     worker.step([("a", 205, 0, 70), ("dense", 19, 0, 19)])
     worker.step([("dense", 19, 19, 1), ("a", 205, 70, 131), ("b", 150, 0, 150)])
-    worker.step([("b", 150, 150, 1), ("a", 205, 201, 4), ("c", 140, 0, 140), ("d", 99, 0, 99)], "cd")
+    staged = [("c", 140, 0, 140), ("d", 99, 0, 99)]
+    worker.step([("b", 150, 150, 1), ("a", 205, 201, 4), *staged], one_shot_ids=["c", "d"])
     worker.step([("a", 205, 205, 1), ("c", 140, 140, 1), ("b", 150, 151, 19)])
     worker.engine.forget(["c", "d"])
     worker.step([("a", 205, 206, 1), ("c", 140, 0, 100)])
+
+
+@pytest.fixture(autouse=True)
+def flash_attention(monkeypatch):
+    """vLLM's own part, which does nothing here."""
+
+    def attend_with_lse(impl, query, *args):
+        return empty(NUM_HEADS, len(query))
+
+    monkeypatch.setattr(FlashAttentionImpl, "forward", lambda *args: None)
+    monkeypatch.setattr(FlashAttentionImpl, "do_kv_cache_update", lambda *args: None)
+    monkeypatch.setattr(backend_cuda, "attend_with_lse", attend_with_lse)
 
 
 @pytest.mark.parametrize("granularity", ["page", "token"])

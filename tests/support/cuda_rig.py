@@ -143,6 +143,38 @@ def _attention(
     return torch.einsum("hgmn,nhd->mhgd", weights, values).flatten(1, 2), lse
 
 
+def make_builder(engine: CUDAEngine) -> KVCompressCUDAMetadataBuilder:
+    """A builder bound to an engine, without the rest of vLLM's configuration."""
+    builder = object.__new__(KVCompressCUDAMetadataBuilder)
+    vars(builder).update(
+        aot_schedule=False,
+        aot_sliding_window=(-1, -1),
+        use_full_cuda_graph=False,
+        max_cudagraph_size=None,
+        dcp_world_size=1,
+        rswa_window=None,
+        mm_prefix_query_ranges_np=None,
+        engine=engine,
+    )
+    return builder
+
+
+def make_impl(shape: CacheShape, flash_attn_version: int = 3) -> KVCompressCUDAImpl:
+    """The impl of layers of this shape."""
+    impl = object.__new__(KVCompressCUDAImpl)
+    vars(impl).update(
+        scale=SCALE,
+        num_heads=shape.num_kv_heads * shape.num_queries_per_kv,
+        num_kv_heads=shape.num_kv_heads,
+        head_size=shape.head_size,
+        logits_soft_cap=0,
+        sinks=None,
+        sliding_window=(-1, -1),
+        vllm_flash_attn_version=flash_attn_version,
+    )
+    return impl
+
+
 @dataclass
 class Request:
     """A request's tokens as [L, n, ...] tensors in parts, and its row as the manager has it."""
@@ -201,28 +233,8 @@ class Rig:
             MAX_TOKENS,
             backend,
         )
-        self.builder = object.__new__(KVCompressCUDAMetadataBuilder)
-        vars(self.builder).update(
-            aot_schedule=False,
-            aot_sliding_window=(-1, -1),
-            use_full_cuda_graph=False,
-            max_cudagraph_size=None,
-            dcp_world_size=1,
-            rswa_window=None,
-            mm_prefix_query_ranges_np=None,
-            engine=self.engine,
-        )
-        self.impl = object.__new__(KVCompressCUDAImpl)
-        vars(self.impl).update(
-            scale=SCALE,
-            num_heads=shape.num_kv_heads * shape.num_queries_per_kv,
-            num_kv_heads=shape.num_kv_heads,
-            head_size=shape.head_size,
-            logits_soft_cap=0,
-            sinks=None,
-            sliding_window=(-1, -1),
-            vllm_flash_attn_version=flash_attn_version,
-        )
+        self.builder = make_builder(self.engine)
+        self.impl = make_impl(shape, flash_attn_version)
         # Where vLLM keeps a step's inputs, always at the same addresses.
         self.starts = torch.zeros(MAX_ROWS + 1, dtype=torch.int32, device=DEVICE)
         self.seq_lens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=DEVICE)
