@@ -3,10 +3,11 @@
 #
 #   scripts/gpu/verify.sh [OUT]        OUT: folder for the JSON (default: benchmarks/results/gpu)
 #
-# Needs torch with CUDA, triton, pytest and hypothesis in $PYTHON (default: python3).
-# With nvcc in $CUDA_HOME, $PATH or /usr/local/cuda the kernels of csrc/cuda are built, tested and
-# timed too. Where vLLM and this package are installed, and KVC_MODEL is a model folder (see
-# scripts/build_model.py), engines are tested, and timed with random weights of the 8B shape.
+# Needs torch with CUDA, triton, pytest, hypothesis and setuptools in $PYTHON (default: python3). The
+# package is installed from this folder into a temporary one, as pip does it: with nvcc in $CUDA_HOME,
+# $PATH or /usr/local/cuda the kernels of csrc/cuda are built, and then tested and timed too.
+# Where vLLM is installed, and KVC_MODEL is a model folder (see scripts/build_model.py), engines are
+# tested, and timed with random weights of the 8B shape.
 # KVC_COMMIT names the commit where there is no git.
 # Exit status 1 if a test failed; the benchmarks run all the same, and the JSON says so.
 set -euo pipefail
@@ -22,12 +23,10 @@ assert torch.cuda.is_available(), "no CUDA device"
 print(torch.cuda.get_device_name(), "torch", torch.__version__)
 PY
 
-# The kernels are a part of the package only once installed; here they are put beside it.
 stage="$(mktemp -d)"
 trap 'rm -rf "$stage"' EXIT
-cp -r "$root/vllm_kvcompress" "$stage/"
-cp -r "$root/triton_kernels" "$stage/vllm_kvcompress/"
-export PYTHONPATH="$stage${PYTHONPATH:+:$PYTHONPATH}"
+"$python" -m pip install -q --no-deps --no-build-isolation --target "$stage/site" "$root"
+export PYTHONPATH="$stage/site${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_DEFAULT_FP_FUSION=1
 cd "$root"
 
@@ -47,11 +46,8 @@ fi
 "$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" ${native[@]+"${native[@]}"} \
   --shapes "Llama-3.1-70B TP8" --prompts 32768 --batches 32 --kept 1024 4096
 
-if "$python" -P -c 'import vllm, importlib.metadata as m; m.version("vllm-kvcompress")' &&
-  [[ -n "${KVC_MODEL:-}" ]]; then
-  # The installed package, which may have compiled ops.
-  unset PYTHONPATH
-  e2e=(tests/e2e/test_{model_shapes,stress,one_shot,mixed_layers,compression,methods,off,server}.py)
+if "$python" -P -c 'import vllm' && [[ -n "${KVC_MODEL:-}" ]]; then
+  e2e=(tests/e2e/test_{modes,model_shapes,stress,one_shot,mixed_layers,compression,methods,off,server}.py)
   "$python" -P -m pytest tests/integration/test_cuda_{backend,one_shot}.py "${e2e[@]}" -q \
     -p no:cacheprovider --junit-xml="$out/engine_tests.xml" || status=1
   serving() {
@@ -62,7 +58,7 @@ if "$python" -P -c 'import vllm, importlib.metadata as m; m.version("vllm-kvcomp
   serving equal --variants stock span@0 span@0.875 --inputs 2000 --pools auto --prompts 128
   serving small --variants stock span@0.875 span@0.984 --inputs 6000 --pools 8 --prompts 64
 else
-  echo "no vLLM with this package, or no KVC_MODEL: no engine is tested or timed"
+  echo "no vLLM, or no KVC_MODEL: no engine is tested or timed"
 fi
 
 "$python" - "$out" "$status" <<'PY'
