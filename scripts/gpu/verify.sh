@@ -1,20 +1,30 @@
 #!/usr/bin/env bash
 # GPU verification in one command: tests and timings of kernels, then of engines.
 #
-#   scripts/gpu/verify.sh [OUT]        OUT: folder for the JSON (default: benchmarks/results/gpu)
+#   scripts/gpu/verify.sh [OUT [STEP...]]    OUT: folder for the JSON (default: benchmarks/results/gpu)
 #
+# Steps, all of them by default: `tests` and `timings` of kernels, `compile` (registers and spills of
+# every kernel), `engines` (end-to-end tests), `serving` (against stock vLLM).
 # Needs torch with CUDA, triton, pytest, hypothesis and setuptools in $PYTHON (default: python3). The
 # package is installed from this folder into a temporary one, as pip does it: with nvcc in $CUDA_HOME,
 # $PATH or /usr/local/cuda the kernels of csrc/cuda are built, and then tested and timed too.
-# Where vLLM is installed, and KVC_MODEL is a model folder (see scripts/build_model.py), engines are
-# tested, and timed with random weights of the 8B shape.
-# KVC_COMMIT names the commit where there is no git.
+# Engines need vLLM and a model folder, KVC_MODEL (see scripts/build_model.py); if that has a tokenizer
+# but no weights, tests of the real model are left out. They are timed with random weights of the 8B
+# shape. KVC_COMMIT names the commit where there is no git.
 # Exit status 1 if a test failed; the benchmarks run all the same, and the JSON says so.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="${PYTHON:-python3}"
 out="${1:-$root/benchmarks/results/gpu}"
+steps=("${@:2}")
+[[ ${#steps[@]} -gt 0 ]] || steps=(tests timings compile engines serving)
+for step in "${steps[@]}"; do
+  case "$step" in
+    tests | timings | compile | engines | serving) ;;
+    *) echo "no such step: $step" >&2; exit 2 ;;
+  esac
+done
 mkdir -p "$out"
 
 "$python" - <<'PY'
@@ -29,47 +39,92 @@ trap 'rm -rf "$stage"' EXIT
 export PYTHONPATH="$stage/site${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_DEFAULT_FP_FUSION=1
 cd "$root"
-
 status=0
-native=()
-if PATH="${CUDA_HOME:+$CUDA_HOME/bin:}$PATH:/usr/local/cuda/bin" command -v nvcc >/dev/null; then
-  native=(--native)
-  "$python" -P scripts/gpu/compile_csrc.py --json "$out/compiled_csrc.json" || status=1
-else
-  echo "no nvcc: csrc/cuda is not built, its GPU tests are skipped and it is not timed"
-fi
-"$python" -P -m pytest tests/kernels -q -p no:cacheprovider --junit-xml="$out/tests.xml" || status=1
-"$python" -P scripts/gpu/compile_kernels.py --out "$out/compiled.json" >"$stage/compiled.txt" ||
-  { status=1; tail -n 20 "$stage/compiled.txt"; }
-"$python" -P scripts/bench_kernels.py --out "$out/kernels.json" ${native[@]+"${native[@]}"} \
-  --shapes Llama-3.1-8B --prompts 4096 32768 --batches 1 32 256
-"$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" ${native[@]+"${native[@]}"} \
-  --shapes "Llama-3.1-70B TP8" --prompts 32768 --batches 32 --kept 1024 4096
 
-if "$python" -P -c 'import vllm' && [[ -n "${KVC_MODEL:-}" ]]; then
-  e2e=(tests/e2e/test_{modes,model_shapes,stress,one_shot,mixed_layers,compression,methods,off,server}.py)
-  "$python" -P -m pytest tests/integration/test_cuda_{backend,one_shot}.py "${e2e[@]}" -q \
-    -p no:cacheprovider --junit-xml="$out/engine_tests.xml" || status=1
-  serving() {
-    "$python" -P scripts/bench_serving.py --model configs/models/llama-3.1-8b --dummy \
-      --tokenizer "$KVC_MODEL" --out "$out/serving_$1" "${@:2}" || status=1
-  }
+has_nvcc() {
+  PATH="${CUDA_HOME:+$CUDA_HOME/bin:}$PATH:/usr/local/cuda/bin" command -v nvcc >/dev/null
+}
+
+# run_pytest NAME TEST...: pytest, whose counts go to NAME.json.
+run_pytest() {
+  local passed=true
+  "$python" -P -m pytest "${@:2}" -q -p no:cacheprovider --junit-xml="$stage/$1.xml" ||
+    { passed=false; status=1; }
+  "$python" - "$stage/$1.xml" "$out/$1.json" "$passed" <<'PY'
+import json, os, subprocess, sys, xml.etree.ElementTree as tree
+import torch
+xml, out, passed = sys.argv[1:]
+suite = tree.parse(xml).getroot().find("testsuite")
+names = ("tests", "failures", "errors", "skipped")
+git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+result = {
+    "device": torch.cuda.get_device_name(),
+    "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
+    "torch": torch.__version__,
+    "commit": os.environ.get("KVC_COMMIT") or git or None,
+    **{name: int(suite.get(name)) for name in names},
+    "passed": passed == "true",
+    "failed": [f"{c.get('classname')}::{c.get('name')}" for c in suite if c.find("failure") is not None],
+}
+with open(out, "w") as file:
+    file.write(json.dumps(result, indent=1) + "\n")
+print(result)
+PY
+}
+
+run_tests() { run_pytest kernel_tests tests/kernels; }
+
+run_timings() {
+  local native=()
+  if has_nvcc; then native=(--native); else echo "no nvcc: csrc/cuda is not timed"; fi
+  "$python" -P scripts/bench_kernels.py --out "$out/kernels.json" ${native[@]+"${native[@]}"} \
+    --shapes Llama-3.1-8B --prompts 4096 32768 --batches 1 32 256 || status=1
+  "$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" ${native[@]+"${native[@]}"} \
+    --shapes "Llama-3.1-70B TP8" --prompts 32768 --batches 32 --kept 1024 4096 || status=1
+}
+
+run_compile() {
+  if has_nvcc; then
+    "$python" -P scripts/gpu/compile_csrc.py --json "$out/compiled_csrc.json" || status=1
+  else
+    echo "no nvcc: csrc/cuda is not compiled"
+  fi
+  "$python" -P scripts/gpu/compile_kernels.py --out "$out/compiled.json" >"$stage/compiled.txt" ||
+    { status=1; tail -n 20 "$stage/compiled.txt"; }
+}
+
+# Whether engines can run; says why not.
+has_engines() {
+  "$python" -P -c 'import vllm' && [[ -n "${KVC_MODEL:-}" ]] && return
+  echo "no vLLM, or no KVC_MODEL: $1 left out"
+  return 1
+}
+
+run_engines() {
+  has_engines "end-to-end tests" || return 0
+  local names=(modes model_shapes stress mixed_layers)
+  if compgen -G "$KVC_MODEL/*.safetensors" >/dev/null; then
+    names+=(one_shot compression methods off server)
+  else
+    echo "no weights in KVC_MODEL: tests of the real model left out"
+  fi
+  local files=(tests/integration/test_cuda_{backend,one_shot}.py) name
+  for name in "${names[@]}"; do files+=("tests/e2e/test_$name.py"); done
+  run_pytest engine_tests "${files[@]}"
+}
+
+serving() {
+  "$python" -P scripts/bench_serving.py --model configs/models/llama-3.1-8b --dummy \
+    --tokenizer "$KVC_MODEL" --out "$out/serving_$1" "${@:2}" || status=1
+}
+
+run_serving() {
+  has_engines "serving benchmark" || return 0
   # What nothing evicted costs, and what a small pool gains.
   serving equal --variants stock span@0 span@0.875 --inputs 2000 --pools auto --prompts 128
   serving small --variants stock span@0.875 span@0.984 --inputs 6000 --pools 8 --prompts 64
-else
-  echo "no vLLM, or no KVC_MODEL: no engine is tested or timed"
-fi
+}
 
-"$python" - "$out" "$status" <<'PY'
-import json, sys, xml.etree.ElementTree as tree
-from pathlib import Path
-out, status = Path(sys.argv[1]), int(sys.argv[2])
-suite = tree.parse(out / "tests.xml").getroot().find("testsuite")
-counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
-run = json.loads((out / "kernels.json").read_text())["run"]
-(out / "verify.json").write_text(json.dumps({"run": run, **counts, "passed": status == 0}) + "\n")
-(out / "tests.xml").unlink()
-print(counts)
-PY
+for step in "${steps[@]}"; do "run_$step"; done
 exit "$status"
