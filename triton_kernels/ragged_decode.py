@@ -22,6 +22,8 @@ from .paging import (
 # Programs wanted for a full GPU, several waves of them, so that long streams even out.
 _PROGRAMS_WANTED = 4096
 _MAX_SPLITS = 64
+# Of an accumulator, query rows x head size, beside a whole tile of keys.
+_MAX_TILE_ELEMENTS = 8192
 
 
 @triton.jit
@@ -332,7 +334,8 @@ def ragged_decode(
     lse = torch.empty(size, dtype=torch.float32, device=query.device)
     tile_d = triton.next_power_of_2(head_size)
     tile_m = max(16, triton.next_power_of_2(max_query_len * group))
-    tile_n = 64 if tile_d >= 128 else 128
+    # Fewer keys at a time for many query rows: 99 KB of shared memory are all that some GPUs have.
+    tile_n = (64 if tile_d >= 128 else 128) // triton.cdiv(tile_m * tile_d, _MAX_TILE_ELEMENTS)
     shape = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
@@ -373,7 +376,7 @@ def ragged_decode(
         PAGES_PER_BLOCK=num_layers * num_kv_heads,
         HAS_SOFT_CAP=logits_soft_cap > 0,
         TILE_M=tile_m,
-        num_warps=8 if tile_m * tile_d > 8192 else 4,
+        num_warps=8 if tile_m * tile_d > _MAX_TILE_ELEMENTS else 4,
         num_stages=3,
         **shape,
     )

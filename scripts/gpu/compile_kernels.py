@@ -30,7 +30,7 @@ from gpu.shapes import ModelShape, read_shapes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_kvcompress import triton_kernels
+from vllm_kvcompress import ops, triton_kernels
 
 TYPES = {
     torch.float32: "fp32",
@@ -44,6 +44,8 @@ TYPES = {
 }
 # Options of a launch that are no arguments of the kernel.
 LAUNCH_OPTIONS = ("num_warps", "num_stages")
+# KiB of shared memory that one program may have, by compute capability x 10.
+MAX_SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
         )
 
     yield "one query", decode(1)
-    yield "4 queries", decode(4)
+    yield "as many queries as it takes", decode(ops.MAX_QUERY_LEN)
     all_options = {"logits_soft_cap": 50.0, "sliding_window": 1024}
     yield "all options", decode(1, **all_options, sinks=torch.zeros(num_heads))
 
@@ -272,7 +274,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--arch", type=int, default=90, help="compute capability x 10")
+    parser.add_argument(
+        "--arch", type=int, choices=MAX_SHARED_KIB, default=90, help="compute capability x 10"
+    )
     parser.add_argument("--out", type=Path, help="JSON of all rows")
     shapes = read_shapes()
     parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes))
@@ -298,10 +302,14 @@ def main() -> int:
                     f"{row.narrow_loads} narrow loads",
                     flush=True,
                 )
+    max_shared_bytes = MAX_SHARED_KIB[arguments.arch] * 1024
+    num_too_large = sum(row.shared_bytes > max_shared_bytes for row in rows)
     num_spilling = sum(row.stack_bytes > 0 for row in rows)
-    print(f"{len(rows)} compiled for sm_{arguments.arch}, {num_failed} failed, ", end="")
     num_narrow = sum(row.narrow_loads > 0 for row in rows)
-    print(f"{num_spilling} use the stack, {num_narrow} have narrow loads")
+    print(
+        f"{len(rows)} compiled for sm_{arguments.arch}, {num_failed} failed, {num_too_large} need "
+        f"too much shared memory, {num_spilling} use the stack, {num_narrow} have narrow loads"
+    )
     if arguments.out:
         result = {
             "arch": arguments.arch,
@@ -309,7 +317,7 @@ def main() -> int:
             "kernels": [asdict(row) for row in rows],
         }
         arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 1 if num_failed else 0
+    return 1 if num_failed or num_too_large else 0
 
 
 if __name__ == "__main__":
