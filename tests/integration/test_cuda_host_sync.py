@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 
 from cuda_rig import SCALE, make_builder, make_impl
 from gpu.recording import record
+from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
@@ -63,6 +64,9 @@ class Worker:
 
     def step(self, rows, one_shot_ids=()):
         """Rows of (request, prompt length, tokens before this step, tokens of this step)."""
+        self.forward(self.metadata(rows, one_shot_ids), sum(count for *_, count in rows))
+
+    def metadata(self, rows, one_shot_ids=()):
         ids, prompt_lens, before, counts = zip(*rows, strict=True)
         self.names = (ids, np.array(prompt_lens))
         starts = np.cumsum([0, *counts]).astype(np.int32)
@@ -81,7 +85,9 @@ class Worker:
             slot_mapping=empty(num_tokens, dtype=torch.int64),
         )
         with self.engine.scheduled_step(one_shot_ids):
-            metadata = self.builder.build(0, common)
+            return self.builder.build(0, common)
+
+    def forward(self, metadata, num_tokens):
         query = empty(num_tokens, NUM_HEADS, SHAPE.head_size)
         key = empty(num_tokens, SHAPE.num_kv_heads, SHAPE.head_size)
         for name, view in self.views.items():
@@ -142,6 +148,40 @@ def test_no_step_waits_for_the_device(method, granularity):
     assert "compact_kernel" in {launch.name for launch in launches}
     # Not even what is told of requests, until somebody asks for it.
     assert {"a", "b", "c", "d", "dense"} == set(worker.engine.stats._requests)
+
+
+class DeviceWork(TorchDispatchMode):
+    """Collects torch's ops that would do something on the device: not views, nor allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(result.alias_info is not None for result in func._schema.returns)
+        is_allocation = func.name().startswith("aten::empty")
+        if func._schema.is_mutable or not (is_view or is_allocation):
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_layers_of_a_decode_step_launch_the_decode_kernels_only():
+    worker = Worker(KVCompressConfig("span", budget=64, window=WINDOW))
+    work, steps = DeviceWork(), []
+
+    def prepare():
+        worker.step([("a", 205, 0, 205), ("b", 150, 0, 150)])
+        steps.append(worker.metadata([("a", 205, 205, 1), ("dense", 20, 30, 1)]))
+
+    def decode():
+        with work:
+            worker.forward(steps[0], 2)
+
+    record(prepare)
+    launches = record(decode)
+    assert {launch.name for launch in launches} == {"ragged_decode_kernel", "merge_splits_kernel"}
+    assert len(launches) == 2 * SHAPE.num_layers
+    assert work.names == []
 
 
 def test_who_asks_a_tensor_is_found_out(monkeypatch):

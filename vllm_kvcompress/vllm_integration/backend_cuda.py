@@ -275,6 +275,8 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
             max_query_len=max_query_len,
             logits_soft_cap=self.logits_soft_cap,
             sinks=self.sinks if self.sinks is None else self.sinks.float(),
+            key_scale=engine.unit_scales,
+            value_scale=engine.unit_scales,
             num_splits=num_splits,
             out=output,
             backend=engine.backend,

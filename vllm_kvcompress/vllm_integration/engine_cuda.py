@@ -157,6 +157,9 @@ class CUDAEngine:
         # What layers of a step read, which captured graphs read too.
         self._step_rows = self._zeros(max_num_reqs, 4)
         self._step_offsets = self._zeros(max_num_reqs, width)
+        # The cache is not quantized. Made once, not in every layer of every step.
+        size = (shape.pages_per_block,)
+        self.unit_scales = torch.ones(size, dtype=torch.float32, device=self.pool.device)
         self.configure(config, layers)
 
     def _zeros(self, *size: int) -> torch.Tensor:
