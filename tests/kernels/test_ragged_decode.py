@@ -171,10 +171,13 @@ def test_options_of_the_softmax(options, query_len, device):
     check(make_batch(BASE, ragged_requests(BASE, query_len), device), layer=1, **options)
 
 
-@pytest.mark.parametrize("num_splits", [1, 4])
-def test_attention_sinks(num_splits, device):
-    batch = make_batch(BASE, [*ragged_requests(BASE), Request(400)], device)
-    sinks = torch.linspace(-3, 5, BASE.num_heads, device=device)
+@pytest.mark.parametrize(
+    ("num_splits", "dtype"), [(1, torch.float32), (4, torch.float32), (4, torch.bfloat16)], ids=str
+)
+def test_attention_sinks(num_splits, dtype, device):
+    shape = dataclasses.replace(BASE, dtype=torch.bfloat16)
+    batch = make_batch(shape, [*ragged_requests(shape), Request(400)], device)
+    sinks = torch.linspace(-3, 5, shape.num_heads, dtype=dtype, device=device)
     check(batch, layer=1, sinks=sinks, num_splits=num_splits)
 
 

@@ -102,7 +102,7 @@ def ragged_decode(
         logits_soft_cap: squash logits into (-cap, cap) by tanh; 0 = not.
         sliding_window: tail tokens that a query sees, its own among them; region tokens are
             seen in any case. 0 = all.
-        sinks: [Hq] float32, a logit per head that no value belongs to.
+        sinks: [Hq] float32 or as query, a logit per head that no value belongs to.
         num_splits: most pieces that a stream is cut into, a power of two; None = by batch size.
         out: [T, Hq, d] like query, written; None = a new tensor.
         backend: 'triton' or 'reference'.
@@ -144,8 +144,9 @@ def ragged_decode(
         f"num_splits must be a power of two, got {num_splits}",
     )
     check(
-        sinks is None or (sinks.shape == (query.shape[1],) and sinks.dtype == torch.float32),
-        f"want sinks [{query.shape[1]}] float32",
+        sinks is None
+        or (sinks.shape == (query.shape[1],) and sinks.dtype in (torch.float32, query.dtype)),
+        f"want sinks [{query.shape[1]}] float32 or {query.dtype}",
     )
     check(
         logits_soft_cap >= 0 and sliding_window >= 0,

@@ -274,7 +274,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
             scale=self.scale,
             max_query_len=max_query_len,
             logits_soft_cap=self.logits_soft_cap,
-            sinks=self.sinks if self.sinks is None else self.sinks.float(),
+            sinks=self.sinks,
             key_scale=engine.unit_scales,
             value_scale=engine.unit_scales,
             num_splits=num_splits,
