@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cuda_rig import Request, Rig
+from cuda_rig import METHODS, Request, Rig
 from gpu.recording import record
 from paged_pool import DEVICE
 
@@ -81,25 +81,7 @@ def test_all_kinds_of_steps(monkeypatch, name, backend, granularity):
     assert kept / streams == rig.geometry(long).num_kept_tokens
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "span",
-        "snapkv",
-        "pyramidkv",
-        "ada-pyramidkv",
-        "kvc",
-        "tova",
-        "h2o",
-        "ada-criticalkv",
-        "layer-defensivekv",
-        "keydiff",
-        "expected-attention",
-        "streamingllm",
-        "chunkkv",
-        "random",
-    ],
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_kind_of_method_keeps_what_its_policy_chooses(monkeypatch, method, granularity):
     shape = SHAPES["gqa_3_to_1"]
     rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), DTYPE)

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cuda_rig import SCALE, make_builder, make_impl
+from cuda_rig import METHODS, SCALE, make_builder, make_impl
 from gpu.recording import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -119,26 +119,7 @@ def flash_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("granularity", ["page", "token"])
-@pytest.mark.parametrize(
-    "method",
-    [
-        "span",
-        "span-keydiff",
-        "snapkv",
-        "pyramidkv",
-        "ada-pyramidkv",
-        "kvc",
-        "tova",
-        "h2o",
-        "ada-criticalkv",
-        "layer-defensivekv",
-        "keydiff",
-        "expected-attention",
-        "streamingllm",
-        "chunkkv",
-        "random",
-    ],
-)
+@pytest.mark.parametrize("method", [*METHODS, "span-keydiff"])
 def test_no_step_waits_for_the_device(method, granularity):
     config = KVCompressConfig(
         method, budget=64, window=WINDOW, options=(("granularity", granularity),)

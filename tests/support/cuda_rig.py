@@ -33,6 +33,23 @@ from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
 SCALE = 0.2
+# Which score and share budgets in different ways.
+METHODS = (
+    "span",
+    "snapkv",
+    "pyramidkv",
+    "ada-pyramidkv",
+    "kvc",
+    "tova",
+    "h2o",
+    "ada-criticalkv",
+    "layer-defensivekv",
+    "keydiff",
+    "expected-attention",
+    "streamingllm",
+    "chunkkv",
+    "random",
+)
 MAX_ROWS, MAX_TOKENS, ROW_WIDTH, NUM_BLOCKS = 6, 1024, 64, 160
 
 
