@@ -98,6 +98,7 @@ def bench(
         flush=True,
     )
     return {
+        "command": own_command(),
         "input_len": input_len,
         "output_len": arguments.output,
         "pool": pool,
@@ -114,15 +115,20 @@ def bench(
     }
 
 
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+def own_command() -> str:
+    """As it was given."""
+    return "python " + shlex.join(["scripts/bench_serving.py", *sys.argv[1:]])
+
+
+def environment(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What a reader needs to place the numbers."""
     import torch
     import vllm
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     found: dict[str, Any] = {
-        "command": "python "
-        + " ".join(map(shlex.quote, ["scripts/bench_serving.py", *sys.argv[1:]])),
+        # Those that OUT's runs are from.
+        "commands": list(dict.fromkeys(run["command"] for run in runs)),
         "commit": os.environ.get("KVC_COMMIT") or commit.stdout.strip() or None,
         "weights": "dummy (random)" if arguments.dummy else "real",
         "prompts": arguments.prompts,
@@ -189,7 +195,7 @@ def main() -> None:
                 with store.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(runs[-1]) + "\n")
     rows = summarise(runs, arguments.variants[0].label)
-    write(rows, environment(arguments), arguments.out, "serving")
+    write(rows, environment(arguments, runs), arguments.out, "serving")
     for row in rows:
         print(
             f"{row['input_len']:6} in, pool {row['pool']:>5}  {row['variant']:24} "

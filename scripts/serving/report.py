@@ -103,6 +103,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     Where a line crosses 1, compression stops paying.
     """
     pools = list(dict.fromkeys(row["pool"] for row in rows))
+    colors = {v: f"C{i}" for i, v in enumerate(dict.fromkeys(row["variant"] for row in rows))}
+    lines = {}
     figure, panels = plt.subplots(
         1, len(pools), figsize=(5.5 * len(pools), 4.5), sharey=True, squeeze=False
     )
@@ -117,9 +119,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             lengths, middle, low, high = zip(*points, strict=True)
             below = [m - x for m, x in zip(middle, low, strict=True)]
             above = [x - m for m, x in zip(middle, high, strict=True)]
-            axes.errorbar(
-                lengths, middle, yerr=[below, above], marker="o", capsize=3, label=variant
-            )
+            style = {"color": colors[variant], "marker": "o", "capsize": 3}
+            lines[variant] = axes.errorbar(lengths, middle, yerr=[below, above], **style)
         axes.axhline(1.0, color="black", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted({row["input_len"] for row in here}))
@@ -127,7 +128,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("prompt tokens")
         axes.set_title(f"pool: {pool}")
     panels[0][0].set_ylabel("output tokens/s, ratio to stock")
-    panels[0][-1].legend(fontsize=8)
+    panels[0][-1].legend(lines.values(), lines, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
