@@ -4,8 +4,8 @@
     python -m zipfile -e bundle/part-1.zip SITE          # there, for every part
     PYTHONPATH=SITE scripts/gpu/verify.sh                # there
 
-`have.txt` names what that machine has already, as `pip list --format=freeze` prints it; torch and
-Triton must be. vLLM's wheel for CUDA asks for one torch, but its compiled parts keep to torch's
+`have.txt` names what that machine has already, as `pip list --format=freeze` prints it, torch and
+Triton among it. vLLM's wheel for CUDA asks for one torch, but its compiled parts keep to torch's
 stable ABI and load in others. What a Hopper GPU does not need for a dense model is left out (see
 `LEFT_OUT` and `UNNEEDED`): FlashAttention 3 is the attention there is.
 """

@@ -50,6 +50,10 @@ run_pytest() {
   local passed=true
   "$python" -P -m pytest "${@:2}" -q -p no:cacheprovider --junit-xml="$stage/$1.xml" ||
     { passed=false; status=1; }
+  if [[ ! -f "$stage/$1.xml" ]]; then
+    echo "$1: pytest did not get as far as a report" >&2
+    return
+  fi
   "$python" - "$stage/$1.xml" "$out/$1.json" "$passed" <<'PY'
 import json, os, subprocess, sys, xml.etree.ElementTree as tree
 import torch
@@ -65,7 +69,11 @@ result = {
     "commit": os.environ.get("KVC_COMMIT") or git or None,
     **{name: int(suite.get(name)) for name in names},
     "passed": passed == "true",
-    "failed": [f"{c.get('classname')}::{c.get('name')}" for c in suite if c.find("failure") is not None],
+    "failed": [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite
+        if case.find("failure") is not None or case.find("error") is not None
+    ],
 }
 with open(out, "w") as file:
     file.write(json.dumps(result, indent=1) + "\n")
