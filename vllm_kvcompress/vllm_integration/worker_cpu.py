@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -12,6 +13,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
 from vllm_kvcompress.vllm_integration.engine import WorkerEngine
+from vllm_kvcompress.vllm_integration.huge_pages import use_huge_pages
 from vllm_kvcompress.vllm_integration.validate import choose_cpu_ops
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 
@@ -36,6 +38,9 @@ class KVCompressCPUWorker(CompressionWorker, CPUWorker):
     ) -> WorkerEngine:
         first: Any = next(iter(attention.values()))
         dtype = first.kv_cache.dtype
+        # All layers share this storage, and nothing is in it yet.
+        storage = first.kv_cache.untyped_storage()
+        use_huge_pages(torch.empty(0, dtype=torch.int8).set_(storage))
         backend, why_torch = choose_cpu_ops()
         return WorkerEngine(
             config=self._config,
