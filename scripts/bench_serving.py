@@ -4,9 +4,10 @@
       --variants stock span@0 span@0.875 --inputs 500 2000 --pools 2.5 8
 
 For every cell (prompt length x pool) a server is started for each variant in turn, `--rounds`
-times over, and vLLM's own load generator sends random prompts to it, all at once. The pool is given
-in dense requests (prompt and output) that it can hold, or `auto` for vLLM's own choice. Variants
-are `stock`, `stock@BLOCK_SIZE`, or `METHOD[:option=value,...]@REMOVED`; `span@0` removes nothing.
+times over, in reverse every other time, and vLLM's own load generator sends random prompts to it,
+all at once. The pool is given in dense requests (prompt and output) that it can hold, or `auto` for
+vLLM's own choice. Variants are `stock`, `stock@BLOCK_SIZE`, or `METHOD[:option=value,...]@REMOVED`;
+`span@0` removes nothing.
 Ratios are of median output tokens per second, against the first variant of the same cell;
 decode_ratio leaves prompts out (see `serving.report.summarise`). Written
 to OUT: serving.csv, serving.json, serving.png, and every run's own result in runs.jsonl, from which
@@ -188,7 +189,8 @@ def main() -> None:
             print(
                 f"round {number}: {input_len} in, {arguments.output} out, pool {pool}", flush=True
             )
-            for variant in arguments.variants:
+            # The place in a round may be worth something, so every other one goes backwards.
+            for variant in arguments.variants[:: 1 if number % 2 == 0 else -1]:
                 if (input_len, pool, variant.label, number) in done:
                     continue
                 runs.append(bench(arguments, input_len, pool, variant, number))

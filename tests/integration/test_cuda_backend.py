@@ -151,6 +151,8 @@ def test_a_suffix_attends_to_what_was_kept(monkeypatch, granularity):
     rig.step([(odd, 1), (even, suffix - 1)])
     rig.step([(even, 1), (odd, 1)])
     rig.step([(even, 1), (odd, 1)])
+    evicted = {r["request_id"]: r["evicted_tokens"] for r in rig.stats.snapshot()["requests"]}
+    assert set(evicted) == {"odd", "even"} and min(evicted.values()) > 0
 
 
 @pytest.mark.parametrize(("backend", "num_steps"), [("triton", 2), ("reference", 18)])

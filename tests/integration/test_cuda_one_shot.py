@@ -155,6 +155,8 @@ def test_a_suffix_follows_a_staged_prompt(monkeypatch):
     rig.step([(request, 180)])
     rig.step([(request, 20)])
     rig.step([(request, 1)])
+    (record,) = rig.stats.snapshot()["requests"]
+    assert record["one_shot"] and record["evicted_tokens"] > 0
 
 
 def test_nothing_evicted_is_written_to_the_pool(monkeypatch):

@@ -66,7 +66,8 @@ def in_same_dtype(batch: PagedBatch, layer: int, **options) -> torch.Tensor:
     return out
 
 
-def check(batch: PagedBatch, layer: int, **options) -> None:
+def assert_matches_reference(batch: PagedBatch, layer: int, **options) -> None:
+    """The kernel and the reference agree, as far as attention in the batch's dtype would."""
     # Few splits: the interpreter runs one program after another.
     options = {"scale": batch.shape.head_size**-0.5, "num_splits": 4, **options}
     max_query_len = max(request.query_len for request in batch.requests)
@@ -118,13 +119,13 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_matches_reference(shape, device):
     batch = make_batch(shape, ragged_requests(shape), device)
-    check(batch, layer=shape.num_layers - 1)
+    assert_matches_reference(batch, layer=shape.num_layers - 1)
 
 
 @pytest.mark.parametrize("query_len", [2, 3, 8])
 def test_several_queries_per_row_are_causal(query_len, device):
     shape = Shape(group=3)
-    check(make_batch(shape, ragged_requests(shape, query_len), device), layer=0)
+    assert_matches_reference(make_batch(shape, ragged_requests(shape, query_len), device), layer=0)
 
 
 def test_rows_of_different_query_lengths(device):
@@ -133,7 +134,7 @@ def test_rows_of_different_query_lengths(device):
         for request, query_len in zip(ragged_requests(BASE), (1, 2, 0, 1, 4), strict=True)
     ]
     batch = make_batch(BASE, requests, device)
-    check(batch, layer=1)
+    assert_matches_reference(batch, layer=1)
 
 
 def test_a_row_without_queries_is_left_alone(device):
@@ -152,7 +153,7 @@ def test_any_number_of_splits(num_splits, device):
         compressed(shape, 900, 20, 901, pages=[1, 39]),
         Request(seq_len=1),
     ]
-    check(make_batch(shape, requests, device), layer=0, num_splits=num_splits)
+    assert_matches_reference(make_batch(shape, requests, device), layer=0, num_splits=num_splits)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,9 @@ def test_any_number_of_splits(num_splits, device):
 )
 @pytest.mark.parametrize("query_len", [1, 3])
 def test_options_of_the_softmax(options, query_len, device):
-    check(make_batch(BASE, ragged_requests(BASE, query_len), device), layer=1, **options)
+    assert_matches_reference(
+        make_batch(BASE, ragged_requests(BASE, query_len), device), layer=1, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def test_attention_sinks(num_splits, dtype, device):
     shape = dataclasses.replace(BASE, dtype=torch.bfloat16)
     batch = make_batch(shape, [*ragged_requests(shape), Request(400)], device)
     sinks = torch.linspace(-3, 5, shape.num_heads, dtype=dtype, device=device)
-    check(batch, layer=1, sinks=sinks, num_splits=num_splits)
+    assert_matches_reference(batch, layer=1, sinks=sinks, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -187,7 +190,7 @@ def test_fp8_pool_with_scales(pool_dtype, dtype, device):
     shape = Shape(dtype=dtype, pool_dtype=pool_dtype)
     batch = make_batch(shape, ragged_requests(shape), device)
     scales = torch.linspace(0.25, 2.0, shape.num_streams, device=device)
-    check(batch, layer=1, key_scale=scales, value_scale=scales.flip(0))
+    assert_matches_reference(batch, layer=1, key_scale=scales, value_scale=scales.flip(0))
 
 
 def test_non_contiguous_query_and_out(device):
@@ -242,7 +245,7 @@ def test_any_ragged_layout(data):
         )
     batch = make_batch(shape, requests, DEVICE, seed=data.draw(st.integers(0, 99)))
     num_splits = data.draw(st.sampled_from([None, 1, 2, 8]))
-    check(batch, layer=shape.num_layers - 1, num_splits=num_splits)
+    assert_matches_reference(batch, layer=shape.num_layers - 1, num_splits=num_splits)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Huge pages for the KV cache of a CPU.
 
 The cache is one buffer in which a block has all layers side by side, so one layer's attention jumps
-through all of it. With 4 KiB of memory a page, the processor spends much of that time on addresses.
+through all of it: many pages of 4 KiB, few of 2 MiB.
 """
 
 from __future__ import annotations

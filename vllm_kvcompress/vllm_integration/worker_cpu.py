@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -16,6 +17,8 @@ from vllm_kvcompress.vllm_integration.engine import WorkerEngine
 from vllm_kvcompress.vllm_integration.huge_pages import use_huge_pages
 from vllm_kvcompress.vllm_integration.validate import choose_cpu_ops
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
+
+logger = init_logger(f"vllm.{__name__}")
 
 _BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cpu.KVCompressCPUBackend"
 
@@ -40,7 +43,10 @@ class KVCompressCPUWorker(CompressionWorker, CPUWorker):
         dtype = first.kv_cache.dtype
         # All layers share this storage, and nothing is in it yet.
         storage = first.kv_cache.untyped_storage()
-        use_huge_pages(torch.empty(0, dtype=torch.int8).set_(storage))
+        if not use_huge_pages(torch.empty(0, dtype=torch.int8).set_(storage)) and self.rank == 0:
+            logger.info(
+                "kv-compress: no huge pages for the KV cache, which costs nothing but speed"
+            )
         backend, why_torch = choose_cpu_ops()
         return WorkerEngine(
             config=self._config,
