@@ -62,6 +62,12 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "model_executor/layers/linear.py": ("RowParallelLinear",),
     "model_executor/layers/rotary_embedding/base.py": ("RotaryEmbeddingBase",),
     "model_executor/models/utils.py": ("extract_layer_index(layer_name, ...)",),
+    "sampling_params.py": (
+        "SamplingParams.ignore_eos",
+        "SamplingParams.min_tokens",
+        "SamplingParams.stop",
+        "SamplingParams.stop_token_ids",
+    ),
     "utils/torch_utils.py": ("canonicalize_singleton_dim_strides(t)",),
     "v1/attention/backend.py": (
         "AttentionBackend.forward_includes_kv_cache_update",
@@ -134,11 +140,18 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "KVCacheCoordinator.cache_blocks(self, request, num_computed_tokens)",
         "KVCacheCoordinator.single_type_managers",
     ),
+    "v1/core/kv_cache_manager.py": (
+        "KVCacheManager.block_pool",
+        "KVCacheManager.coordinator",
+    ),
     "v1/core/sched/async_scheduler.py": ("AsyncScheduler",),
     "v1/core/sched/scheduler.py": (
+        "Scheduler._free_request(self, request, delay_free_blocks)",
         "Scheduler._preempt_request(self, request, timestamp, drop_stale_output)",
         "Scheduler._reserve_prefill_lookahead(self, request, num_computed_tokens, num_new_tokens)",
         "Scheduler.kv_cache_manager",
+        "Scheduler.max_model_len",
+        "Scheduler.running",
     ),
     "v1/core/sched/output.py": (
         "CachedRequestData.new_block_ids",
@@ -187,10 +200,16 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "uniform_type_base_spec)",
     ),
     "v1/request.py": (
+        "Request.max_tokens",
         "Request.num_computed_tokens",
+        "Request.num_output_tokens",
         "Request.num_prompt_tokens",
+        "Request.num_tokens",
         "Request.request_id",
+        "Request.sampling_params",
         "Request.skip_reading_prefix_cache",
+        "Request.status",
+        "RequestStatus.RUNNING",
     ),
     "v1/worker/cpu_worker.py": ("CPUWorker.init_device(self)",),
     "v1/worker/gpu/model_runner.py": (

@@ -63,6 +63,8 @@ class Machine:
         # Of the scheduler, only what it adds to vLLM's is asked for.
         self.scheduler = object.__new__(KVCompressScheduler)
         self.scheduler.kv_cache_manager, self.scheduler.num_prefill_lookahead = self.kv, 0
+        # Whom it lets in is another matter (test_headroom.py).
+        self.scheduler.running = []
         self.hasher = get_request_block_hasher(self.bs, sha256) if setup.caching else None
         self.slots: list[list[Any]] = [[None] * self.bs for _ in self.pool.blocks]
         self.content_of_hash: dict[bytes, list[Any]] = {}

@@ -38,6 +38,7 @@ def refusal(call, *args, **kwargs):
         ("snapkv", "budgets", "adaptive", "must be one of uniform, pyramid, ada"),
         ("snapkv", "budgets", ["ada"], "must be of type str"),
         ("knorm", "granularity", "block", "must be one of page, token"),
+        ("knorm", "headroom", -0.5, "must be at least 0"),
         ("knorm", "suffix_tokens", -1, "must be at least 0"),
         ("knorm", "suffix_tokens", 1.5, "must be of type int"),
         ("defensivekv", "mass_first", 1.5, "must be at most 1"),
@@ -99,7 +100,9 @@ def test_unknown_options_are_named_with_the_known():
     assert "'alpha', 'zeta'" in message
     assert "'knorm'" in message
     assert "budgets 'uniform'" in message
-    assert message.endswith("it takes: budgets, granularity, one_shot, page_reduce, suffix_tokens")
+    assert message.endswith(
+        "it takes: budgets, granularity, headroom, one_shot, page_reduce, suffix_tokens"
+    )
 
 
 def test_option_of_another_method_is_unknown():

@@ -278,6 +278,12 @@ _COMMON = {
         "no blocks for what a prompt of one step evicts; auto: if there is no room for them",
         ("auto", "always", "never"),
     ),
+    "headroom": OptionSpec(
+        0.125,
+        float,
+        "tokens to be generated, per token to compute, before a preemption; 0: let in as vLLM does",
+        minimum=0.0,
+    ),
     "granularity": OptionSpec(
         "page", str, "keep whole pages, or gather kept tokens into pages", GRANULARITIES
     ),

@@ -9,6 +9,8 @@ No chunk before that point has a single token: on a GPU, vLLM runs such a row as
 captured graph, where nobody could collect its query.
 
 And what tokens computed over a compressed prompt leave in the cache is for nobody else to read.
+
+A compressed prompt is let in only where the pool has room for what will be generated (`headroom`).
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress.memory import RequestGeometry
+from vllm_kvcompress.vllm_integration.headroom import OutputLengths, has_headroom
 from vllm_kvcompress.vllm_integration.kv_cache import (
     cache_only_before_compaction,
     compressing_manager,
@@ -30,6 +34,7 @@ class _CompressionScheduler:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._output_lengths = OutputLengths()
         cache_only_before_compaction(self.kv_cache_manager.coordinator)
 
     def _geometry_of(self, request: Any) -> RequestGeometry:
@@ -46,7 +51,27 @@ class _CompressionScheduler:
         geometry = self._geometry_of(request)
         if not geometry.is_compressed:
             return num_new_tokens
+        if request.status != RequestStatus.RUNNING and not self._may_enter(request):
+            return 0
         return chunk_tokens(geometry.compact_len - num_computed_tokens, num_new_tokens)
+
+    def _may_enter(self, request: Any) -> bool:
+        if not self.running:
+            # Waiting would not help.
+            return True
+        manager = compressing_manager(self.kv_cache_manager.coordinator)
+        return has_headroom(
+            request,
+            self.running,
+            self._output_lengths,
+            manager.geometry,
+            self.kv_cache_manager.block_pool.get_num_free_blocks(),
+            self.max_model_len,
+        )
+
+    def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        self._output_lengths.add(request.num_output_tokens)
+        return super()._free_request(request, *args, **kwargs)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
         self._forgo_prefix_cache(request)
