@@ -35,8 +35,9 @@ def pool_is_whole_again(engine, read_metric):
     assert read_metric(engine, "vllm:kv_cache_usage_perc") == 0.0
 
 
-def _configure(engine, one_shot, method="span"):
-    engine.kv_compress_reconfigure(method=method, ratio=RATIO, options={"one_shot": one_shot})
+def _configure(engine, one_shot, method="span", **options):
+    options["one_shot"] = one_shot
+    engine.kv_compress_reconfigure(method=method, ratio=RATIO, options=options)
     engine.reset_prefix_cache()
 
 
@@ -119,7 +120,7 @@ def test_only_prompts_with_blocks_fill_the_prefix_cache(engine, prompts, read_me
 
 
 def test_preempted_requests_come_back_in_one_shot(engine, device, prompts, read_metric) -> None:
-    _configure(engine, "always")
+    _configure(engine, "always", headroom=0)
     before = read_metric(engine, "vllm:num_preemptions")
     texts, records, _ = _run(engine, prompts[2:], 270, read_metric)
     assert read_metric(engine, "vllm:num_preemptions") > before
@@ -128,6 +129,20 @@ def test_preempted_requests_come_back_in_one_shot(engine, device, prompts, read_
     (index, *_) = [i for i, record in enumerate(records) if record["num_prefills"] > 1]
     alone, _, _ = _run(engine, [prompts[2 + index]], 270, read_metric)
     assert_same_texts([texts[index]], alone, device)
+
+
+def test_with_headroom_no_prompt_is_computed_again(engine, device, prompts, read_metric) -> None:
+    found = {}
+    for headroom in (0, 1):
+        _configure(engine, "auto", headroom=headroom)
+        before = read_metric(engine, "vllm:num_preemptions")
+        texts, records, most = _run(engine, prompts, 270, read_metric)
+        num_preempted = read_metric(engine, "vllm:num_preemptions") - before
+        assert (num_preempted == 0) == all(record["num_prefills"] == 1 for record in records)
+        found[headroom] = texts, num_preempted, most
+    assert found[0][1] > 0 == found[1][1]
+    assert found[0][2] > found[1][2] > 1
+    assert_same_texts(found[1][0], found[0][0], device)
 
 
 def test_a_prompt_longer_than_a_step_gets_blocks(engine, prompts, read_metric) -> None:

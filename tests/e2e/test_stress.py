@@ -29,6 +29,8 @@ def engine(device, dtype, engines_in_process, model, tmp_path_factory):
         ),
         kv_compress="span",
         kv_compress_ratio=0.75,
+        # Nobody is held back, so that many are preempted.
+        kv_compress_options={"headroom": 0},
         dtype=dtype,
         max_model_len=MAX_LEN,
         max_num_seqs=32,

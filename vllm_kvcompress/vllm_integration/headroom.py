@@ -11,6 +11,7 @@ scheduler (Gong et al., ASPLOS 2025).
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -106,17 +107,21 @@ def has_headroom(
         num_free: free blocks.
         max_model_len: tokens of the longest request.
     """
+    horizon = geometry.config.option("headroom") * newcomer.num_tokens
+    own = _num_blocks(newcomer, geometry)
+    if own + (len(running) + 1) * math.ceil(horizon / geometry.block_size) <= num_free:
+        # Even if all of them grew.
+        return True
     requests = [*running, newcomer]
     generated = np.fromiter((r.num_output_tokens for r in requests), np.int64)
     limits = np.fromiter((_most_to_come(r, max_model_len) for r in requests), np.int64)
     floors = np.fromiter((_least_to_come(r) for r in requests), np.int64)
     held = np.fromiter((_num_blocks(r, geometry) for r in requests), np.int64)
     rest = np.minimum(np.maximum(lengths.expected_rest(generated), floors), limits)
-    horizon = geometry.config.option("headroom") * newcomer.num_tokens
     if rest[-1] > 0:
         horizon = min(horizon, rest[-1])
     short = blocks_short(held, rest, horizon, geometry.block_size)
-    return bool(held[-1] + short <= num_free)
+    return own + short <= num_free
 
 
 def _most_to_come(request: Any, max_model_len: int) -> int:

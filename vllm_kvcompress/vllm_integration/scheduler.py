@@ -56,15 +56,15 @@ class _CompressionScheduler:
         return chunk_tokens(geometry.compact_len - num_computed_tokens, num_new_tokens)
 
     def _may_enter(self, request: Any) -> bool:
-        if not self.running:
-            # Waiting would not help.
+        geometry = compressing_manager(self.kv_cache_manager.coordinator).geometry
+        # Alone, waiting would not help.
+        if not self.running or geometry.config.option("headroom") == 0:
             return True
-        manager = compressing_manager(self.kv_cache_manager.coordinator)
         return has_headroom(
             request,
             self.running,
             self._output_lengths,
-            manager.geometry,
+            geometry,
             self.kv_cache_manager.block_pool.get_num_free_blocks(),
             self.max_model_len,
         )
