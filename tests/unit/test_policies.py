@@ -165,7 +165,8 @@ def test_parts_of_a_recipe_take_options_of_different_names():
     for recipe in RECIPES.values():
         for budgets in BUDGETS:
             names = [
-                *("granularity", "one_shot", "page_reduce", "suffix_tokens", "budgets"),
+                *("budgets", "granularity", "headroom", "one_shot"),
+                *("page_reduce", "suffix_tokens"),
                 *SCORERS[recipe.scorer].options,
                 *BUDGETS[budgets].options,
             ]
