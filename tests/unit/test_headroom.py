@@ -127,6 +127,16 @@ def test_room_that_a_newcomer_needs(params, ended, missing):
     assert may_enter(enough) and not may_enter(enough - 1)
 
 
+def test_what_comes_after_a_newcomer_has_ended_is_not_its_concern():
+    geometry = Geometry(KVCompressConfig.from_dict(setting()), BLOCK_SIZE)
+    own = geometry.of(PROMPT_LEN)
+    held = own.num_row_blocks(PROMPT_LEN) - own.first_kept_block
+    running = [request_of(ignore_eos=True)] * 5
+    newcomer = request_of(ignore_eos=True, max_tokens=16)
+    assert has_headroom(newcomer, running, lengths_of(), geometry, held + 6, 10_000)
+    assert not has_headroom(newcomer, running, lengths_of(), geometry, held + 5, 10_000)
+
+
 def test_a_long_request_ends_with_the_model():
     geometry = Geometry(KVCompressConfig.from_dict(setting()), BLOCK_SIZE)
     own = geometry.of(PROMPT_LEN)
@@ -173,9 +183,14 @@ def test_lengths_are_learned():
 
 
 def test_a_prompt_alone_always_comes_in():
-    # Its answer alone outgrows what the option asks for.
-    trace = run_prompts(setting(headroom=1000), pool_of(1.1), num=3)
-    assert trace.num_tokens == 3 * (PROMPT_LEN + ANSWER_LEN - 1)
+    pool = pool_of(1.1)
+    scheduler = make_scheduler(setting(headroom=1000), pool, max_model_len=5000)
+    # More is expected of each than the pool can hold.
+    scheduler._output_lengths.add(2000)
+    requests = make_requests(3, PROMPT_LEN, 3000, is_certain=False)
+    trace = run(scheduler, requests, [10] * 3)
+    assert trace.most_running == 1
+    assert trace.num_tokens == 3 * (PROMPT_LEN + 10 - 1)
 
 
 def test_dense_prompts_come_in_as_in_stock_vllm():

@@ -6,7 +6,7 @@ answers then outgrow the pool; and a preempted prompt is computed again, all of 
 it was in the cache. So a compressed prompt waits until enough can be generated before that.
 
 How long answers will be is expected from those that have ended, as in LightLLM's past-future
-scheduler (Gong et al., ASPLOS 2025).
+scheduler (Gong et al., ASPLOS 2025, arXiv 2507.10150).
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class OutputLengths:
 
     def __init__(self) -> None:
         self._recent: deque[int] = deque(maxlen=_MOST_REMEMBERED)
-        self._sorted = np.empty(0, np.int64)
-        # Of the sorted lengths: the sum from each one on.
-        self._sums = np.zeros(1, np.int64)
+        # In order, and the sum from each one on.
+        self._sorted = self._sums = np.empty(0, np.int64)
         self._is_stale = False
 
     def add(self, num_tokens: int) -> None:
@@ -53,11 +52,11 @@ class OutputLengths:
             self._sorted = np.sort(np.fromiter(self._recent, np.int64))
             self._sums = np.append(np.cumsum(self._sorted[::-1])[::-1], 0)
             self._is_stale = False
+        if not len(self._sorted):
+            return np.zeros(len(generated))
         first = np.searchsorted(self._sorted, generated, side="right")
         num_longer = len(self._sorted) - first
         mean = self._sums[first] / np.maximum(num_longer, 1)
-        if not len(self._sorted):
-            return np.zeros(len(generated))
         return np.where(num_longer > 0, mean - generated, generated)
 
 
