@@ -172,6 +172,14 @@ kvcompress::Pages checked_pages(const Tensor& pool, const Tensor& rows, const Te
           to_int("max_region_blocks", max_region_blocks)};
 }
 
+// Room for the entries of the largest region.
+void check_num_indices(const Tensor& indices, const kvcompress::Pages& pages) {
+  const int64_t least =
+      int64_t{pages.max_region_blocks} * pages.num_streams * pages.entries_per_page;
+  STD_TORCH_CHECK(indices.size(1) >= least, "want at least ", least, " indices per request, got ",
+                  indices.size(1));
+}
+
 // Makes a tensor's device the current one, and has the stream that torch uses there.
 class Launch {
  public:
@@ -197,6 +205,8 @@ void joint_page_counts(const Tensor& scores, const Tensor& num_entries, const Te
   const int64_t num_groups = total_pages.dim() == 2 ? total_pages.size(1) : 0;
   STD_TORCH_CHECK(num_groups > 0 && num_streams % num_groups == 0, num_streams, " streams are not ",
                   num_groups, " equal groups");
+  // Entries of a group are counted with 31 bits.
+  to_int("entries of a group", num_streams / num_groups * scores.size(2));
   check_tensor("total_pages", total_pages, {num_requests, num_groups}, ScalarType::Int, scores);
   check_contiguous("total_pages", total_pages);
   check_tensor("guaranteed", guaranteed, {num_requests, num_groups}, ScalarType::Int, scores);
@@ -238,9 +248,7 @@ void compact(const Tensor& pool, const Tensor& rows, const Tensor& block_table,
   const int64_t num_indices = indices.dim() == 2 ? indices.size(1) : 0;
   check_tensor("indices", indices, {num_requests, num_indices}, ScalarType::Int, pool);
   check_dense_rows("indices", indices);
-  const int64_t least = max_region_blocks * num_streams * entries_per_page;
-  STD_TORCH_CHECK(num_indices >= least, "want at least ", least, " indices per request, got ",
-                  num_indices);
+  check_num_indices(indices, pages);
   const Launch launch(pool);
   STD_CUDA_CHECK(kvcompress::launch_compact({pages, page_offsets.const_data_ptr<int32_t>(),
                                              indices.const_data_ptr<int32_t>(), indices.stride(0)},
@@ -259,6 +267,7 @@ void select_and_compact(const Tensor& scores, const Tensor& num_entries, const T
       checked_pages(pool, rows, block_table, key_offsets, value_offsets,
                     selection.scores.num_streams, max_region_blocks, page_size);
   check_tensor("rows", rows, {selection.scores.num_requests, ROW_WIDTH}, ScalarType::Int, scores);
+  check_num_indices(indices, pages);
   const Launch launch(scores);
   STD_CUDA_CHECK(kvcompress::launch_select_and_compact({selection, pages}, launch.stream()));
 }
@@ -270,4 +279,10 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_kvcompress, CUDA, m) {
   m.impl("select_entries", TORCH_BOX(&select_entries));
   m.impl("compact", TORCH_BOX(&compact));
   m.impl("select_and_compact", TORCH_BOX(&select_and_compact));
+}
+
+// Why the current device cannot run the kernels; null if it can. Read by ctypes.
+extern "C" __attribute__((visibility("default"))) const char* kvc_device_problem() {
+  const cudaError_t error = kvcompress::check_device();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

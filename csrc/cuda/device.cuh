@@ -35,8 +35,8 @@ __device__ inline uint32_t* dynamic_shared() {
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, size_t shared_bytes, cudaStream_t stream,
                    const Params& params) {
-  // More than this a kernel gets only if it has asked.
-  constexpr size_t WITHOUT_ASKING = 48 * 1024;
+  // More than 48 KiB a kernel gets only if it has asked; it has some of its own beside this.
+  constexpr size_t WITHOUT_ASKING = 47 * 1024;
   if (shared_bytes > WITHOUT_ASKING) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

@@ -276,6 +276,13 @@ cudaError_t launch_digit(const JointParams& params, cudaStream_t stream) {
   return launch(joint_digit_kernel<DIGIT>, grid, shared_bytes, stream, params);
 }
 
+#ifndef KVC_ON_HOST
+cudaError_t check_device() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, joint_digit_kernel<0>);
+}
+#endif
+
 size_t joint_workspace_bytes(int num_requests, int num_streams, int num_groups) {
   const size_t num_rows = static_cast<size_t>(num_requests) * num_streams;
   return static_cast<size_t>(num_requests) * num_groups * sizeof(GroupState) +

@@ -90,6 +90,12 @@ struct SelectionWithCompaction {
   Pages pages;
 };
 
+#ifndef KVC_ON_HOST
+// Whether the current device can run these kernels: the driver may be too old for the runtime in
+// this library, and the library may have nothing for the device.
+cudaError_t check_device();
+#endif
+
 size_t joint_workspace_bytes(int num_requests, int num_streams, int num_groups);
 
 cudaError_t launch_joint_page_counts(const JointCounts& params, cudaStream_t stream);

@@ -12,6 +12,8 @@ static_assert(TILE_ENTRIES < 1 << 15, "two counts of a tile are packed into one 
 constexpr int MAX_PARTS = 16;
 // Bytes that make a block of its own worth while: it selects anew what another has selected.
 constexpr int MIN_PART_BYTES = 64 * 1024;
+// Bytes that it must copy per byte of scores that it reads again.
+constexpr int COPIED_PER_SCORE = 4;
 
 // What a stream keeps: all entries above a key, and the first few of those equal to it.
 struct Cut {
@@ -209,6 +211,15 @@ cudaError_t launch_select_and_compact(const SelectionWithCompaction& params, cud
   const int64_t prompt_pages = scores.max_entries / scores.page_size;
   const int64_t stream_pages = prompt_pages < max_pages ? prompt_pages : max_pages;
   const int64_t num_parts = (stream_pages + pages_per_part - 1) / pages_per_part;
+  // A part reads its stream's scores four times. Prompts whose scores are many beside what is
+  // copied are better selected once.
+  const int64_t score_bytes = 4 * static_cast<int64_t>(sizeof(uint32_t)) * scores.max_entries;
+  if (num_parts > 1 && pages_per_part * page_bytes < COPIED_PER_SCORE * score_bytes) {
+    error = launch_select_entries(params.selection, stream);
+    const Compaction chosen = {pages, params.selection.page_offsets, params.selection.indices,
+                               params.selection.indices_stride};
+    return error == cudaSuccess ? launch_compact(chosen, stream) : error;
+  }
   const dim3 grid(scores.num_streams, scores.num_requests,
                   static_cast<unsigned>(num_parts < 1           ? 1
                                         : num_parts > MAX_PARTS ? MAX_PARTS

@@ -29,12 +29,15 @@ def build_cuda() -> ModuleType:
 
 
 @cache
-def load_built_here(out_dir: Path) -> None:
-    """Build the library for the GPU at hand into a folder, and load it.
+def load_here(out_dir: Path) -> None:
+    """Load the installed library; where there is none, one built for this GPU into a folder.
 
     Raises:
-        RuntimeError: without nvcc, or if a compiler fails.
+        RuntimeError: if it is not installed and there is no nvcc, or if a compiler fails.
     """
+    if compiled.is_installed("cuda"):
+        compiled.load("cuda")
+        return
     major, minor = torch.cuda.get_device_capability()
     torch_root = Path(torch.__file__).parent
     library = build_cuda().build(out_dir, torch_root, [10 * major + minor])

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from paged_pool import PagedBatch, Request, Shape, make_batch
 
 from vllm_kvcompress import ops
+from vllm_kvcompress.ops.native import is_installed
 
 SEEDS = (0, 1)
 needs_compiler = pytest.mark.skipif(csrc_on_host.COMPILER is None, reason="needs g++")
@@ -27,16 +28,16 @@ needs_compiler = pytest.mark.skipif(csrc_on_host.COMPILER is None, reason="needs
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> None:
-    """The ops are compiled for this GPU and registered."""
-    if native.build_cuda().find_nvcc() is None:
-        pytest.skip("no nvcc in $CUDA_HOME, $PATH or /usr/local/cuda")
-    native.load_built_here(tmp_path_factory.mktemp("csrc"))
+    """The ops run on this GPU."""
+    if native.build_cuda().find_nvcc() is None and not is_installed("cuda"):
+        pytest.skip("not installed, and no nvcc in $CUDA_HOME, $PATH or /usr/local/cuda")
+    native.load_here(tmp_path_factory.mktemp("csrc"))
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param("host", marks=needs_compiler),
+        pytest.param("host", marks=[needs_compiler, pytest.mark.emulated]),
         pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
@@ -372,19 +373,22 @@ def test_copies(target, shape, granularity):
 
 @pytest.mark.parametrize("granularity", ["page", "token"])
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "num_pages"),
     [
-        Shape(num_layers=1, num_kv_heads=2, head_size=16),
-        Shape(num_layers=1, num_kv_heads=2, head_size=4, pool_dtype=torch.float8_e4m3fn),
+        # By tokens in two launches: the scores are many.
+        (Shape(num_layers=1, num_kv_heads=2, head_size=16), 380),
+        (Shape(num_layers=1, num_kv_heads=2, head_size=64), 60),
+        (Shape(num_layers=1, num_kv_heads=2, head_size=4, pool_dtype=torch.float8_e4m3fn), 380),
     ],
-    ids=["many blocks", "several lists in one block"],
+    ids=["many blocks", "large pages", "several lists in one block"],
 )
-def test_a_stream_of_5600_tokens(target, shape, granularity):
-    b, num_pages, num_region_blocks = 16, 380, 200
+def test_long_streams(target, shape, num_pages, granularity):
+    b, num_region_blocks = 16, num_pages // 2
     length = num_pages * b
     request = Request(length, num_region_blocks=num_region_blocks, boundary_block=num_pages)
     batch = make_batch(shape, [request], target[1])
-    counts = int32([[50, 350]], torch.device("cpu"))
+    total = shape.num_streams * num_region_blocks
+    counts = int32([[total // 8, total - total // 8]], torch.device("cpu"))
     page_size = 1 if granularity == "page" else b
     check_copies(target, batch, num_pages * page_size, counts, num_region_blocks, page_size)
 
@@ -443,7 +447,8 @@ def test_a_pool_past_32_bits(target, fused):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("num_streams", "num_entries"), [(256, 2047), (640, 8192), (8192, 300), (80, 131072)]
+    ("num_streams", "num_entries"),
+    [(256, 2047), (640, 8192), (6144, 300), (8192, 300), (80, 131072)],
 )
 @pytest.mark.usefixtures("compiled")
 def test_model_sizes(num_streams, num_entries):
@@ -463,6 +468,12 @@ def test_model_sizes(num_streams, num_entries):
     for r in range(2):
         num_kept = int(totals[r])
         assert torch.equal(selection[1][r, :num_kept], want[1][r, :num_kept])
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("compiled")
+def test_the_library_runs_on_this_gpu():
+    assert ops.native_problem("cuda") is None
 
 
 @pytest.mark.gpu
@@ -527,6 +538,7 @@ def test_what_does_not_fit_is_refused():
     lens = int32([6] * num_requests, device)
     counts = torch.ones(num_requests, num_streams, dtype=torch.int32, device=device)
     total = int32([[num_streams]] * num_requests, device)
+    long = torch.empty(600_000_000, device=device).expand(num_requests, num_streams, -1)
     registered = torch.ops.vllm_kvcompress
     for arguments, message in (
         ((scores.double(), lens, total, total, counts, 1), r"want scores \[R, S, N\] Float, got"),
@@ -538,6 +550,7 @@ def test_what_does_not_fit_is_refused():
         ((scores, lens, total, total, counts.t(), 1), "num_pages must be contiguous"),
         ((scores.transpose(1, 2), lens, total, total, counts, 1), "a last stride of 1, got 6"),
         ((scores, lens, total, total, counts, 24), "page_size is 24, want a power of two"),
+        ((long, lens, total, total, counts, 1), "entries of a group is 2400000000, want 0 to"),
     ):
         with pytest.raises(RuntimeError, match=message):
             registered.joint_page_counts(*arguments)
@@ -554,3 +567,6 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(RuntimeError, match=message):
             registered.compact(*arguments)
+    selection = (scores, lens, counts, offsets, indices)
+    with pytest.raises(RuntimeError, match="at least 16 indices per request, got 12"):
+        registered.select_and_compact(*selection, *pages, None, None, 4, 1)

@@ -50,6 +50,11 @@ _SCHEMA_OWNERS: list[torch.library.Library] = []
 _LOADED: dict[str, ctypes.CDLL] = {}
 
 
+def is_installed(device_type: str) -> bool:
+    """Whether this installation has the ops for 'cpu' or 'cuda'; they may fail to load."""
+    return _LIBRARIES[device_type][0].exists()
+
+
 def load(device_type: str, library: Path | None = None) -> None:
     """Register a library's ops. Does nothing if one for that kind of device has been loaded.
 
@@ -137,7 +142,15 @@ def problem(device_type: str) -> str | None:
         load(device_type)
     except RuntimeError as error:
         return str(error)
-    return None
+    return _device_problem() if device_type == "cuda" else None
+
+
+def _device_problem() -> str | None:
+    # A library can load and have nothing for this GPU, or a runtime that is too new for its driver.
+    problem_of = _LOADED["cuda"].kvc_device_problem
+    problem_of.restype = ctypes.c_char_p
+    said = problem_of()
+    return None if said is None else f"the compiled CUDA ops do not run here: {said.decode()}"
 
 
 def native_ops(*tensors: torch.Tensor | None, only: str | None = None) -> Any:
