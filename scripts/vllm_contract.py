@@ -39,7 +39,11 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "AttentionConfig.backend_per_kind",
     ),
     "config/compilation.py": ("CompilationConfig.max_cudagraph_capture_size",),
-    "config/parallel.py": ("ParallelConfig.use_ubatching",),
+    "config/model.py": ("ModelConfig.is_mm_prefix_lm", "ModelConfig.rswa_window"),
+    "config/parallel.py": (
+        "ParallelConfig.distributed_executor_backend",
+        "ParallelConfig.use_ubatching",
+    ),
     "config/scheduler.py": (
         "SchedulerConfig.async_scheduling",
         "SchedulerConfig.disable_hybrid_kv_cache_manager",
@@ -58,8 +62,14 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "EngineArgs.from_cli_args(cls, args)",
         "EngineArgs.worker_cls",
     ),
+    "envs.py": ("VLLM_BATCH_INVARIANT",),
     "logger.py": ("init_logger(name)",),
-    "model_executor/layers/linear.py": ("RowParallelLinear",),
+    "model_executor/layers/linear.py": (
+        "LinearBase.output_size",
+        "LinearBase.quant_method",
+        "RowParallelLinear.input_size_per_partition",
+        "UnquantizedLinearMethod",
+    ),
     "model_executor/layers/rotary_embedding/base.py": ("RotaryEmbeddingBase",),
     "model_executor/models/utils.py": ("extract_layer_index(layer_name, ...)",),
     "sampling_params.py": (
@@ -106,7 +116,11 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "v1/attention/backends/flash_attn.py": (
         "FlashAttentionBackend.get_name()",
+        "FlashAttentionBackend.supports_batch_invariance(cls)",
         "FlashAttentionBackend.supports_head_size(cls, head_size)",
+        "FlashAttentionBackend.supports_mm_prefix(cls)",
+        "FlashAttentionBackend.supports_non_causal(cls)",
+        "FlashAttentionBackend.supports_rswa(cls)",
         "FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)",
         "FlashAttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, "
         "output, output_scale, output_block_scale)",
@@ -123,6 +137,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "fast_build)",
         "FlashAttentionMetadataBuilder.get_cudagraph_support(cls, vllm_config, kv_cache_spec)",
         "FlashAttentionMetadataBuilder.supports_update_block_table",
+        "FlashAttentionMetadataBuilder.use_full_cuda_graph",
     ),
     "v1/attention/backends/registry.py": (
         "AttentionBackendEnum.CPU_ATTN",
@@ -241,11 +256,14 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "Worker.compile_or_warm_up_model(self)",
         "Worker.determine_available_memory(self)",
         "Worker.execute_model(self, scheduler_output)",
+        "Worker.finish_weight_update(self)",
         "Worker.get_kv_cache_spec(self)",
         "Worker.init_device(self)",
         "Worker.initialize_from_config(self, kv_cache_config)",
         "Worker.model_runner",
+        "Worker.reload_weights(self, *args, *kwargs)",
         "Worker.shutdown(self)",
+        "Worker.total_consumed",
         "Worker.use_v2_model_runner",
     ),
     "vllm_flash_attn/flash_attn_interface.py": (

@@ -11,6 +11,9 @@ from .paging import UNALIGNED
 _TILE = 1024
 # Entries that a stream may have, in bits; a constant, so that longer prompts compile nothing.
 _RANK_BITS = 24
+# Streams that one program looks at, where there are not more; a constant, so that as many layers as
+# happen to be known compile nothing.
+_STREAMS = 1024
 # Four digits of eight bits; see `_order_key`.
 NUM_DIGITS = tl.constexpr(4)
 
@@ -64,7 +67,7 @@ def _chosen_digit(counts, wanted):
     return tl.maximum(tl.sum((counts >= wanted).to(tl.int32), axis=0) - 1, 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=["streams_per_group"], do_not_specialize_on_alignment=UNALIGNED)
 def _joint_digit_kernel(
     row_counts_ptr,
     group_counts_ptr,
@@ -74,16 +77,16 @@ def _joint_digit_kernel(
     guaranteed_ptr,
     stride_request,
     stride_stream,
+    streams_per_group,
     PAGE_SIZE: tl.constexpr,
-    STREAMS_PER_GROUP: tl.constexpr,
     DIGIT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Add one stream's counts for one digit to its group's; see `joint_page_counts`."""
     stream = tl.program_id(0)
     request = tl.program_id(1)
-    num_groups = tl.num_programs(0) // STREAMS_PER_GROUP
-    group = request * num_groups + stream // STREAMS_PER_GROUP
+    num_groups = tl.num_programs(0) // streams_per_group
+    group = request * num_groups + stream // streams_per_group
     num_entries = tl.load(num_entries_ptr + request)
     total = tl.load(totals_ptr + group) * PAGE_SIZE
     guaranteed = tl.load(guaranteed_ptr + group)
@@ -157,15 +160,15 @@ def _whole_pages(counts, in_group, total, PAGE_SIZE: tl.constexpr, STEPS: tl.con
     return pages + tl.where(missing > 0, more, 0) - tl.where(missing < 0, fewer, 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=["streams_per_group"], do_not_specialize_on_alignment=UNALIGNED)
 def _share_pages_kernel(
     num_pages_ptr,
     row_counts_ptr,
     group_counts_ptr,
     totals_ptr,
     guaranteed_ptr,
+    streams_per_group,
     PAGE_SIZE: tl.constexpr,
-    STREAMS_PER_GROUP: tl.constexpr,
     STEPS: tl.constexpr,
     TILE_S: tl.constexpr,
 ):
@@ -178,8 +181,8 @@ def _share_pages_kernel(
     last_counts = tl.load(group_ptr + (NUM_DIGITS - 1) * 256 + digits)
     digit = _chosen_digit(last_counts, total * PAGE_SIZE)
     stream = tl.arange(0, TILE_S)
-    in_group = stream < STREAMS_PER_GROUP
-    row = group.to(tl.int64) * STREAMS_PER_GROUP + stream
+    in_group = stream < streams_per_group
+    row = group.to(tl.int64) * streams_per_group + stream
     row_ptr = row_counts_ptr + row * 257 + digit
     at_least = tl.load(row_ptr, mask=in_group, other=0)
     more_than = tl.load(row_ptr + 1, mask=in_group, other=0)
@@ -210,7 +213,6 @@ def joint_page_counts(
     counts = {"dtype": torch.int32, "device": scores.device}
     row_counts = torch.empty(num_requests * num_streams, 257, **counts)
     group_counts = torch.zeros(num_requests * num_groups, NUM_DIGITS.value, 256, **counts)
-    shape = {"PAGE_SIZE": page_size, "STREAMS_PER_GROUP": streams_per_group}
     for digit in range(NUM_DIGITS.value):
         _joint_digit_kernel[(num_streams, num_requests)](
             row_counts,
@@ -221,10 +223,11 @@ def joint_page_counts(
             guaranteed,
             scores.stride(0),
             scores.stride(1),
+            streams_per_group,
+            PAGE_SIZE=page_size,
             DIGIT=digit,
             TILE=_TILE,
             num_warps=4,
-            **shape,
         )
     _share_pages_kernel[(num_requests * num_groups,)](
         num_pages,
@@ -232,10 +235,11 @@ def joint_page_counts(
         group_counts,
         total_pages,
         guaranteed,
+        streams_per_group,
+        PAGE_SIZE=page_size,
         STEPS=_RANK_BITS,
-        TILE_S=triton.next_power_of_2(streams_per_group),
+        TILE_S=triton.next_power_of_2(max(streams_per_group, _STREAMS)),
         num_warps=4,
-        **shape,
     )
 
 
@@ -323,6 +327,6 @@ def select_entries(
         indices.stride(0),
         PAGE_SIZE=page_size,
         TILE=_TILE,
-        TILE_S=triton.next_power_of_2(num_streams),
+        TILE_S=triton.next_power_of_2(max(num_streams, _STREAMS)),
         num_warps=4,
     )

@@ -141,18 +141,26 @@ class Compactor:
         self.config = config
         self.shape = shape
         self.order = order
-        self.layers = layers
         self.backend = backend
         self.scorer = make_scorer(config)
         plan = self.scorer.window_plan() if backend == "native" else None
         self._plan = plan if plan is not None and can_run(plan) else None
+        self.use_parameters(layers)
+
+    def use_parameters(self, layers: Sequence[LayerParameters]) -> None:
+        """Score with these from now on.
+
+        Raises:
+            ValueError: if what the scorer needs is not there.
+        """
+        for need in ("output_weight", "output_root", "rotary"):
+            if need in self.scorer.needs and any(getattr(x, need) is None for x in layers):
+                raise ValueError(f"method {self.config.method!r} needs every layer's {need}")
+        self.layers = layers
         self._output_roots = [
             None if layer.output_root is None else layer.output_root.contiguous()
             for layer in layers
         ]
-        for need in ("output_weight", "output_root", "rotary"):
-            if need in self.scorer.needs and any(getattr(x, need) is None for x in layers):
-                raise ValueError(f"method {config.method!r} needs every layer's {need}")
 
     @property
     def ops_name(self) -> str:

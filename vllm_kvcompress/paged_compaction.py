@@ -107,6 +107,31 @@ class PromptBatch:
         return [prompt.geometry for prompt in self.prompts]
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan_budgets(
+    config: KVCompressConfig, shape: CacheShape, mean_pages: int, max_pages: int
+) -> _PromptPlan:
+    options = dict(config.options)
+    plan = plan_budgets(
+        options["budgets"],
+        shape.num_layers,
+        shape.num_kv_heads,
+        mean_pages,
+        max_pages,
+        entries_per_page(config, shape.block_size),
+        options,
+    )
+    per_layer = plan.guaranteed_per_layer(shape.num_layers)
+    pages = plan.num_pages
+    return _PromptPlan(
+        num_pages=None if pages is None else pages.flatten().int().numpy(),
+        totals=plan.total_pages.int().numpy(),
+        guaranteed=plan.guaranteed.int().numpy(),
+        stream_guaranteed=per_layer.repeat_interleave(shape.num_kv_heads).int().numpy(),
+        layer_pages=(plan.total_pages if pages is None else pages.sum(dim=1)).numpy(),
+    )
+
+
 class PagedCompactor:
     """Scores batches of prompts and moves what they keep into their regions.
 
@@ -142,12 +167,25 @@ class PagedCompactor:
         self._general = Compactor(config, shape, order, layers)
         self.scorer = self._general.scorer
         self._plan = self.scorer.window_plan()
+        self._use_own_parameters(layers)
+
+    def use_parameters(self, layers: Sequence[LayerParameters]) -> None:
+        """Score with these from now on.
+
+        Raises:
+            ValueError: if something is missing.
+        """
+        self._general.use_parameters(layers)
+        self._use_own_parameters(layers)
+
+    def _use_own_parameters(self, layers: Sequence[LayerParameters]) -> None:
         self._layers = layers
         self._output_roots = [
-            None if layer.output_root is None else layer.output_root.to(pool.dtype).contiguous()
+            None
+            if layer.output_root is None
+            else layer.output_root.to(self.pool.dtype).contiguous()
             for layer in layers
         ]
-        self._budgets = functools.lru_cache(maxsize=4096)(self._plan_budgets)
 
     @property
     def is_fused(self) -> bool:
@@ -188,6 +226,11 @@ class PagedCompactor:
         assert prompt.num_window_queries[layer] == self.config.window
         query = prompt.window_query[layer].permute(2, 0, 1, 3).flatten(1, 2)
         return Window(query, None if prompt.window_lse is None else prompt.window_lse[layer])
+
+    def score_bytes(self, geometry: RequestGeometry) -> int:
+        """Memory that a prompt's scores of one kind take in a batch of prompts as long."""
+        num_entries = geometry.first_kept_block * self._per_page
+        return 4 * self.shape.pages_per_block * ops.score_width(num_entries)
 
     def batch(
         self,
@@ -443,28 +486,10 @@ class PagedCompactor:
         return num_pages, guaranteed
 
     def _plans(self, geometries: Sequence[RequestGeometry]) -> list[_PromptPlan]:
-        return [self._budgets(g.num_region_blocks, g.first_kept_block) for g in geometries]
-
-    def _plan_budgets(self, mean_pages: int, max_pages: int) -> _PromptPlan:
-        shape, options = self.shape, dict(self.config.options)
-        plan = plan_budgets(
-            options["budgets"],
-            shape.num_layers,
-            shape.num_kv_heads,
-            mean_pages,
-            max_pages,
-            self._per_page,
-            options,
-        )
-        per_layer = plan.guaranteed_per_layer(shape.num_layers)
-        pages = plan.num_pages
-        return _PromptPlan(
-            num_pages=None if pages is None else pages.flatten().int().numpy(),
-            totals=plan.total_pages.int().numpy(),
-            guaranteed=plan.guaranteed.int().numpy(),
-            stream_guaranteed=per_layer.repeat_interleave(shape.num_kv_heads).int().numpy(),
-            layer_pages=(plan.total_pages if pages is None else pages.sum(dim=1)).numpy(),
-        )
+        return [
+            _plan_budgets(self.config, self.shape, g.num_region_blocks, g.first_kept_block)
+            for g in geometries
+        ]
 
     def _two_stages(
         self,
@@ -495,11 +520,12 @@ class PagedCompactor:
             backend=self._select_backend,
         )
         num_prompts, num_streams, width = second.shape
-        # Places past the last entry go to one more column, which is dropped.
-        raised = second.new_empty(num_prompts, num_streams * width + 1)
-        raised[:, :-1] = second.flatten(1)
+        # Places past the last entry go to a column behind; rows are as far apart as scores' are.
+        num_places = num_streams * width
+        raised = second.new_empty(num_prompts, num_places + ops.score_width(1))
+        raised[:, :num_places] = second.flatten(1)
         raised.scatter_(1, flat_places(offsets, indices, width), float("inf"))
-        return raised[:, :-1].reshape(second.shape)
+        return raised[:, :num_places].unflatten(1, (num_streams, width))
 
     def _num_rated(self, geometry: RequestGeometry) -> int:
         """Tokens that fused kernels rate; 0 if none do."""

@@ -388,6 +388,26 @@ def test_chunks_of_a_prompt_select_what_a_single_step_does(method: str, granular
     assert torch.equal(selections[0].indices, selections[1].indices)
 
 
+@pytest.mark.parametrize("method", ["span", "ada-criticalkv"])
+def test_new_weights_serve_a_prompt_that_has_begun(method: str) -> None:
+    shape, config = SHAPES["gqa_3_to_1"], KVCompressConfig(method, budget=128, window=WINDOW)
+    kept = []
+    for weights in ("old", "new", "new in between"):
+        rig = Rig(shape, config, torch.float32)
+        whole = [rig.random(325, *size) for size in rig.token_sizes()]
+        new = [rig._layer_parameters() for _ in range(shape.num_layers)]
+        request = Request("a", 325)
+        if weights == "new":
+            rig.engine.configure(config, new)
+        rig.step([(request, 200)], [x[:200] for x in whole])
+        if weights == "new in between":
+            rig.engine.use_parameters(new)
+        rig.step([(request, 125)], [x[200:] for x in whole])
+        kept.append(rig.engine.states.get_or_create("a", 325).selection.indices)
+    assert torch.equal(kept[1], kept[2])
+    assert not torch.equal(kept[0], kept[1])
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, torch.float32) for name in SHAPES] + [("gqa_3_to_1", torch.bfloat16)],

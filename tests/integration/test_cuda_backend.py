@@ -6,6 +6,8 @@ page offset against what the policies choose on plain tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -18,6 +20,8 @@ from paged_pool import DEVICE
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.staging import Staging
+from vllm_kvcompress.vllm_integration import backend_cuda, engine_cuda
 
 WINDOW = 8
 SHAPES = {
@@ -90,6 +94,39 @@ def test_every_kind_of_method_keeps_what_its_policy_chooses(monkeypatch, method,
     rig.step([(first, 12 * 16 + 9 - 150), (second, 9 * 16 - 50)])
     rig.step([(first, 1), (second, 1)])
     assert first.selection is not None and second.selection is not None
+
+
+@pytest.mark.parametrize("method", ["span", "ada-criticalkv"])
+def test_new_weights_serve_a_prompt_that_has_begun(monkeypatch, method):
+    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of(method, 16), DTYPE, "reference")
+    request = Request("a", 150)
+    rig.step([(request, 100)])
+    rig.parameters = [rig._layer_parameters() for _ in rig.parameters]
+    rig.engine.use_parameters(rig.parameters)
+    # Compared with what the policy chooses by the rig's parameters.
+    rig.step([(request, 50)])
+    rig.step([(request, 1)])
+    assert request.selection is not None
+
+
+def test_prompts_are_compacted_in_batches_that_fit_memory(monkeypatch):
+    config = config_of("span", 16, "token")
+    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config, DTYPE, "reference")
+    requests = [Request(f"r{n}", n) for n in (150, 230, 160, 155)]
+    sizes, batch = [], rig.engine.compactor.batch
+
+    def count(prompts, *args):
+        sizes.append([prompt.geometry.prompt_len for prompt in prompts])
+        return batch(prompts, *args)
+
+    monkeypatch.setattr(rig.engine.compactor, "batch", count)
+    # Room for two of the short ones, and less than the long one takes.
+    limit = 2 * rig.engine.compactor.score_bytes(rig.geometry(requests[2]))
+    monkeypatch.setattr(engine_cuda, "_MOST_SCORE_BYTES", limit)
+    rig.step([(request, request.prompt_len) for request in requests])
+    assert sizes == [[150, 160], [155], [230]]
+    rig.step([(request, 1) for request in requests])
+    assert rig.stats.snapshot()["totals"]["compressed_prompts"] == 4
 
 
 @pytest.mark.parametrize("method", ["snapkv", "h2o"])
@@ -230,10 +267,12 @@ def test_warm_up_touches_the_null_block_only(monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "granularity", "flash_attn_version"),
-    [("span", "page", 3), ("ada-snapkv", "token", 4)],
+    [("span", "page", 3), ("ada-snapkv", "token", 4), ("ada-criticalkv", "page", 2)],
 )
 def test_a_warm_worker_compiles_nothing(monkeypatch, method, granularity, flash_attn_version):
     # A kernel that is compiled while requests wait takes a second of their time.
+    # Rows of three tokens are cut into pieces, rows of twenty not.
+    monkeypatch.setattr(backend_cuda, "_MOST_SPLIT_STREAMS", 4)
     shape = CacheShape(2, 2, 1, 64, 16)
     config = config_of(method, 16, granularity, suffix_tokens=3)
     rig = Rig(monkeypatch, shape, config, DTYPE, flash_attn_version=flash_attn_version)
@@ -256,7 +295,44 @@ def test_a_warm_worker_compiles_nothing(monkeypatch, method, granularity, flash_
         for batch in ([second], [first, second, third], [*staged, first, second, third]):
             rig.step([(request, 1) for request in batch])
 
+    assert len(compiled_by(serve, warm_up)) > 6
+
+
+def compiled_by(serve: Callable[[], None], warm_up: Callable[[], None]) -> set:
+    """Variants of kernels that are met while serving, all of which the warm-up must have met."""
     known = {launch.variant for launch in record(warm_up, is_run=True)}
     met = {launch.variant for launch in record(serve, is_run=True)}
-    assert len(met) > 6
     assert met <= known, sorted({v[0] for v in met - known})
+    return met
+
+
+@pytest.mark.parametrize("granularity", ["page", "token"])
+def test_as_many_layers_as_happen_to_be_known_compile_nothing(monkeypatch, granularity):
+    # The first prompt that is long enough to be compressed is too short to be staged.
+    monkeypatch.setattr(engine_cuda, "_WARM_UP_TOKENS", 128)
+    shape = CacheShape(8, 1, 1, 64, 16)
+    options = (("granularity", granularity),)
+    config = KVCompressConfig("span", budget=64, window=8, options=options)
+    rig = Rig(monkeypatch, shape, config, DTYPE)
+    rig.buffer[0] = 0
+    # In which six layers of 700 tokens fit, and four of 900.
+    rig.engine._buffer = rig.engine._buffer[:300]
+    known_layers, narrow = [], Staging._narrow
+    monkeypatch.setattr(
+        Staging,
+        "_narrow",
+        lambda self, num_known, *args: (
+            known_layers.append(num_known),
+            narrow(self, num_known, *args),
+        ),
+    )
+
+    def serve():
+        known_layers.clear()
+        for length in (230, 700, 900):
+            request = Request(f"s{length}", length, is_one_shot=True)
+            rig.step([(request, length)])
+            rig.step([(request, 1)])
+
+    compiled_by(serve, lambda: (rig.impl.warm_up(rig.engine), rig.engine.warm_up(1000, True)))
+    assert len(set(known_layers)) > 1

@@ -6,15 +6,23 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration import validate, worker_cuda
 from vllm_kvcompress.vllm_integration.batch_cuda import EMPTY_SLOT, DeviceRequests, plan_step
+from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
+from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 from vllm_kvcompress.vllm_integration.scheduler import chunk_tokens
 
 CONFIG = KVCompressConfig("snapkv", budget=64, window=16)
@@ -31,6 +39,8 @@ def engine_config(**changes):
             is_attention_free=False,
             is_hybrid=False,
             is_diffusion=False,
+            is_mm_prefix_lm=False,
+            rswa_window=None,
             get_num_layers=lambda parallel: 2,
             get_num_kv_heads=lambda parallel: 2,
         ),
@@ -40,6 +50,7 @@ def engine_config(**changes):
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             use_ubatching=False,
+            distributed_executor_backend="mp",
         ),
         "cache_config": SimpleNamespace(block_size=16, cache_dtype="auto"),
         "scheduler_config": SimpleNamespace(
@@ -84,6 +95,8 @@ def test_full_attention_layers_get_our_backend_and_the_others_keep_theirs():
         ({"parallel_config__use_ubatching": True}, "microbatches"),
         ({"speculative_config": "a draft"}, "speculative decoding"),
         ({"model_config__is_diffusion": True}, "diffusion language models"),
+        ({"model_config__is_mm_prefix_lm": True}, "both directions among an image's tokens"),
+        ({"model_config__rswa_window": 128}, "R-SWA"),
         ({"cache_config__cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
         ({"scheduler_config__long_prefill_token_threshold": 2}, "fewer than 3 tokens"),
         ({"scheduler_config__max_num_batched_tokens": 2}, "fewer than 3 tokens"),
@@ -93,6 +106,21 @@ def test_full_attention_layers_get_our_backend_and_the_others_keep_theirs():
 def test_what_does_not_work_is_refused(change, message):
     with pytest.raises(KVCompressConfigError, match=message):
         validate.check_engine_config(engine_config(**change), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0", "first Ray executor"),
+        ("VLLM_BATCH_INVARIANT", "1", "batch invariance"),
+    ],
+)
+def test_what_the_environment_asks_for_may_be_refused(monkeypatch, name, value, message):
+    config = engine_config(parallel_config__distributed_executor_backend="ray")
+    validate.check_engine_config(config, CONFIG)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(KVCompressConfigError, match=message):
+        validate.check_engine_config(config, CONFIG)
 
 
 def test_model_runner_v2_is_for_gpus():
@@ -134,6 +162,87 @@ def test_rows_of_both_model_runners():
     names = worker_cuda._rows_of_v2(SimpleNamespace(req_states=states))
     ids, lens = names(SimpleNamespace(req_idx=np.array([0, 3])))
     assert (ids, lens.tolist()) == (["b", "a"], [7, 9])
+
+
+# The worker, vLLM's part of which is not run.
+
+
+def worker_of(config, monkeypatch, **stock):
+    """A worker of two layers that nothing has been done to; `stock` are vLLM's methods of it."""
+    for name, method in stock.items():
+        monkeypatch.setattr(Worker, name, method)
+    worker = object.__new__(worker_cuda.KVCompressCUDAWorker)
+    plain = FullAttentionSpec(
+        block_size=16, num_kv_heads=2, head_size=64, head_size_v=64, dtype=torch.bfloat16
+    )
+    spec = KVCompressSpec.from_full_attention(plain, config, 1000, True)
+    worker.get_kv_cache_spec = lambda: {"a": spec, "b": spec}
+    worker.vllm_config = engine_config(
+        cache_config__kv_cache_memory_bytes=None,
+        scheduler_config__max_num_seqs=8,
+        compilation_config=SimpleNamespace(
+            max_cudagraph_capture_size=16, static_forward_context={"a": "layer a", "b": "layer b"}
+        ),
+    )
+    worker.model_runner = SimpleNamespace(get_model=lambda: "model")
+    worker._config, worker._engine = config, None
+    worker._stats = CompressionStats(log=False)
+    return worker
+
+
+@pytest.mark.parametrize("method", ["span", "ada-criticalkv"])
+def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
+    def measure(self):
+        self.total_consumed = 3000
+        return 10**9
+
+    config = KVCompressConfig(method, ratio=0.9, window=16)
+    worker = worker_of(config, monkeypatch, determine_available_memory=measure)
+    copied = {"layer a": 5, "layer b": 6}
+    monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[layer])
+    pages = staging_pages(config, CacheShape(2, 2, 1, 64, 16), 2048, 16)
+    assert pages > 0
+    own = pages * 16 * 2 * 64 * 2 + (11 if method == "ada-criticalkv" else 0)
+    assert worker.determine_available_memory() == 10**9 - own
+    # Which vLLM's advice for the next start is made of.
+    assert worker.total_consumed == 3000 + own
+    worker.vllm_config.cache_config.kv_cache_memory_bytes = 10**9
+    assert worker.determine_available_memory() == 10**9
+    assert worker.total_consumed == 3000
+
+
+def test_scores_follow_the_weights(monkeypatch):
+    done = []
+    worker = worker_of(
+        KVCompressConfig("span", ratio=0.9),
+        monkeypatch,
+        reload_weights=lambda self, path: done.append(path),
+        finish_weight_update=lambda self: done.append("updated"),
+        shutdown=lambda self: done.append(self._engine),
+    )
+    # Before there is a cache.
+    worker.reload_weights("first")
+    worker._layer_parameters = lambda needs: sorted(needs)
+    worker._engine = SimpleNamespace(use_parameters=done.append)
+    worker.reload_weights("second")
+    worker.finish_weight_update()
+    needs = sorted(scorer_class("span").needs)
+    assert "output_root" in needs
+    assert done == ["first", "second", needs, "updated", needs]
+    worker.shutdown()
+    assert done[-1] is None
+
+
+def test_another_attention_in_a_layer_is_refused(monkeypatch):
+    worker = worker_of(KVCompressConfig("span", ratio=0.9), monkeypatch)
+    layers = {
+        name: SimpleNamespace(
+            get_attn_backend=lambda chosen=chosen: SimpleNamespace(get_name=lambda: chosen)
+        )
+        for name, chosen in (("a", "CUSTOM"), ("b", "FLASH_ATTN"))
+    }
+    with pytest.raises(KVCompressConfigError, match="layer b of this model has chosen another"):
+        worker._make_engine(CacheShape(2, 2, 1, 64, 16), layers, [])
 
 
 def requests_of(config=CONFIG, max_num_reqs=4):

@@ -92,7 +92,7 @@ class DefensiveKV(Scorer):
     def _lift_mass(
         self, scores: torch.Tensor, attention: torch.Tensor, window: int, budget_tokens: int
     ) -> torch.Tensor:
-        threshold = self.mass_first - float(attention[..., -window:].sum(dim=-1).mean())
+        threshold = self.mass_first - attention[..., -window:].sum(dim=-1).mean()
         mean = attention.mean(dim=(1, 2))
         share = mean / mean.sum(dim=-1, keepdim=True)
         order = share.sort(dim=-1, descending=True, stable=True)

@@ -10,6 +10,8 @@ import torch
 
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs, Scorer
 
+_KEYS_AT_ONCE = 8192
+
 
 @dataclass
 class QueryMoments:
@@ -90,8 +92,12 @@ class ExpectedAttention(Scorer):
         key = inputs.key[:, num_sinks:].float()
         logits = torch.einsum("hgd,hnd->hgn", mean, key) * inputs.scale
         if self.covariance:
-            spread = torch.einsum("hni,hgij->hgnj", key, covariance)
-            logits += (spread * key[:, None]).sum(dim=-1) * (inputs.scale**2 / 2)
+            # Whole, it would be as large as all query heads' queries in float32.
+            for part, out in zip(
+                key.split(_KEYS_AT_ONCE, dim=1), logits.split(_KEYS_AT_ONCE, dim=2), strict=True
+            ):
+                spread = torch.einsum("hni,hgij->hgnj", part, covariance)
+                out += (spread * part[:, None]).sum(dim=-1) * (inputs.scale**2 / 2)
         if inputs.sinks is not None:
             logits = torch.cat([logits, inputs.sinks[:, :, None]], dim=-1)
         expected = logits.softmax(dim=-1)[..., : key.shape[1]].mean(dim=1)

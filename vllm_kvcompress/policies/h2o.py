@@ -9,8 +9,11 @@ import torch
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs, Scorer
 
-# Queries whose attention is held at once, to bound memory.
+# Queries whose attention is held at once, to bound memory; fewer where their weights would be more
+# than so many, but enough for a fast product.
 QUERIES_AT_ONCE = 256
+_WEIGHTS_AT_ONCE = 2**26
+_FEWEST_QUERIES = 16
 
 
 class H2O(Scorer):
@@ -39,8 +42,11 @@ class H2O(Scorer):
         sums = inputs.key.new_zeros(num_heads, num_keys, dtype=torch.float32)
         if state is not None:
             sums[:, : inputs.first] = state
-        for start in range(0, inputs.query.shape[2], QUERIES_AT_ONCE):
-            query = inputs.query[:, :, start : start + QUERIES_AT_ONCE]
+        num_weights = num_keys * inputs.query.shape[0] * inputs.query.shape[1]
+        fitting = max(_FEWEST_QUERIES, _WEIGHTS_AT_ONCE // num_weights)
+        at_once = min(QUERIES_AT_ONCE, fitting)
+        for start in range(0, inputs.query.shape[2], at_once):
+            query = inputs.query[:, :, start : start + at_once]
             end = inputs.first + start + query.shape[2]
             # The queries are the last ones over these keys, so the mask is causal.
             attention = ops.window_attention(

@@ -128,6 +128,10 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.engine: WorkerEngine | None = None
+
+    def bind(self, engine: WorkerEngine) -> None:
+        """Tell rows apart from now on."""
+        self.engine = engine
         self._table_key: list[int] = []
         self._page_tables = torch.empty(0)
 

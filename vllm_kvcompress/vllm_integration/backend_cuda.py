@@ -25,8 +25,10 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_kvcompress import ops
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, DeviceStep
 
-# Most pieces that a stream is cut into for rows of several tokens, of which a step has any number.
+# Pieces that a stream is cut into for rows of several tokens, unless there are many streams: each
+# piece's result takes as much memory as float32 queries do, which vLLM has not measured.
 _EXTENDED_SPLITS = 8
+_MOST_SPLIT_STREAMS = 512
 
 
 class KVCompressCUDABackend(FlashAttentionBackend):
@@ -49,6 +51,28 @@ class KVCompressCUDABackend(FlashAttentionBackend):
     def supports_head_size(cls, head_size: int) -> bool:
         """Those that FlashAttention and our decode kernel both take."""
         return head_size in ops.HEAD_SIZES and super().supports_head_size(head_size)
+
+    # What FlashAttention can do and rows of one token, which are ours, cannot.
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """How streams are cut depends on how many rows there are."""
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """No attention in both directions among an image's tokens."""
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """Causal attention only."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """No windows beside whole prefixes."""
+        return False
 
     @staticmethod
     def get_impl_cls() -> type[FlashAttentionImpl]:
@@ -106,6 +130,13 @@ class KVCompressCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         # Rows of one token go to the front.
         self._init_reorder_batch_threshold(1)
 
+    def bind(self, engine: CUDAEngine) -> None:
+        """Tell rows apart from now on."""
+        self.engine = engine
+        # The stock builder's runs are of prompts, and no captured graph has these: each may have
+        # a schedule of its own, and FlashAttention chooses its splits.
+        self.use_full_cuda_graph = False
+
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """Full graphs of decode steps; prompts are told apart and collected outside of graphs."""
@@ -121,11 +152,7 @@ class KVCompressCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             run = PromptRun(slice(0, stock.num_actual_tokens), stock)
             return KVCompressCUDAMetadata(common.slot_mapping, [run])
         step = self.engine.prepare(common)
-        runs = [
-            # vLLM has one place to keep a schedule in, which the first run takes.
-            self._run(common, step, *run, fast_build=fast_build or i > 0)
-            for i, run in enumerate(step.runs)
-        ]
+        runs = [self._run(common, step, *run, fast_build) for run in step.runs]
         return KVCompressCUDAMetadata(common.slot_mapping, runs, step, self.engine)
 
     def _run(
@@ -214,15 +241,16 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 run.block_table,
                 run.query_start_loc,
                 ops.MAX_QUERY_LEN,
-                _EXTENDED_SPLITS,
+                _extended_splits(len(run.rows) * self.num_kv_heads),
             )
         engine.after_attention(step, layer_index, query, lses)
         return output
 
     def warm_up(self, engine: CUDAEngine) -> None:
         """Compile and run the decode kernels for any rows, before a request waits for them."""
-        batches = [(n, 1, None) for n in engine.batch_sizes()]
-        for num_rows, query_len, num_splits in [*batches, (1, ops.MAX_QUERY_LEN, _EXTENDED_SPLITS)]:
+        batches: list[tuple[int, int, int | None]] = [(n, 1, None) for n in engine.batch_sizes()]
+        batches += [(1, ops.MAX_QUERY_LEN, num_splits) for num_splits in (1, _EXTENDED_SPLITS)]
+        for num_rows, query_len, num_splits in batches:
             device = engine.pool.device
             size = (num_rows, self.num_heads, self.head_size)
             query = torch.zeros(size, dtype=engine.pool.dtype, device=device)
@@ -327,6 +355,10 @@ def attend_with_lse(
         return_softmax_lse=True,
     )
     return lse
+
+
+def _extended_splits(num_streams: int) -> int:
+    return _EXTENDED_SPLITS if num_streams <= _MOST_SPLIT_STREAMS else 1
 
 
 def _only_rows(

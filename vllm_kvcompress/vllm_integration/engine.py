@@ -72,6 +72,10 @@ class WorkerEngine:
         self.config = config
         self.states = RequestStates(Geometry(config, self.shape.block_size), self.shape.num_layers)
 
+    def use_parameters(self, layers: list[LayerParameters]) -> None:
+        """Score with other weights from now on; requests go on."""
+        self.compactor.use_parameters(layers)
+
     @property
     def ops_name(self) -> str:
         """What computes, for the start-up message."""

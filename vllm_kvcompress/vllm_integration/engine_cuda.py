@@ -32,6 +32,8 @@ from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
 # Kernels are the same for any length.
 _WARM_UP_TOKENS = 1024
+# Scores of prompts that are compacted together, beside what vLLM has measured.
+_MOST_SCORE_BYTES = 256 * 2**20
 
 # Request ids and prompt lengths of a step's rows, told by vLLM's metadata.
 RowNames = Callable[[Any], tuple[Sequence[str], np.ndarray]]
@@ -79,7 +81,8 @@ class DeviceStep:
         extended: rows behind them that are compressed.
         runs: rows behind them as (first row, end, whether they are one-shot), in order.
         chunks: tokens to collect.
-        endings: prompts that end in this step, one-shot ones apart from the others.
+        endings: prompts that end in this step, in batches, one-shot ones apart from the others.
+        prompt_blocks: by row, [n] int64 blocks of prompts whose pages have been asked for.
     """
 
     rows: torch.Tensor
@@ -92,6 +95,7 @@ class DeviceStep:
     runs: list[tuple[int, int, bool]] = field(default_factory=list)
     chunks: list[PromptChunk] = field(default_factory=list)
     endings: list[Ending] = field(default_factory=list)
+    prompt_blocks: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def staged(self) -> Ending | None:
@@ -179,6 +183,10 @@ class CUDAEngine:
         self._buffer = self.pool.new_empty(0)
         self._buffer = self.pool.new_zeros(num_pages, *self.pool.shape[1:])
 
+    def use_parameters(self, layers: list[LayerParameters]) -> None:
+        """Score with other weights from now on; requests go on."""
+        self.compactor.use_parameters(layers)
+
     @contextmanager
     def scheduled_step(self, one_shot_ids: Container[str] = ()) -> Iterator[None]:
         """Around a step of the scheduler. Batches outside of one are made up (warm-up, capture).
@@ -234,8 +242,9 @@ class CUDAEngine:
 
     def _endings(self, plan: StepPlan, block_table: torch.Tensor) -> list[Ending]:
         endings = []
-        for is_one_shot in (False, True):
-            chunks = [c for c in plan.chunks if c.finishes and c.is_one_shot == is_one_shot]
+        batches = [(False, chunks) for chunks in self._batches(plan)]
+        batches.append((True, [c for c in plan.chunks if c.finishes and c.is_one_shot]))
+        for is_one_shot, chunks in batches:
             if not chunks:
                 continue
             index = to_device(np.array([chunk.row for chunk in chunks]), self.pool.device)
@@ -246,6 +255,23 @@ class CUDAEngine:
             )
             endings.append(Ending(chunks, batch))
         return endings
+
+    def _batches(self, plan: StepPlan) -> list[list[PromptChunk]]:
+        """Prompts with blocks that end in a step, cut where scores would take too much memory.
+
+        Scores of a batch have room for its longest prompt in all its rows.
+        """
+        chunks = [c for c in plan.chunks if c.finishes and not c.is_one_shot]
+        sizes = {c.row: self.compactor.score_bytes(c.request.prompt.geometry) for c in chunks}
+        if max(sizes.values(), default=0) * len(chunks) <= _MOST_SCORE_BYTES:
+            return [chunks]
+        batches: list[list[PromptChunk]] = []
+        for chunk in sorted(chunks, key=lambda chunk: sizes[chunk.row]):
+            if batches and sizes[chunk.row] * (len(batches[-1]) + 1) <= _MOST_SCORE_BYTES:
+                batches[-1].append(chunk)
+            else:
+                batches.append([chunk])
+        return batches
 
     def _plan(self, common: Any) -> StepPlan:
         names: tuple[Sequence[str], np.ndarray] = ((), np.empty(0, np.int32))
@@ -376,9 +402,13 @@ class CUDAEngine:
 
     def _pool_pages(self, step: DeviceStep, chunk: PromptChunk, layer: int) -> LayerPages:
         """One layer of a prompt that has its blocks, as far as it is computed."""
-        num_tokens = chunk.first + chunk.token_end - chunk.token_start
-        row = step.dense_table[chunk.row - step.num_single]
-        return self.compactor.pages(layer, row[: cdiv(num_tokens, self.shape.block_size)].long())
+        blocks = step.prompt_blocks.get(chunk.row)
+        if blocks is None:
+            num_tokens = chunk.first + chunk.token_end - chunk.token_start
+            row = step.dense_table[chunk.row - step.num_single]
+            blocks = row[: cdiv(num_tokens, self.shape.block_size)].long()
+            step.prompt_blocks[chunk.row] = blocks
+        return self.compactor.pages(layer, blocks)
 
     def _compact(self, ending: Ending) -> None:
         batch = ending.batch
@@ -423,9 +453,27 @@ class CUDAEngine:
         length = min(_WARM_UP_TOKENS, max_len)
         while length < max_len and not self.requests.geometry.of(length).is_compressed:
             length = min(2 * length, max_len)
+        if self.requests.geometry.of(length).is_compressed:
+            self._warm_up_compaction(length, None, tells_lse)
+        staged = self._staged_warm_up_tokens(max_len)
+        if staged is not None:
+            self._warm_up_compaction(staged, self._buffer, tells_lse)
+
+    def _staged_warm_up_tokens(self, max_len: int) -> int | None:
+        """Tokens of a prompt that may be staged, a long one, whose layers fill the buffer."""
+        length = min(max_len, self._one_shot_tokens)
+        while length > self.config.window:
+            geometry = self.requests.geometry.of(length)
+            if geometry.is_compressed and can_stage(self.config, geometry):
+                return length
+            length //= 2
+        return None
+
+    def _warm_up_compaction(
+        self, length: int, buffer: torch.Tensor | None, tells_lse: bool
+    ) -> None:
+        """Compact a made-up prompt; staged, if there is a buffer."""
         geometry = self.requests.geometry.of(length)
-        if not geometry.is_compressed:
-            return
         shape, device = self.shape, self.pool.device
         table = self._zeros(1, geometry.num_row_blocks(length))
         num_heads = shape.num_kv_heads * shape.num_queries_per_kv
@@ -435,24 +483,20 @@ class CUDAEngine:
         if tells_lse and self.compactor.is_fused:
             lse = query.new_zeros(self.config.window, num_heads, dtype=torch.float32)
         blocks = table[0].long()[: cdiv(geometry.compact_len, shape.block_size)]
-        buffers = [None]
-        if length <= self._one_shot_tokens and can_stage(self.config, geometry):
-            buffers.append(self._buffer)
-        for buffer in buffers:
-            prompt = PromptCompaction(geometry, shape.num_layers)
-            batch = self.compactor.batch([prompt], table, buffer)
-            for layer in range(shape.num_layers):
-                pages = self.compactor.pages(layer, blocks)
-                if batch.staging is not None:
-                    self.compactor.begin_layer(batch, layer)
-                    pages = batch.staging.pages(0)
-                if lse is None:
-                    self.compactor.collect(prompt, layer, query, 0, pages)
-                    window = None
-                else:
-                    window = Window(query[-self.config.window :], lse)
-                self.compactor.score_layer(batch, layer, [window], [pages])
-            self.compactor.compact(batch)
+        prompt = PromptCompaction(geometry, shape.num_layers)
+        batch = self.compactor.batch([prompt], table, buffer)
+        for layer in range(shape.num_layers):
+            pages = self.compactor.pages(layer, blocks)
+            if batch.staging is not None:
+                self.compactor.begin_layer(batch, layer)
+                pages = batch.staging.pages(0)
+            if lse is None:
+                self.compactor.collect(prompt, layer, query, 0, pages)
+                window = None
+            else:
+                window = Window(query[-self.config.window :], lse)
+            self.compactor.score_layer(batch, layer, [window], [pages])
+        self.compactor.compact(batch)
 
 
 def _lse_of(tokens: slice, lses: Sequence[tuple[slice, torch.Tensor]]) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from vllm_kvcompress import ops
@@ -28,8 +28,7 @@ def layer_parameters(
     Raises:
         KVCompressConfigError: if the model's layer does not have it in a known form.
     """
-    # The module that owns the projections around the attention.
-    owner = model.get_submodule(name.rpartition(".")[0])
+    owner = _owner(model, name)
     output_weight = output_root = rotary = None
     if "output_weight" in needs:
         output_weight = _output_weight(owner, name, layer)
@@ -50,8 +49,28 @@ def layer_parameters(
     )
 
 
-def _output_weight(owner: torch.nn.Module, name: str, layer: Any) -> torch.Tensor:
-    """[H, g, d, m] columns of the output projection for each query head of this rank."""
+def output_copy_bytes(model: torch.nn.Module, name: str, layer: Any) -> int:
+    """Memory that a layer's `output_weight` takes beside the model's own weights."""
+    projection = _output_projection(_owner(model, name), name, layer)
+    if _is_plain(projection):
+        return 0
+    return projection.input_size_per_partition * projection.output_size * layer.dtype.itemsize
+
+
+def _owner(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """The module that has the projections around the attention of this name."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
+def _is_plain(projection: RowParallelLinear) -> bool:
+    """Whether the weight is there as the checkpoint has it; one that vLLM packs is not."""
+    size = (projection.output_size, projection.input_size_per_partition)
+    return (
+        type(projection.quant_method) is UnquantizedLinearMethod and projection.weight.shape == size
+    )
+
+
+def _output_projection(owner: torch.nn.Module, name: str, layer: Any) -> RowParallelLinear:
     size = layer.num_heads * layer.head_size
     # With LoRA a projection is wrapped; all requests are scored by the model's own weights.
     own = [getattr(child, "base_layer", child) for child in owner.children()]
@@ -65,12 +84,21 @@ def _output_weight(owner: torch.nn.Module, name: str, layer: Any) -> torch.Tenso
             f"this method needs the output projection of layer {name}, and {len(found)} "
             f"candidates are there; methods that need none: see `vllm-kvcompress methods`"
         )
-    # The weight itself may be packed or quantized; what it does to unit vectors is not.
-    projection = found[0]
-    unit = torch.eye(size, dtype=layer.dtype, device=layer.kv_cache.device)
-    weight = projection.quant_method.apply(projection, unit, bias=None)
+    return found[0]
+
+
+def _output_weight(owner: torch.nn.Module, name: str, layer: Any) -> torch.Tensor:
+    """[H, g, d, m] columns of the output projection for each query head of this rank."""
+    projection = _output_projection(owner, name, layer)
+    if _is_plain(projection):
+        weight = projection.weight.detach().t()
+    else:
+        # The weight itself may be packed or quantized; what it does to unit vectors is not.
+        size = projection.input_size_per_partition
+        unit = torch.eye(size, dtype=layer.dtype, device=layer.kv_cache.device)
+        weight = projection.quant_method.apply(projection, unit, bias=None)
     group = layer.num_heads // layer.num_kv_heads
-    return weight.view(layer.num_kv_heads, group, layer.head_size, -1)
+    return weight.unflatten(0, (layer.num_kv_heads, group, layer.head_size))
 
 
 def _rotary(owner: torch.nn.Module, name: str) -> Rotary:

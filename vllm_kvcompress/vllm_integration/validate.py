@@ -90,6 +90,8 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         vllm_config.parallel_config,
         vllm_config.cache_config,
     )
+    from vllm import envs
+
     config.check_block_size(cache.block_size)
     text_config = model.hf_text_config
     windows = getattr(text_config, "sliding_window", None) is not None and getattr(
@@ -116,6 +118,19 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
         (vllm_config.speculative_config is not None, "speculative decoding"),
+        (
+            # vLLM 0.33 has the other one only.
+            parallel.distributed_executor_backend == "ray"
+            and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True),
+            "vLLM's first Ray executor, which passes workers by (unset "
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND)",
+        ),
+        (
+            model.is_mm_prefix_lm,
+            "attention in both directions among an image's tokens (for text alone: "
+            "--language-model-only)",
+        ),
+        (model.rswa_window is not None, "R-SWA, windows beside whole prefixes"),
         (
             cache.cache_dtype not in _CACHE_DTYPES,
             f"KV cache dtype {cache.cache_dtype!r} (use {', '.join(_CACHE_DTYPES)})",
@@ -167,6 +182,8 @@ def _cpu(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
 
 def _cuda(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
     """What does not work on a GPU, as (whether it is there, what it is)."""
+    from vllm import envs
+
     attention, parallel = vllm_config.attention_config, vllm_config.parallel_config
     chosen = attention.backend_per_kind.get(_COMPRESSED_KIND, attention.backend)
     return (
@@ -176,6 +193,7 @@ def _cuda(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
             "(it brings its own, on FlashAttention)",
         ),
         (parallel.use_ubatching, "microbatches (--enable-dbo)"),
+        (envs.VLLM_BATCH_INVARIANT, "batch invariance (VLLM_BATCH_INVARIANT=1)"),
     )
 
 

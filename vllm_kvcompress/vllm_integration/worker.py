@@ -172,7 +172,7 @@ class CompressionWorker:
             if attn_group.kv_cache_group_id != ours[0]:
                 continue
             for builder in attn_group.metadata_builders:
-                builder.engine = self._engine
+                builder.bind(self._engine)
         if self.rank == 0:
             asked = (
                 f"ratio {self._config.ratio}"
@@ -207,6 +207,22 @@ class CompressionWorker:
         self._engine.configure(config, self._layer_parameters(needs))
         self._config = config
 
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock worker; scores then use the new weights too."""
+        super().reload_weights(*args, **kwargs)
+        self._use_new_weights()
+
+    def finish_weight_update(self) -> None:
+        """As the stock worker; scores then use the new weights too."""
+        super().finish_weight_update()
+        self._use_new_weights()
+
+    def _use_new_weights(self) -> None:
+        # What is derived from weights does not follow them by itself.
+        if self._engine is not None:
+            needs = scorer_class(self._config.recipe.scorer).needs
+            self._engine.use_parameters(self._layer_parameters(needs))
+
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock worker, after dropping requests that have left."""
         if self._engine is not None:
@@ -221,6 +237,8 @@ class CompressionWorker:
     def shutdown(self) -> None:
         """As the stock worker, after a last log line."""
         self._stats.close()
+        # It has the KV cache, whose memory the stock worker gives back.
+        self._engine = None
         super().shutdown()
 
 

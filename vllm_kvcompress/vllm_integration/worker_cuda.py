@@ -14,9 +14,11 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
+from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
+from vllm_kvcompress.vllm_integration.layers import output_copy_bytes
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 
 logger = init_logger(f"vllm.{__name__}")
@@ -43,16 +45,29 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         super().init_device()
 
     def determine_available_memory(self) -> int:
-        """As the stock worker, less what one-shot prompts are computed in."""
+        """As the stock worker, less what compression keeps beside the pool."""
         available = super().determine_available_memory()
         if self.vllm_config.cache_config.kv_cache_memory_bytes:
-            # Somebody chose the pool's size.
+            # Somebody chose the pool's size; or an earlier start did, which counted ours.
             return available
-        specs = [s for s in self.get_kv_cache_spec().values() if isinstance(s, KVCompressSpec)]
-        spec = specs[0]
+        own = self._own_bytes()
+        # So that it is part of what vLLM advises, and saves for another start.
+        self.total_consumed += own
+        return available - own
+
+    def _own_bytes(self) -> int:
+        """Memory for one-shot prompts, and for output projections that have to be copied."""
+        all_specs = self.get_kv_cache_spec().items()
+        specs = {name: s for name, s in all_specs if isinstance(s, KVCompressSpec)}
+        spec = next(iter(specs.values()))
         shape = CacheShape(len(specs), spec.num_kv_heads, 1, spec.head_size, spec.block_size)
         pages = staging_pages(self._config, shape, self._staged_tokens(), self._max_num_reqs())
-        return available - pages * spec.page_size_bytes // spec.num_kv_heads
+        own = pages * spec.page_size_bytes // spec.num_kv_heads
+        if "output_weight" in scorer_class(self._config.recipe.scorer).needs:
+            model = self.model_runner.get_model()
+            layers = self.vllm_config.compilation_config.static_forward_context
+            own += sum(output_copy_bytes(model, name, layers[name]) for name in specs)
+        return own
 
     def _max_num_reqs(self) -> int:
         """Rows of the largest step, a captured graph's padding included."""
@@ -73,6 +88,12 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
             raise KVCompressConfigError(
                 f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
                 f"this model has {shape.num_queries_per_kv}"
+            )
+        others = [name for name, x in attention.items() if not _is_ours(x)]
+        if others:
+            raise KVCompressConfigError(
+                f"KV compression brings its own attention, and layer {others[0]} of this model "
+                "has chosen another"
             )
         missing = ops.native_problem("cuda")
         if missing and self.rank == 0:
@@ -109,6 +130,11 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
             return super().execute_model(scheduler_output, *args, **kwargs)
         with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
             return super().execute_model(scheduler_output, *args, **kwargs)
+
+
+def _is_ours(layer: Attention) -> bool:
+    # By name: vLLM loads the backend from its path.
+    return layer.get_attn_backend().get_name() == AttentionBackendEnum.CUSTOM.name
 
 
 def _rows_of_v1(runner: Any) -> RowNames:
