@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import machine
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, Compactor, LayerParameters, PromptCompaction
@@ -165,13 +168,6 @@ def rows(repetitions: int, threads: list[int], sets: list[str]) -> Iterator[dict
                 }
 
 
-def cpu_name() -> str:
-    """As the kernel says."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -181,14 +177,11 @@ def main() -> None:
     args = parser.parse_args()
     best = ops.instruction_set()
     sets = args.sets or list(dict.fromkeys([best, *({"avx2"} & set(native.instruction_sets()))]))
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
     result: dict[str, Any] = {
-        "cpu": cpu_name(),
+        "cpu": machine.cpu_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": machine.commit(),
         "dtype": str(DTYPE),
         "block_size": BLOCK_SIZE,
         "ratio": RATIO,

@@ -7,8 +7,12 @@ Every row has p20, p50 and p80 in microseconds, the bytes that the work must mov
 reached, the bandwidth of a plain copy measured in the same run, and the ratio of the two. Peers
 run on the same number of kept tokens where they are installed: torch's SDPA and FlexAttention, and
 FlashAttention through vLLM, FlashInfer and xformers on pages. `--count` runs nothing: it lists
-launches and bytes. Caches are flushed before each repetition. `--native` builds csrc/cuda for this
-GPU and times it beside the Triton kernels.
+launches and bytes. Caches are flushed before each repetition. `--native` times csrc/cuda beside the
+Triton kernels, built for this GPU if it is not installed.
+
+What is timed is the replay of a captured graph, so that calls of many launches do not measure
+Python; `timed` says 'eager' where a call could not be captured. The JSON is written anew after
+every case.
 """
 
 from __future__ import annotations
@@ -17,9 +21,8 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,10 +34,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 if "--count" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import machine
 import torch
 import triton
 from gpu import native
-from gpu.peers import decode_peers
+from gpu.peers import PEERS, decode_peers
 from gpu.recording import record
 from gpu.shapes import ModelShape, read_shapes
 
@@ -87,7 +91,12 @@ def prepare(run: Callable[[], Any], device: torch.device) -> Any:
 
 
 def decode_case(
-    shape: ModelShape, batch: int, kept: int, device: torch.device, num_layers: int
+    shape: ModelShape,
+    batch: int,
+    kept: int,
+    device: torch.device,
+    num_layers: int,
+    peers: Sequence[str],
 ) -> Case:
     """A batch of compressed requests, `kept` tokens per KV head in the region and a tail."""
     b, d = shape.block_size, shape.head_size
@@ -115,8 +124,8 @@ def decode_case(
     num_bytes = num_tokens * shape.token_bytes + 2 * query.numel() * query.element_size()
     offsets = offsets.to(device)
 
-    def run() -> None:
-        ops.ragged_decode(
+    def run() -> torch.Tensor:
+        return ops.ragged_decode(
             query,
             pool,
             rows,
@@ -135,7 +144,7 @@ def decode_case(
         f"batch {batch}, {kept} kept",
         run,
         num_bytes,
-        decode_peers(shape, batch, mean_tokens, device) if device.type == "cuda" else {},
+        decode_peers(peers, shape, batch, mean_tokens, device) if device.type == "cuda" else {},
         {"batch": batch, "kept_tokens": kept, "layers_in_pool": num_layers},
     )
 
@@ -328,7 +337,8 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
                 if num_bytes > arguments.pool_gib * 2**30:
                     print(f"{name}: batch {batch} x {kept} tokens is more than the pool, left out")
                     continue
-                yield name, decode_case(shape, batch, kept, device, num_layers)
+                case = decode_case(shape, batch, kept, device, num_layers, arguments.peers)
+                yield name, case
             yield name, store_case(shape, batch, device)
         for prompt_len in arguments.prompts:
             num_bytes = 2 * prompt_len * num_layers * shape.num_kv_heads * shape.token_bytes
@@ -346,10 +356,31 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
                 yield name, case
 
 
-def time_us(run: Callable[[], Any]) -> dict[str, float]:
+def captured(run: Callable[[], Any]) -> tuple[Callable[[], Any], str]:
+    """(what to time, how): the replay of a graph of one call, or the call itself.
+
+    What the call returns stays in the graph's own memory until the replay is dropped.
+    """
+    # Compiles, and takes memory that is not to be taken in the capture.
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except Exception as error:
+        print(f"not captured: {type(error).__name__}: {error}")
+        torch.cuda.synchronize()
+        return run, "eager"
+    return graph.replay, "graph"
+
+
+def time_us(run: Callable[[], Any]) -> dict[str, Any]:
     """p20, p50 and p80 of a call, in microseconds, L2 flushed before each."""
-    quantiles = triton.testing.do_bench(run, warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8])
-    return dict(zip(("p20_us", "p50_us", "p80_us"), (1000 * q for q in quantiles), strict=True))
+    timed, how = captured(run)
+    quantiles = triton.testing.do_bench(timed, warmup=50, rep=200, quantiles=[0.2, 0.5, 0.8])
+    times = zip(("p20_us", "p50_us", "p80_us"), (1000 * q for q in quantiles), strict=True)
+    return {**dict(times), "timed": how}
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -374,20 +405,15 @@ def prefill_us(shape: ModelShape, prompt_len: int, tflops: float) -> float:
 
 def environment() -> dict[str, Any]:
     """Device, driver, versions, commit and command of this run."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    found: dict[str, Any] = {
-        "command": "python " + " ".join(["scripts/bench_kernels.py", *sys.argv[1:]]),
-        "commit": os.environ.get("KVC_COMMIT") or commit.stdout.strip() or None,
+    return {
+        "command": machine.command(),
+        "commit": machine.commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
+        **(machine.device() if torch.cuda.is_available() else {}),
     }
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    return found
 
 
 def counted_row(name: str, case: Case) -> dict[str, Any]:
@@ -434,7 +460,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="layers in the pool (default: the model's)")
     parser.add_argument("--pool-gib", type=float, default=40.0, help="largest pool to try")
     parser.add_argument("--count", action="store_true", help="bytes and launches only")
-    parser.add_argument("--native", action="store_true", help="csrc/cuda too; needs nvcc")
+    parser.add_argument("--native", action="store_true", help="csrc/cuda too")
+    parser.add_argument(
+        "--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="of decode attention"
+    )
     parser.add_argument("--out", type=Path, help="JSON of all rows")
     arguments = parser.parse_args()
     if arguments.count and arguments.native:
@@ -448,9 +477,12 @@ def main() -> None:
         device = torch.device("cuda")
         if arguments.native:
             with TemporaryDirectory() as folder:
-                native.load_built_here(Path(folder))
+                native.load_here(Path(folder))
         copy_gbs, tflops = copy_bandwidth(device), matmul_rate(device)
         print(f"copy {copy_gbs:.0f} GB/s, matmul {tflops:.0f} TFLOP/s")
+    run = environment()
+    if not arguments.count:
+        run |= {"copy_gb_per_s": copy_gbs, "matmul_tflops": tflops}
     rows = []
     for name, case in cases(arguments, device):
         common = {"shape": name, "op": case.name, "case": case.label, **case.extra}
@@ -461,13 +493,10 @@ def main() -> None:
             rows += [
                 {**common, **row} for row in timed_rows(name, case, shapes[name], copy_gbs, tflops)
             ]
-    if arguments.out:
-        run = environment()
-        if not arguments.count:
-            run |= {"copy_gb_per_s": copy_gbs, "matmul_tflops": tflops}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"run": run, "rows": rows}, indent=1)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"run": run, "rows": rows}, indent=1)
+            arguments.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

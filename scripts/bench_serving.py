@@ -23,10 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import machine
 from serving.report import summarise, write
 from serving.server import run_workload, serve
 from serving.variants import Variant
@@ -99,7 +98,7 @@ def bench(
         flush=True,
     )
     return {
-        "command": own_command(),
+        "command": machine.command(),
         "input_len": input_len,
         "output_len": arguments.output,
         "pool": pool,
@@ -116,40 +115,23 @@ def bench(
     }
 
 
-def own_command() -> str:
-    """As it was given."""
-    return "python " + shlex.join(["scripts/bench_serving.py", *sys.argv[1:]])
-
-
 def environment(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What a reader needs to place the numbers."""
     import torch
     import vllm
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    found: dict[str, Any] = {
+    return {
         # Those that OUT's runs are from.
         "commands": list(dict.fromkeys(run["command"] for run in runs)),
-        "commit": os.environ.get("KVC_COMMIT") or commit.stdout.strip() or None,
+        "commit": machine.commit(),
         "weights": "dummy (random)" if arguments.dummy else "real",
         "prompts": arguments.prompts,
         "concurrency": arguments.concurrency,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vllm": vllm.__version__,
+        **machine.device(),
     }
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-    else:
-        names = [
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        found["device"] = f"{len(os.sched_getaffinity(0))} cores of {names[0]}"
-    return found
 
 
 def parse_arguments() -> argparse.Namespace:

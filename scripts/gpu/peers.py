@@ -6,7 +6,7 @@ Each gets dense requests of the mean length: nobody else takes lengths per head.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,21 +18,18 @@ _WORKSPACE_BYTES = 128 * 2**20
 
 
 def decode_peers(
-    shape: ModelShape, batch: int, num_tokens: int, device: torch.device
+    names: Sequence[str], shape: ModelShape, batch: int, num_tokens: int, device: torch.device
 ) -> dict[str, Callable[[], Any]]:
-    """Calls to time, by name; a library that is missing or refuses is left out with a line."""
+    """Calls to time, by names of `PEERS`; a library that is missing is left out.
+
+    One that refuses is left out with a line.
+    """
     if shape.pool_dtype != shape.dtype:
         return {}
     peers = {}
-    for name, make in (
-        ("torch SDPA", _sdpa),
-        ("torch FlexAttention", _flex_attention),
-        ("FlashAttention (vLLM)", _flash_attention),
-        ("FlashInfer", _flashinfer),
-        ("xformers", _xformers),
-    ):
+    for name in names:
         try:
-            run = make(shape, batch, num_tokens, device)
+            run = PEERS[name](shape, batch, num_tokens, device)
             run()
         except ImportError:
             continue
@@ -161,3 +158,13 @@ def _xformers(
         block_tables=order.to(torch.int32),
     )
     return lambda: fmha.memory_efficient_attention_forward(query, key, value, attn_bias=bias)
+
+
+# In the order in which they are timed.
+PEERS = {
+    "torch SDPA": _sdpa,
+    "torch FlexAttention": _flex_attention,
+    "FlashAttention (vLLM)": _flash_attention,
+    "FlashInfer": _flashinfer,
+    "xformers": _xformers,
+}

@@ -3,11 +3,14 @@
 #
 #   scripts/gpu/verify.sh [OUT [STEP...]]    OUT: folder for the JSON (default: benchmarks/results/gpu)
 #
-# Steps, all of them by default: `tests` and `timings` of kernels, `compile` (registers and spills of
-# every kernel), `engines` (end-to-end tests), `serving` (against stock vLLM).
+# Steps: `tests` and `timings` of kernels, `engines` (end-to-end tests), `serving` (against stock
+# vLLM); all of them by default. And `tuning` of the decode kernel's tiles and splits; and `compile`
+# (registers and spills of every kernel), which needs no GPU.
 # Needs torch with CUDA, triton, pytest, hypothesis and setuptools in $PYTHON (default: python3). The
 # package is installed from this folder into a temporary one, as pip does it: with nvcc in $CUDA_HOME,
 # $PATH or /usr/local/cuda the kernels of csrc/cuda are built, and then tested and timed too.
+# KVC_WHEEL names a wheel of it to take instead. KVC_TEST_LIMIT is the time after which tests are
+# stopped, such as 500s; the JSON then has those that have ended. With pytest-xdist they share the cores.
 # Engines need vLLM and a model folder, KVC_MODEL (see scripts/build_model.py); if that has a tokenizer
 # but no weights, tests of the real model are left out. They are timed with random weights of the 8B
 # shape. KVC_COMMIT names the commit where there is no git.
@@ -18,10 +21,10 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 python="${PYTHON:-python3}"
 out="${1:-$root/benchmarks/results/gpu}"
 steps=("${@:2}")
-[[ ${#steps[@]} -gt 0 ]] || steps=(tests timings compile engines serving)
+[[ ${#steps[@]} -gt 0 ]] || steps=(tests timings engines serving)
 for step in "${steps[@]}"; do
   case "$step" in
-    tests | timings | compile | engines | serving) ;;
+    tests | timings | tuning | compile | engines | serving) ;;
     *) echo "no such step: $step" >&2; exit 2 ;;
   esac
 done
@@ -35,7 +38,7 @@ PY
 
 stage="$(mktemp -d)"
 trap 'rm -rf "$stage"' EXIT
-"$python" -m pip install -q --no-deps --no-build-isolation --target "$stage/site" "$root"
+"$python" -m pip install -q --no-deps --no-build-isolation --target "$stage/site" "${KVC_WHEEL:-$root}"
 export PYTHONPATH="$stage/site${PYTHONPATH:+:$PYTHONPATH}"
 export TRITON_DEFAULT_FP_FUSION=1
 cd "$root"
@@ -45,51 +48,45 @@ has_nvcc() {
   PATH="${CUDA_HOME:+$CUDA_HOME/bin:}$PATH:/usr/local/cuda/bin" command -v nvcc >/dev/null
 }
 
-# run_pytest NAME TEST...: pytest, whose counts go to NAME.json.
+# run_pytest NAME ARGUMENT...: pytest, whose counts go to NAME.json.
 run_pytest() {
-  local passed=true
-  "$python" -P -m pytest "${@:2}" -q -p no:cacheprovider --junit-xml="$stage/$1.xml" ||
-    { passed=false; status=1; }
+  local pytest=("$python" -P -m pytest -q -p no:cacheprovider --junit-xml="$stage/$1.xml")
+  # Stopped like this, pytest still writes its report.
+  [[ -z "${KVC_TEST_LIMIT:-}" ]] || pytest=(timeout --signal=INT "$KVC_TEST_LIMIT" "${pytest[@]}")
+  "${pytest[@]}" "${@:2}" || status=1
   if [[ ! -f "$stage/$1.xml" ]]; then
     echo "$1: pytest did not get as far as a report" >&2
     return
   fi
-  "$python" - "$stage/$1.xml" "$out/$1.json" "$passed" <<'PY'
-import json, os, subprocess, sys, xml.etree.ElementTree as tree
-import torch
-xml, out, passed = sys.argv[1:]
-suite = tree.parse(xml).getroot().find("testsuite")
-names = ("tests", "failures", "errors", "skipped")
-git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-result = {
-    "device": torch.cuda.get_device_name(),
-    "driver": subprocess.run(query, capture_output=True, text=True).stdout.strip(),
-    "torch": torch.__version__,
-    "commit": os.environ.get("KVC_COMMIT") or git or None,
-    **{name: int(suite.get(name)) for name in names},
-    "passed": passed == "true",
-    "failed": [
-        f"{case.get('classname')}::{case.get('name')}"
-        for case in suite
-        if case.find("failure") is not None or case.find("error") is not None
-    ],
-}
-with open(out, "w") as file:
-    file.write(json.dumps(result, indent=1) + "\n")
-print(result)
-PY
+  "$python" -P scripts/gpu/test_report.py "$stage/$1.xml" "$out/$1.json"
 }
 
-run_tests() { run_pytest kernel_tests tests/kernels; }
+run_tests() {
+  local workers=()
+  # More contexts than this only crowd the GPU.
+  if "$python" -P -c 'import xdist' 2>/dev/null; then
+    workers=(-n "$(($(nproc) < 8 ? $(nproc) : 8))")
+  fi
+  run_pytest kernel_tests tests/kernels -m "not slow and not emulated" ${workers[@]+"${workers[@]}"}
+}
 
 run_timings() {
   local native=()
-  if has_nvcc; then native=(--native); else echo "no nvcc: csrc/cuda is not timed"; fi
+  if [[ -f "$stage/site/vllm_kvcompress/_native_cuda.so" ]] || has_nvcc; then
+    native=(--native)
+  else
+    echo "no nvcc: csrc/cuda is not timed"
+  fi
+  # FlexAttention is compiled anew for every case.
   "$python" -P scripts/bench_kernels.py --out "$out/kernels.json" ${native[@]+"${native[@]}"} \
-    --shapes Llama-3.1-8B --prompts 4096 32768 --batches 1 32 256 || status=1
+    --shapes Llama-3.1-8B --prompts 4096 32768 --batches 1 32 256 \
+    --peers "torch SDPA" "FlashAttention (vLLM)" FlashInfer xformers || status=1
   "$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" ${native[@]+"${native[@]}"} \
     --shapes "Llama-3.1-70B TP8" --prompts 32768 --batches 32 --kept 1024 4096 || status=1
+}
+
+run_tuning() {
+  "$python" -P scripts/gpu/tune_decode.py --out "$out/decode_tuning.json" || status=1
 }
 
 run_compile() {

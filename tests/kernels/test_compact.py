@@ -55,7 +55,7 @@ def random_selection(batch: PagedBatch, granularity: str) -> tuple[torch.Tensor,
 
 
 SHAPES = {
-    "float32": BASE,
+    "float32": Shape(dtype=torch.float32),
     "bfloat16": Shape(dtype=torch.bfloat16, num_layers=3),
     "fp8": Shape(dtype=torch.bfloat16, pool_dtype=torch.float8_e4m3fn),
     "head size 80": Shape(head_size=80, dtype=torch.float16),
@@ -130,7 +130,7 @@ def test_moves_that_do_not_fit_are_refused():
 
 def test_a_compacted_prompt_is_decoded():
     """Scores to attention on the device: the region holds the best pages of every stream."""
-    shape = Shape(num_layers=2, num_kv_heads=2, group=2)
+    shape = Shape(num_layers=2, num_kv_heads=2, group=2, dtype=torch.float32)
     b, length, num_region_blocks, window = 16, 9 * 16 + 3, 3, 20
     first_kept_block = (length - window) // b
     batch = make_batch(

@@ -99,7 +99,7 @@ def assert_matches_reference(batch: PagedBatch, layer: int, **options) -> None:
 
 
 SHAPES = {
-    "float32": BASE,
+    "float32": Shape(dtype=torch.float32),
     "bfloat16": Shape(dtype=torch.bfloat16),
     "float16": Shape(dtype=torch.float16),
     "head size 80": Shape(head_size=80, dtype=torch.bfloat16),
@@ -197,6 +197,7 @@ def test_non_contiguous_query_and_out(device):
     batch = make_batch(BASE, ragged_requests(BASE), device)
     num_tokens, num_heads, d = batch.query.shape
     fused = torch.full((num_tokens, 3 * num_heads, d + 16), float("nan"), device=device)
+    fused = fused.to(BASE.dtype)
     query, out = fused[:, :num_heads, :d], fused[:, num_heads : 2 * num_heads, :d]
     query.copy_(batch.query)
     options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125, "num_splits": 4}

@@ -125,7 +125,7 @@ def test_rows_longer_than_a_tile(selector):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("num_streams", "num_entries"), [(256, 2048), (640, 8192)])
+@pytest.mark.parametrize(("num_streams", "num_entries"), [(256, 2048), (640, 2500)])
 def test_model_sizes(selector, num_streams, num_entries):
     scores = random_scores((2, num_streams, num_entries), kinds=10_000)
     totals = [[num_streams * 100], [num_streams * 17]]

@@ -105,8 +105,8 @@ def test_stored_tokens_are_attended_to(device):
     batch = make_batch(BASE, requests, device)
     slots = ops.token_slots(batch.rows, batch.block_table, batch.query_start_loc, 2, 16)
     generator = torch.Generator(device).manual_seed(2)
-    key = random_like((2, 2, 64), torch.float32, generator)
-    value = random_like((2, 2, 64), torch.float32, generator)
+    key = random_like((2, 2, 64), BASE.dtype, generator)
+    value = random_like((2, 2, 64), BASE.dtype, generator)
     ops.store_tokens(key, value, batch.pool, slots, layer=1, num_layers=2)
     for r in range(2):
         for head in range(2):
@@ -116,7 +116,7 @@ def test_stored_tokens_are_attended_to(device):
 
 def test_what_does_not_fit_is_refused(device):
     pool = nan_pool(BASE, 2, device)
-    key = torch.zeros(3, 2, 64, device=device)
+    key = torch.zeros(3, 2, 64, dtype=BASE.dtype, device=device)
     slots = torch.zeros(3, dtype=torch.int64, device=device)
     options = {"layer": 0, "num_layers": 2}
     for arguments, message in (

@@ -99,7 +99,7 @@ def check_scores(
 
 
 CASES = {
-    "float32": (BASE, 16),
+    "float32": (Shape(dtype=torch.float32), 16),
     "bfloat16": (Shape(dtype=torch.bfloat16), 16),
     "head size 80, group 3": (Shape(head_size=80, group=3, dtype=torch.float16), 8),
     "head size 96, window 32": (Shape(head_size=96, group=1), 32),
@@ -169,7 +169,7 @@ def test_long_prompts(scorer, reduce):
 @pytest.mark.parametrize(
     ("shape", "root_dtype"),
     [
-        (BASE, torch.float32),
+        (Shape(dtype=torch.float32), torch.float32),
         (Shape(head_size=80, dtype=torch.bfloat16), torch.bfloat16),
         (Shape(head_size=256, num_kv_heads=1, dtype=torch.float16), torch.float16),
     ],
@@ -258,8 +258,9 @@ def test_same_as_the_policies_steps(scorer):
     from vllm_kvcompress.policies.span import Span
 
     window, num_tokens, num_candidates = 16, 150, 128
-    batch = prompts(BASE, (num_tokens,))
-    query = window_query(BASE, 1, window)
+    shape = Shape(dtype=torch.float32)
+    batch = prompts(shape, (num_tokens,))
+    query = window_query(shape, 1, window)
     generator = torch.Generator(DEVICE).manual_seed(3)
     root = random_like((2, 64, 64), torch.float32, generator)
     shared = {"layer": 0, "num_layers": 2, "backend": scorer}

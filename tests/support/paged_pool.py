@@ -34,6 +34,10 @@ class Request:
         return cdiv(self.seq_len, block_size) + self.num_region_blocks
 
 
+# What engines run in on a GPU, for which float32 kernels take long to compile.
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
 @dataclass(frozen=True)
 class Shape:
     """Of a pool and of what is asked of it."""
@@ -43,7 +47,7 @@ class Shape:
     group: int = 4
     head_size: int = 64
     block_size: int = 16
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = DTYPE
     pool_dtype: torch.dtype | None = None
 
     @property

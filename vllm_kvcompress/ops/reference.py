@@ -17,7 +17,8 @@ def window_attention(
     """See `ops.window_attention`."""
     num_heads, group, window, _ = query.shape
     num_keys = key.shape[1]
-    out = torch.zeros(num_heads, group, window, num_keys, dtype=torch.float64)
+    size = (num_heads, group, window, num_keys)
+    out = torch.zeros(size, dtype=torch.float64, device=key.device)
     for h in range(num_heads):
         for g in range(group):
             for w in range(window):
@@ -34,7 +35,7 @@ def window_attention(
 def pool_scores(scores: torch.Tensor, kernel: int, kind: str) -> torch.Tensor:
     """See `ops.pool_scores`."""
     num_entries = scores.shape[-1]
-    out = torch.empty(scores.shape, dtype=torch.float64)
+    out = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
     for i in range(num_entries):
         near = scores[..., max(0, i - kernel // 2) : i + kernel // 2 + 1].double()
         out[..., i] = near.amax(dim=-1) if kind == "max" else near.sum(dim=-1) / kernel
@@ -45,7 +46,7 @@ def projected_value_norm(value: torch.Tensor, output_weight: torch.Tensor) -> to
     """See `ops.projected_value_norm`."""
     num_heads, num_tokens, _ = value.shape
     group = output_weight.shape[1]
-    out = torch.zeros(num_heads, num_tokens, dtype=torch.float64)
+    out = torch.zeros(num_heads, num_tokens, dtype=torch.float64, device=value.device)
     for h in range(num_heads):
         for token in range(num_tokens):
             for g in range(group):
@@ -57,7 +58,7 @@ def projected_value_norm(value: torch.Tensor, output_weight: torch.Tensor) -> to
 def value_effect(value: torch.Tensor, output_root: torch.Tensor) -> torch.Tensor:
     """See `ops.value_effect`."""
     num_heads, num_tokens, _ = value.shape
-    out = torch.zeros(num_heads, num_tokens, dtype=torch.float64)
+    out = torch.zeros(num_heads, num_tokens, dtype=torch.float64, device=value.device)
     for h in range(num_heads):
         for token in range(num_tokens):
             moved = value[h, token].double() @ output_root[h].double()
