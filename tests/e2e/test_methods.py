@@ -7,6 +7,7 @@ On a CPU the model runs in float32, so that greedy texts do not depend on how pr
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -409,3 +410,22 @@ def test_refused_setting_leaves_the_old_one_in_place(engine, prompts, setting, m
     expected = KVCompressConfig("tova", budget=BUDGET)
     assert _setting(engine) == (expected, expected)
     _pages(_records(engine, _generate(engine, prompts[:1], max_tokens=2))[0])
+
+
+def test_reloaded_weights_are_what_scores_are_made_of(engine, in_float32) -> None:
+    engine.kv_compress_reconfigure(method="span", budget=BUDGET)
+
+    def roots(worker, is_spoilt=False):
+        layers = worker._engine.compactor.layers
+        if is_spoilt:
+            worker._engine.use_parameters(
+                [replace(layer, output_root=layer.output_root * 0) for layer in layers]
+            )
+        return [layer.output_root.clone() for layer in worker._engine.compactor.layers]
+
+    (before,) = engine.collective_rpc(roots)
+    (spoilt,) = engine.collective_rpc(roots, args=(True,))
+    assert not any(root.any() for root in spoilt)
+    engine.collective_rpc("reload_weights")
+    (after,) = engine.collective_rpc(roots)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
