@@ -41,7 +41,7 @@ def can_stage(config: KVCompressConfig, geometry: RequestGeometry) -> bool:
 
 def most_share(config: KVCompressConfig) -> float:
     """Share of a prompt's pages that its region may have for `can_stage`."""
-    return _MOST_JOINT_SHARE / _num_lists(config) if _is_joint(config) else 1.0
+    return _MOST_JOINT_SHARE / _num_lists(config) if is_joint(config) else 1.0
 
 
 def staging_pages(
@@ -58,7 +58,7 @@ def staging_pages(
     block_size, num_heads = shape.block_size, shape.num_kv_heads
     if config.option("one_shot") == "never":
         return 0
-    if not _is_joint(config):
+    if not is_joint(config):
         # A prompt is compressed from two blocks on.
         num_prompts = min(max_prompts, max_tokens // (2 * block_size))
         return num_heads * (max_tokens // block_size + num_prompts)
@@ -75,7 +75,7 @@ def staging_pages(
     return 2 * held + area * max(1, cdiv(held, 2 * area)) if area else 0
 
 
-def _is_joint(config: KVCompressConfig) -> bool:
+def is_joint(config: KVCompressConfig) -> bool:
     """Whether all layers compete for pages."""
     return config.option("budgets") == "joint"
 
@@ -143,7 +143,7 @@ class Staging:
         backend: str,
         select_backend: str,
     ) -> None:
-        self.is_joint = _is_joint(config)
+        self.is_joint = is_joint(config)
         self._shape, self._buffer = shape, buffer
         self._backend, self._select_backend = backend, select_backend
         self._geometries, self._guaranteed = geometries, guaranteed

@@ -53,12 +53,13 @@ run_pytest() {
   local pytest=("$python" -P -m pytest -q -p no:cacheprovider --junit-xml="$stage/$1.xml")
   # Stopped like this, pytest still writes its report.
   [[ -z "${KVC_TEST_LIMIT:-}" ]] || pytest=(timeout --signal=INT "$KVC_TEST_LIMIT" "${pytest[@]}")
-  "${pytest[@]}" "${@:2}" || status=1
+  local code=0
+  "${pytest[@]}" "${@:2}" || { code=$?; status=1; }
   if [[ ! -f "$stage/$1.xml" ]]; then
     echo "$1: pytest did not get as far as a report" >&2
     return
   fi
-  "$python" -P scripts/gpu/test_report.py "$stage/$1.xml" "$out/$1.json"
+  "$python" -P scripts/gpu/test_report.py "$stage/$1.xml" "$code" "$out/$1.json"
 }
 
 run_tests() {

@@ -40,7 +40,8 @@ def test_a_report_counts_tests_and_names_the_failed(monkeypatch, tmp_path, is_pa
         f'<testsuites><testsuite name="pytest" {counts} skipped="0" time="1.5">'
         f"{''.join(cases)}</testsuite></testsuites>"
     )
-    found = report(xml)
+    found = report(xml, 0 if is_passed else 1)
+    assert found["exit_status"] == int(not is_passed)
     assert (found["device"], found["driver"], found["seconds"]) == ("a GPU", "580", 1.5)
     assert found["tests"] == len(cases)
     assert found["failed"] == ([] if is_passed else ["tests.a::wrong", "tests.b::broken"])

@@ -12,8 +12,7 @@ from vllm_kvcompress.ops.selection import joint_page_counts, select_entries
 PAGE_REDUCTIONS = ("max", "mean", "rms")
 # Tokens whose projected values are held at once: on a CPU, what its caches hold; else many, in few
 # launches: a quarter of a gigabyte in the 8B shape.
-_TOKENS_AT_ONCE = {"cpu": 256}
-_TOKENS_AT_ONCE_ELSEWHERE = 4096
+_TOKENS_AT_ONCE_ON_CPU, _TOKENS_AT_ONCE = 256, 4096
 
 
 def window_attention(
@@ -140,7 +139,7 @@ def projected_value_norm(
         return reference.projected_value_norm(value, output_weight)
     num_heads, group, head_size, _ = output_weight.shape
     norms = torch.empty(value.shape[:2], dtype=torch.float32, device=value.device)
-    num_tokens = _TOKENS_AT_ONCE.get(value.device.type, _TOKENS_AT_ONCE_ELSEWHERE)
+    num_tokens = _TOKENS_AT_ONCE_ON_CPU if value.device.type == "cpu" else _TOKENS_AT_ONCE
     for head in range(num_heads):
         # [d, g * m]: all query heads in one product.
         weight = output_weight[head].float().transpose(0, 1).reshape(head_size, -1)

@@ -17,7 +17,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.ops import MAX_QUERY_LEN
 from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch, Window
-from vllm_kvcompress.staging import can_stage, staging_pages
+from vllm_kvcompress.staging import can_stage, is_joint, staging_pages
 from vllm_kvcompress.transfers import to_device
 from vllm_kvcompress.vllm_integration.batch_cuda import (
     DeviceRequests,
@@ -455,19 +455,16 @@ class CUDAEngine:
             length = min(2 * length, max_len)
         if self.requests.geometry.of(length).is_compressed:
             self._warm_up_compaction(length, None, tells_lse)
-        staged = self._staged_warm_up_tokens(max_len)
-        if staged is not None:
-            self._warm_up_compaction(staged, self._buffer, tells_lse)
-
-    def _staged_warm_up_tokens(self, max_len: int) -> int | None:
-        """Tokens of a prompt that may be staged, a long one, whose layers fill the buffer."""
-        length = min(max_len, self._one_shot_tokens)
-        while length > self.config.window:
+        lengths = [min(length, self._one_shot_tokens)]
+        if is_joint(self.config):
+            # A long one, whose layers fill the buffer.
+            longest = min(max_len, self._one_shot_tokens)
+            lengths = [longest >> i for i in range(longest.bit_length())]
+        for length in lengths:
             geometry = self.requests.geometry.of(length)
             if geometry.is_compressed and can_stage(self.config, geometry):
-                return length
-            length //= 2
-        return None
+                self._warm_up_compaction(length, self._buffer, tells_lse)
+                return
 
     def _warm_up_compaction(
         self, length: int, buffer: torch.Tensor | None, tells_lse: bool
