@@ -23,7 +23,10 @@ from .paging import (
 
 # Programs wanted for a full GPU, several waves of them, so that long streams even out.
 _PROGRAMS_WANTED = 4096
-_MAX_SPLITS = 64
+# Pieces of a stream: at least so many may be made in any batch, which may have one long row.
+_FEWEST_SPLITS, _MOST_SPLITS = 8, 64
+# Tokens of a piece where there are streams enough for a GPU: its result is written and read again.
+_PIECE_TOKENS, _SPLITS_FOR_FEW_STREAMS = 256, 32
 # Of an accumulator, query rows x head size, beside a whole tile of keys.
 _MAX_TILE_ELEMENTS = 8192
 
@@ -60,8 +63,10 @@ def _stream_extent(
 
 
 @triton.jit
-def _tiles_per_split(num_tokens, TILE_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
-    return tl.maximum(tl.cdiv(tl.cdiv(num_tokens, TILE_N), NUM_SPLITS), 1)
+def _tiles_per_split(
+    num_tokens, TILE_N: tl.constexpr, NUM_SPLITS: tl.constexpr, LEAST_TILES: tl.constexpr
+):
+    return tl.maximum(tl.cdiv(tl.cdiv(num_tokens, TILE_N), NUM_SPLITS), LEAST_TILES)
 
 
 @triton.jit
@@ -107,6 +112,7 @@ def _ragged_decode_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SLIDING_WINDOW: tl.constexpr,
@@ -132,7 +138,7 @@ def _ragged_decode_kernel(
         BLOCK_SIZE,
         HAS_SLIDING_WINDOW,
     )
-    tiles = _tiles_per_split(num_tokens, TILE_N, NUM_SPLITS)
+    tiles = _tiles_per_split(num_tokens, TILE_N, NUM_SPLITS, LEAST_TILES)
     start = split * tiles * TILE_N
     if start >= num_tokens:
         return
@@ -246,6 +252,7 @@ def _merge_splits_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SLIDING_WINDOW: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -266,7 +273,7 @@ def _merge_splits_kernel(
         BLOCK_SIZE,
         HAS_SLIDING_WINDOW,
     )
-    tiles = _tiles_per_split(num_tokens, TILE_N, NUM_SPLITS)
+    tiles = _tiles_per_split(num_tokens, TILE_N, NUM_SPLITS, LEAST_TILES)
     if tiles * TILE_N >= num_tokens:
         # One split, which has written the result.
         return
@@ -314,8 +321,8 @@ def decode_tiles(tile_m: int, tile_d: int) -> DecodeTiles:
 
 def num_decode_splits(num_rows: int, num_kv_heads: int) -> int:
     """Most pieces that a stream is cut into: a power of two, more for smaller batches."""
-    wanted = _PROGRAMS_WANTED // max(1, num_rows * num_kv_heads)
-    return min(_MAX_SPLITS, max(1, 1 << (wanted.bit_length() - 1 if wanted else 0)))
+    wanted = max(1, _PROGRAMS_WANTED // max(1, num_rows * num_kv_heads))
+    return min(_MOST_SPLITS, max(_FEWEST_SPLITS, 1 << (wanted.bit_length() - 1)))
 
 
 def ragged_decode(
@@ -353,12 +360,16 @@ def ragged_decode(
     tile_d = triton.next_power_of_2(head_size)
     tile_m = max(16, triton.next_power_of_2(max_query_len * group))
     tiles = decode_tiles(tile_m, tile_d)
+    # Told by the splits, so that batches which share them share the compiled kernel.
+    has_few_streams = num_splits >= _SPLITS_FOR_FEW_STREAMS
+    least_tiles = 1 if has_few_streams else triton.cdiv(_PIECE_TOKENS, tiles.num_keys)
     shape = {
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": group,
         "HEAD_SIZE": head_size,
         "BLOCK_SIZE": block_size,
         "NUM_SPLITS": num_splits,
+        "LEAST_TILES": least_tiles,
         "HAS_SINKS": sinks is not None,
         "HAS_SLIDING_WINDOW": sliding_window > 0,
         "TILE_N": tiles.num_keys,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closeness import assert_close
+from gpu.tune_decode import KERNEL_MODULE
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -143,6 +144,57 @@ def test_a_row_without_queries_is_left_alone(device):
     out = ops.ragged_decode(*batch.arguments, layer=0, num_kv_heads=2, scale=0.1)
     assert out.shape[0] == 1
     assert out.isfinite().all()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_pieces():
+    """Streams of these tests are cut although they are short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(KERNEL_MODULE, "_PIECE_TOKENS", 1)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "of_many", "of_few"),
+    [(256, 1, 2), (300, 2, 3), (512, 2, 4), (513, 3, 5), (5000, 8, 20)],
+)
+def test_pieces_are_not_small_where_there_are_many_streams(
+    monkeypatch, seq_len, of_many, of_few, device
+):
+    monkeypatch.setattr(KERNEL_MODULE, "_PIECE_TOKENS", 256)
+    shape = Shape(num_layers=1, num_kv_heads=1, group=1)
+    batch = make_batch(shape, [Request(seq_len)], device)
+    assert_matches_reference(batch, layer=0, num_splits=8)
+    # Of 256 tokens, and of more only where eight of these are too few.
+    assert written_pieces(monkeypatch, batch, num_splits=8) == of_many
+    # Few streams may be cut into tiles.
+    assert written_pieces(monkeypatch, batch, num_splits=32) == of_few
+
+
+def written_pieces(monkeypatch, batch: PagedBatch, num_splits: int) -> int:
+    """How many partial results a call writes for the one query head there is; 1 for none."""
+    allocated, empty = [], torch.empty
+
+    def remember(*size, **options):
+        allocated.append(empty(*size, **options).fill_(float("nan")))
+        return allocated[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KERNEL_MODULE.torch, "empty", remember)
+        ops.ragged_decode(
+            *batch.arguments, layer=0, num_kv_heads=1, scale=0.125, num_splits=num_splits
+        )
+    sums = allocated[-1]
+    assert sums.shape == (num_splits, 1, 1)
+    return max(1, int((~sums.isnan()).sum()))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_kv_heads", "splits"),
+    [(1, 8, 64), (8, 8, 64), (16, 8, 32), (32, 8, 16), (64, 8, 8), (256, 8, 8), (5000, 8, 8)],
+)
+def test_splits_follow_the_batch(num_rows, num_kv_heads, splits):
+    assert KERNEL_MODULE.num_decode_splits(num_rows, num_kv_heads) == splits
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 16])
