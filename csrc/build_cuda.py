@@ -149,6 +149,13 @@ def undefined_symbols(library: Path) -> list[str]:
     return sorted(line.split()[-1] for line in listed.splitlines() if line.split()[-2] == "U")
 
 
+def exported_functions(library: Path) -> list[str]:
+    """Names of the library's own functions for ctypes."""
+    listed = _run(["nm", "-D", "--defined-only", str(library)])
+    names = (line.split()[-1] for line in listed.splitlines())
+    return sorted(name for name in names if name.startswith("kvc_"))
+
+
 def build(out_dir: Path, torch_root: Path, archs: Sequence[int] | None = None) -> Path | None:
     """Compile and link the library.
 

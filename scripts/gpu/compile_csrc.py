@@ -51,6 +51,7 @@ def main() -> int:
             return 1
         num_bytes = library.stat().st_size
         symbols = build_cuda.undefined_symbols(library)
+        exported = build_cuda.exported_functions(library)
     shims = [symbol for symbol in symbols if "@" not in symbol]
     print(f"{'kernel':30} {'arch':>6} {'registers':>9} {'spills':>7} {'stack':>6} {'shared':>7}")
     for use in sorted(uses, key=lambda use: (use.kernel, use.arch)):
@@ -69,6 +70,7 @@ def main() -> int:
             "nvcc": version,
             "library_bytes": num_bytes,
             "torch_symbols": shims,
+            "exported": exported,
             "kernels": [asdict(use) for use in uses],
         }
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

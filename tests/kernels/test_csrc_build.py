@@ -43,6 +43,7 @@ def test_compiles_and_links_for_all_architectures(tmp_path):
     # Two blocks of 512 threads fit the registers of an SM.
     assert all(0 < row["registers"] <= 64 for row in rows)
     assert "aoti_torch_get_current_cuda_stream" in found["torch_symbols"]
+    assert found["exported"] == ["kvc_device_problem"]
 
 
 @needs_nvcc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -139,6 +140,19 @@ def test_the_compiled_ops_say_why_they_do_not_run(tmp_path):
         native.load("cuda", broken)
     if not torch.cuda.is_available():
         assert ops.native_problem("cuda") == "no CUDA device"
+
+
+@needs_compiler
+@pytest.mark.parametrize("said", [None, "no kernel image is available for this device"])
+def test_a_library_that_has_nothing_for_the_gpu_is_not_used(monkeypatch, tmp_path, said):
+    source, library = tmp_path / "says.c", tmp_path / "says.so"
+    literal = "0" if said is None else f'"{said}"'
+    source.write_text(f"const char* kvc_device_problem(void) {{ return {literal}; }}\n")
+    subprocess.run(["gcc", "-fPIC", "-shared", source, "-o", library], check=True)
+    monkeypatch.setitem(native._LOADED, "cuda", ctypes.CDLL(str(library)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    problem = ops.native_problem("cuda")
+    assert problem == (said and f"the compiled CUDA ops do not run here: {said}")
 
 
 @needs_compiler
