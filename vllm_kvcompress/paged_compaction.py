@@ -107,7 +107,6 @@ class PromptBatch:
         return [prompt.geometry for prompt in self.prompts]
 
 
-@functools.lru_cache(maxsize=4096)
 def _plan_budgets(
     config: KVCompressConfig, shape: CacheShape, mean_pages: int, max_pages: int
 ) -> _PromptPlan:
@@ -167,7 +166,11 @@ class PagedCompactor:
         self._general = Compactor(config, shape, order, layers)
         self.scorer = self._general.scorer
         self._plan = self.scorer.window_plan()
-        self._use_own_parameters(layers)
+        self.use_parameters(layers)
+        # By a prompt's numbers; nothing in it holds on to the pool.
+        self._budgets = functools.lru_cache(maxsize=4096)(
+            functools.partial(_plan_budgets, config, shape)
+        )
 
     def use_parameters(self, layers: Sequence[LayerParameters]) -> None:
         """Score with these from now on.
@@ -176,9 +179,6 @@ class PagedCompactor:
             ValueError: if something is missing.
         """
         self._general.use_parameters(layers)
-        self._use_own_parameters(layers)
-
-    def _use_own_parameters(self, layers: Sequence[LayerParameters]) -> None:
         self._layers = layers
         self._output_roots = [
             None
@@ -486,10 +486,7 @@ class PagedCompactor:
         return num_pages, guaranteed
 
     def _plans(self, geometries: Sequence[RequestGeometry]) -> list[_PromptPlan]:
-        return [
-            _plan_budgets(self.config, self.shape, g.num_region_blocks, g.first_kept_block)
-            for g in geometries
-        ]
+        return [self._budgets(g.num_region_blocks, g.first_kept_block) for g in geometries]
 
     def _two_stages(
         self,
