@@ -10,21 +10,24 @@ KV head, d head size, b tokens per page, S = L * H streams. The pool is [num_pag
 """
 
 from .compact import compact, move_entries
+from .decode_work import decode_work
 from .join_scores import join_scores
 from .paging import is_interpreted
-from .ragged_decode import num_decode_splits, ragged_decode
+from .ragged_decode import DecodeTiles, decode_tiles, ragged_decode
 from .select import joint_page_counts, select_entries
 from .store import store_tokens, token_slots
 from .value_effect import value_effect
 from .window_score import num_score_groups, window_scores
 
 __all__ = [
+    "DecodeTiles",
     "compact",
+    "decode_tiles",
+    "decode_work",
     "is_interpreted",
     "join_scores",
     "joint_page_counts",
     "move_entries",
-    "num_decode_splits",
     "num_score_groups",
     "ragged_decode",
     "select_entries",

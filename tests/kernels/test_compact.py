@@ -173,7 +173,6 @@ def test_a_compacted_prompt_is_decoded():
             layer=layer,
             num_kv_heads=2,
             scale=0.125,
-            num_splits=2,
         )
         for head in range(2):
             stream = layer * 2 + head

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from closeness import assert_close
-from gpu.tune_decode import KERNEL_MODULE
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from paged_pool import DEVICE, PagedBatch, Request, Shape, compressed, make_batch
 
-from vllm_kvcompress import ops
-from vllm_kvcompress.ops import decode
+from vllm_kvcompress import ops, triton_kernels
+from vllm_kvcompress.ops import pool_checks
 
+# The package has a function of this name.
+WORK_MODULE = sys.modules[triton_kernels.decode_work.__module__]
 BASE = Shape()
 
 
@@ -43,7 +45,7 @@ def in_same_dtype(batch: PagedBatch, layer: int, **options) -> torch.Tensor:
     for r in range(len(batch.requests)):
         for head in range(shape.num_kv_heads):
             stream = layer * shape.num_kv_heads + head
-            entries, num_region_tokens = batch.stream_entries(r, stream)
+            entries, _ = batch.stream_entries(r, stream)
             entries = entries.to(shape.dtype)
             key, value = entries[:, :d], entries[:, d:]
             if options.get("key_scale") is not None:
@@ -52,9 +54,6 @@ def in_same_dtype(batch: PagedBatch, layer: int, **options) -> torch.Tensor:
             for token in range(starts[r], starts[r + 1]):
                 limit = len(entries) - (starts[r + 1] - 1 - token)
                 hidden = torch.arange(len(entries), device=key.device) >= limit
-                if window := options.get("sliding_window", 0):
-                    places = torch.arange(len(entries), device=key.device)
-                    hidden |= (places >= num_region_tokens) & (places < limit - window)
                 heads = slice(head * shape.group, (head + 1) * shape.group)
                 logits = batch.query[token, heads] @ key.T * scale
                 if cap := options.get("logits_soft_cap", 0.0):
@@ -67,15 +66,48 @@ def in_same_dtype(batch: PagedBatch, layer: int, **options) -> torch.Tensor:
     return out
 
 
-def assert_matches_reference(batch: PagedBatch, layer: int, **options) -> None:
+def make_work(batch: PagedBatch, num_programs: int | None, num_rows: int = 0) -> ops.DecodeWork:
+    """Room for a batch's work, cut as small as it can be, so that short streams are shared."""
+    shape = batch.shape
+    work = ops.new_decode_work(
+        num_rows or len(batch.requests),
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        group=shape.group,
+        head_size=shape.head_size,
+        pool_dtype=batch.pool.dtype,
+        device=batch.pool.device,
+        max_query_len=max(1, *(request.query_len for request in batch.requests)),
+        num_programs=num_programs,
+    )
+    # Of rows without a query nothing may be left behind either.
+    work.pieces.fill_(torch.nan)
+    return dataclasses.replace(work, tiles=dataclasses.replace(work.tiles, least_tiles=1))
+
+
+def share_out(batch: PagedBatch, work: ops.DecodeWork, backend: str = "triton") -> ops.DecodeWork:
+    return ops.decode_work(
+        batch.rows,
+        batch.page_offsets,
+        batch.query_start_loc,
+        num_kv_heads=batch.shape.num_kv_heads,
+        block_size=batch.shape.block_size,
+        out=work,
+        backend=backend,
+    )
+
+
+def assert_matches_reference(
+    batch: PagedBatch, layer: int, num_programs: int | None = 7, **options
+) -> None:
     """The kernel and the reference agree, as far as attention in the batch's dtype would."""
-    # Few splits: the interpreter runs one program after another.
-    options = {"scale": batch.shape.head_size**-0.5, "num_splits": 4, **options}
+    options = {"scale": batch.shape.head_size**-0.5, **options}
     max_query_len = max(request.query_len for request in batch.requests)
     arguments = {
         "layer": layer,
         "num_kv_heads": batch.shape.num_kv_heads,
         "max_query_len": max(1, max_query_len),
+        "work": share_out(batch, make_work(batch, num_programs)),
     }
     outs = {
         backend: ops.ragged_decode(
@@ -88,7 +120,7 @@ def assert_matches_reference(batch: PagedBatch, layer: int, **options) -> None:
         for backend in ("triton", "reference")
     }
     assert outs["triton"].isfinite().all()
-    options.pop("num_splits", None)
+    assert not arguments["work"].tickets.any(), "tickets are left for the next layer"
     assert_close(
         outs["triton"],
         outs["reference"],
@@ -146,76 +178,100 @@ def test_a_row_without_queries_is_left_alone(device):
     assert out.isfinite().all()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_pieces():
-    """Streams of these tests are cut although they are short."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(KERNEL_MODULE, "_PIECE_TOKENS", 1)
-        yield
-
-
-@pytest.mark.parametrize(
-    ("seq_len", "of_many", "of_few"),
-    [(256, 1, 2), (300, 2, 3), (512, 2, 4), (513, 3, 5), (5000, 8, 20)],
-)
-def test_pieces_are_not_small_where_there_are_many_streams(
-    monkeypatch, seq_len, of_many, of_few, device
-):
-    monkeypatch.setattr(KERNEL_MODULE, "_PIECE_TOKENS", 256)
-    shape = Shape(num_layers=1, num_kv_heads=1, group=1)
-    batch = make_batch(shape, [Request(seq_len)], device)
-    assert_matches_reference(batch, layer=0, num_splits=8)
-    # Of 256 tokens, and of more only where eight of these are too few.
-    assert written_pieces(monkeypatch, batch, num_splits=8) == of_many
-    # Few streams may be cut into tiles.
-    assert written_pieces(monkeypatch, batch, num_splits=32) == of_few
-
-
-def written_pieces(monkeypatch, batch: PagedBatch, num_splits: int) -> int:
-    """How many partial results a call writes for the one query head there is; 1 for none."""
-    allocated, empty = [], torch.empty
-
-    def remember(*size, **options):
-        allocated.append(empty(*size, **options).fill_(float("nan")))
-        return allocated[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(KERNEL_MODULE.torch, "empty", remember)
-        ops.ragged_decode(
-            *batch.arguments, layer=0, num_kv_heads=1, scale=0.125, num_splits=num_splits
-        )
-    sums = allocated[-1]
-    assert sums.shape == (num_splits, 1, 1)
-    return max(1, int((~sums.isnan()).sum()))
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "num_kv_heads", "splits"),
-    [(1, 8, 64), (8, 8, 64), (16, 8, 32), (32, 8, 16), (64, 8, 8), (256, 8, 8), (5000, 8, 8)],
-)
-def test_splits_follow_the_batch(num_rows, num_kv_heads, splits):
-    assert KERNEL_MODULE.num_decode_splits(num_rows, num_kv_heads) == splits
-
-
-@pytest.mark.parametrize("num_splits", [1, 2, 16])
-def test_any_number_of_splits(num_splits, device):
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 16, 64])
+def test_any_number_of_programs(num_programs, device):
     shape = Shape(num_layers=1, num_kv_heads=2)
     requests = [
         Request(seq_len=700),
         compressed(shape, 900, 20, 901, pages=[1, 39]),
         Request(seq_len=1),
     ]
-    assert_matches_reference(make_batch(shape, requests, device), layer=0, num_splits=num_splits)
+    batch = make_batch(shape, requests, device)
+    assert_matches_reference(batch, layer=0, num_programs=num_programs)
+
+
+def test_shares_are_equal_and_cover_every_tile_once(device):
+    shape = Shape(num_layers=3, num_kv_heads=2)
+    requests = [*ragged_requests(shape), Request(0, query_len=0), Request(501)]
+    batch = make_batch(shape, requests, device)
+    for num_programs in (1, 4, 9, 500):
+        work = share_out(batch, make_work(batch, num_programs, num_rows=20))
+        want = share_out(batch, make_work(batch, num_programs, num_rows=20), "reference")
+        num_streams = len(requests) * shape.num_kv_heads
+        assert torch.equal(
+            work.tile_starts[:, : num_streams + 1], want.tile_starts[:, : num_streams + 1]
+        )
+        assert torch.equal(work.num_tiles, want.num_tiles)
+        for layer in range(shape.num_layers):
+            working = min(num_programs, int(work.num_tiles[layer]))
+            assert torch.equal(
+                work.first_streams[layer, :working], want.first_streams[layer, :working]
+            )
+
+
+def test_more_streams_than_are_looked_at_together(monkeypatch, device):
+    monkeypatch.setattr(WORK_MODULE, "_TILE_STREAMS", 4)
+    shape = Shape(num_layers=2, num_kv_heads=3)
+    batch = make_batch(shape, [*ragged_requests(shape), Request(300)], device)
+    work, want = (share_out(batch, make_work(batch, 11), name) for name in ("triton", "reference"))
+    assert torch.equal(work.tile_starts, want.tile_starts)
+    assert torch.equal(work.first_streams, want.first_streams)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "working"), [(1, 1), (32, 1), (128, 1), (129, 2), (512, 4), (513, 5), (9000, 6)]
+)
+def test_small_batches_are_not_cut_into_crumbs(seq_len, working, device):
+    shape = Shape(num_layers=1, num_kv_heads=1, group=1)
+    batch = make_batch(shape, [Request(seq_len)], device)
+    work = make_work(batch, 6)
+    work = dataclasses.replace(work, tiles=dataclasses.replace(work.tiles, least_tiles=4))
+    share_out(batch, work)
+    ops.ragged_decode(*batch.arguments, layer=0, num_kv_heads=1, scale=0.125, work=work)
+    # The one stream's pieces: of its start, and of each that goes on; none if it is not shared.
+    pieces = int((~work.pieces[:, 0, 0].isnan()).sum())
+    assert (pieces or 1) == working
+
+
+def test_work_of_a_captured_graph_serves_other_rows(device):
+    """As a replay has it: the same tensors, launches and sizes; rows as they now are."""
+    shape = Shape(num_layers=2, num_kv_heads=2)
+    few = make_batch(shape, [Request(40), Request(33)], device)
+    many = make_batch(shape, [*ragged_requests(shape), Request(200)], device)
+    work = make_work(many, 9)
+    options = {"layer": 1, "num_kv_heads": 2, "scale": 0.125, "work": work}
+    want = ops.ragged_decode(*many.arguments, **{**options, "work": None})
+    share_out(few, work)
+    ops.ragged_decode(*few.arguments, **options)
+    # A graph of six rows launches what it launched, though the lists were made for two.
+    padded = dataclasses.replace(
+        many, query_start_loc=torch.tensor([0, 1, 2, 2, 2, 2, 2], dtype=torch.int32, device=device)
+    )
+    small = PagedBatch(
+        shape,
+        many.requests[:2],
+        many.pool,
+        many.rows[:2],
+        many.page_offsets[:2],
+        many.block_table[:2],
+        many.query_start_loc[:3],
+        many.query,
+    )
+    share_out(small, work)
+    out = torch.full_like(many.query, torch.nan)
+    ops.ragged_decode(*padded.arguments, **options, out=out)
+    torch.testing.assert_close(out[:2], want[:2], atol=1e-5, rtol=1e-5)
+    assert out[2:].isnan().all()
+    share_out(many, work)
+    again = ops.ragged_decode(*many.arguments, **options)
+    torch.testing.assert_close(again, want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"logits_soft_cap": 2.0},
-        {"sliding_window": 5},
-        {"sliding_window": 40},
-        {"sliding_window": 1},
-        {"logits_soft_cap": 3.0, "sliding_window": 20, "num_splits": 1},
+        {"logits_soft_cap": 3.0, "num_programs": 1},
     ],
     ids=str,
 )
@@ -227,13 +283,15 @@ def test_options_of_the_softmax(options, query_len, device):
 
 
 @pytest.mark.parametrize(
-    ("num_splits", "dtype"), [(1, torch.float32), (4, torch.float32), (4, torch.bfloat16)], ids=str
+    ("num_programs", "dtype"),
+    [(1, torch.float32), (6, torch.float32), (6, torch.bfloat16)],
+    ids=str,
 )
-def test_attention_sinks(num_splits, dtype, device):
+def test_attention_sinks(num_programs, dtype, device):
     shape = dataclasses.replace(BASE, dtype=torch.bfloat16)
     batch = make_batch(shape, [*ragged_requests(shape), Request(400)], device)
     sinks = torch.linspace(-3, 5, shape.num_heads, dtype=dtype, device=device)
-    assert_matches_reference(batch, layer=1, sinks=sinks, num_splits=num_splits)
+    assert_matches_reference(batch, layer=1, sinks=sinks, num_programs=num_programs)
 
 
 @pytest.mark.parametrize("pool_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -252,7 +310,7 @@ def test_non_contiguous_query_and_out(device):
     fused = fused.to(BASE.dtype)
     query, out = fused[:, :num_heads, :d], fused[:, num_heads : 2 * num_heads, :d]
     query.copy_(batch.query)
-    options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125, "num_splits": 4}
+    options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125}
     want = ops.ragged_decode(*batch.arguments, **options)
     ops.ragged_decode(query, *batch.arguments[1:], **options, out=out)
     assert torch.equal(out, want)
@@ -261,7 +319,7 @@ def test_non_contiguous_query_and_out(device):
 
 def test_same_result_each_time(device):
     batch = make_batch(BASE, [*ragged_requests(BASE), Request(900)], device)
-    options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125, "num_splits": 4}
+    options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125}
     first = ops.ragged_decode(*batch.arguments, **options)
     assert torch.equal(first, ops.ragged_decode(*batch.arguments, **options))
 
@@ -297,8 +355,8 @@ def test_any_ragged_layout(data):
             )
         )
     batch = make_batch(shape, requests, DEVICE, seed=data.draw(st.integers(0, 99)))
-    num_splits = data.draw(st.sampled_from([None, 1, 2, 8]))
-    assert_matches_reference(batch, layer=shape.num_layers - 1, num_splits=num_splits)
+    num_programs = data.draw(st.sampled_from([None, 1, 2, 5, 13, 40]))
+    assert_matches_reference(batch, layer=shape.num_layers - 1, num_programs=num_programs)
 
 
 @pytest.mark.parametrize(
@@ -306,11 +364,10 @@ def test_any_ragged_layout(data):
     [
         ({"layer": 2}, "layer 2 is not among 2"),
         ({"max_query_len": 9}, "1 to 8 queries"),
-        ({"num_splits": 3}, "power of two"),
         ({"num_kv_heads": 3}, "query heads"),
         ({"sinks": torch.zeros(3)}, "want sinks"),
         ({"key_scale": torch.ones(3)}, "4 float32 scales"),
-        ({"sliding_window": -1}, "must not be negative"),
+        ({"logits_soft_cap": -1.0}, "must not be negative"),
         ({"backend": "cuda"}, "unknown ops backend 'cuda'; known: triton, reference"),
     ],
     ids=str,
@@ -348,9 +405,9 @@ def test_fp8_e4m3_is_refused_where_the_gpu_has_no_such_type(monkeypatch, capabil
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     pool = SimpleNamespace(is_cuda=True, dtype=torch.float8_e4m3fn, device="cuda:0")
     other = SimpleNamespace(is_cuda=True, dtype=torch.float8_e5m2, device="cuda:0")
-    decode.triton_kernels(other)
+    pool_checks.triton_kernels(other)
     if is_refused:
         with pytest.raises(RuntimeError, match=r"need compute capability 8.9, this GPU has 8.0"):
-            decode.triton_kernels(other, pool)
+            pool_checks.triton_kernels(other, pool)
     else:
-        decode.triton_kernels(other, pool)
+        pool_checks.triton_kernels(other, pool)

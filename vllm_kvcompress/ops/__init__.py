@@ -5,14 +5,12 @@ CPU and CUDA, where it is built) and 'reference' (float64 loops, slow and obviou
 others).
 """
 
-from vllm_kvcompress.ops.decode import (
-    HEAD_SIZES,
-    MAX_GROUP,
-    MAX_QUERY_LEN,
-    ROW_FIELDS,
-    ragged_decode,
-    store_tokens,
-    token_slots,
+from vllm_kvcompress.ops.decode import ragged_decode, store_tokens, token_slots
+from vllm_kvcompress.ops.decode_work import (
+    DecodeWork,
+    decode_work,
+    new_decode_work,
+    num_multiprocessors,
 )
 from vllm_kvcompress.ops.native import instruction_set
 from vllm_kvcompress.ops.native import problem as native_problem
@@ -25,6 +23,7 @@ from vllm_kvcompress.ops.paged import (
     region_page_ids,
     unpack_pages,
 )
+from vllm_kvcompress.ops.pool_checks import HEAD_SIZES, MAX_GROUP, MAX_QUERY_LEN, ROW_FIELDS
 from vllm_kvcompress.ops.scoring import (
     joint_top_counts,
     output_root,
@@ -52,6 +51,7 @@ from vllm_kvcompress.ops.window import (
 )
 
 __all__ = [
+    "DecodeWork",
     "HEAD_SIZES",
     "MAX_GROUP",
     "MAX_POOL_KERNEL",
@@ -61,6 +61,7 @@ __all__ = [
     "apportion",
     "compact",
     "copy_pages",
+    "decode_work",
     "gather_tokens",
     "instruction_set",
     "join_scores",
@@ -68,6 +69,8 @@ __all__ = [
     "joint_top_counts",
     "move_entries",
     "native_problem",
+    "new_decode_work",
+    "num_multiprocessors",
     "pack_pages",
     "page_scores",
     "paged_value_effect",

@@ -6,53 +6,21 @@ after token, a token's key before its value (vLLM's layout BLHNC on CUDA).
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from vllm_kvcompress.ops import reference_paged as reference
 from vllm_kvcompress.ops.checks import check, check_backend
-
-# Columns of a row descriptor: what `memory.RequestGeometry` says of a request, and its length.
-# All of them are 0 but the first for a row that is dense.
-ROW_FIELDS = ("seq_len", "num_region_blocks", "boundary_block", "first_kept_block")
-MAX_QUERY_LEN = 8
-HEAD_SIZES = (64, 80, 96, 128, 256)
-BLOCK_SIZES = (16, 32, 64, 128)
-MAX_GROUP = 16
-QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-def triton_kernels(*tensors: torch.Tensor) -> ModuleType:
-    """The package's Triton kernels, if they can run on these tensors.
-
-    Raises:
-        RuntimeError: without Triton, for CPU tensors outside Triton's interpreter, or for fp8 e4m3
-            on a GPU that has no such type.
-    """
-    try:
-        kernels = importlib.import_module("vllm_kvcompress.triton_kernels")
-    except ImportError as error:
-        raise RuntimeError(f"the triton backend needs triton, but: {error}") from None
-    on_cpu = [t for t in tensors if not t.is_cuda]
-    if on_cpu and not kernels.is_interpreted():
-        raise RuntimeError(
-            f"the triton backend needs CUDA tensors, got {on_cpu[0].device} "
-            "(set TRITON_INTERPRET=1 before triton is imported to run it on the CPU)"
-        )
-    for tensor in tensors:
-        if not tensor.is_cuda or tensor.dtype != torch.float8_e4m3fn:
-            continue
-        capability = torch.cuda.get_device_capability(tensor.device)
-        if capability < (8, 9):
-            raise RuntimeError(
-                "fp8 e4m3 caches need compute capability 8.9, this GPU has "
-                f"{capability[0]}.{capability[1]}; e5m2 works"
-            )
-    return kernels
+from vllm_kvcompress.ops.decode_work import DecodeWork, decode_work, new_decode_work
+from vllm_kvcompress.ops.pool_checks import (
+    MAX_QUERY_LEN,
+    check_pool,
+    check_query_starts,
+    check_rows,
+    stream_scales,
+    triton_kernels,
+)
 
 
 def ragged_decode(
@@ -70,9 +38,8 @@ def ragged_decode(
     key_scale: torch.Tensor | None = None,
     value_scale: torch.Tensor | None = None,
     logits_soft_cap: float = 0.0,
-    sliding_window: int = 0,
     sinks: torch.Tensor | None = None,
-    num_splits: int | None = None,
+    work: DecodeWork | None = None,
     out: torch.Tensor | None = None,
     backend: str = "triton",
 ) -> torch.Tensor:
@@ -100,16 +67,16 @@ def ragged_decode(
         key_scale, value_scale: [S] float32, what stored keys and values are multiplied by;
             None = 1.
         logits_soft_cap: squash logits into (-cap, cap) by tanh; 0 = not.
-        sliding_window: tail tokens that a query sees, its own among them; region tokens are
-            seen in any case. 0 = all.
         sinks: [Hq] float32 or as query, a logit per head that no value belongs to.
-        num_splits: most pieces that a stream is cut into, a power of two; None = by batch size.
+        work: what `decode_work` has made of these rows, with room for `max_query_len`; written
+            where streams are shared. None = made here, which is one launch more. Not read by
+            'reference'.
         out: [T, Hq, d] like query, written; None = a new tensor.
         backend: 'triton' or 'reference'.
 
     Returns:
-        `out`. No host sync; all sizes of launches and buffers follow from shapes and Python
-        numbers, so that a CUDA graph may replay it. Deterministic.
+        `out`. One launch, no host sync, deterministic. With `work` given, what is launched does not
+        depend on the rows, so that a CUDA graph may replay it for others.
 
     Raises:
         ValueError: on shapes or types that do not fit.
@@ -119,7 +86,7 @@ def ragged_decode(
     num_rows = rows.shape[0]
     num_streams = page_offsets.shape[-1] - 1
     check_rows(rows, block_table)
-    _check_query_starts(query_start_loc, rows.shape[0])
+    check_query_starts(query_start_loc, num_rows)
     check(
         page_offsets.shape == (num_rows, num_streams + 1)
         and num_streams > 0
@@ -140,20 +107,14 @@ def ragged_decode(
         f"rows may have 1 to {MAX_QUERY_LEN} queries, not {max_query_len}",
     )
     check(
-        num_splits is None or (num_splits > 0 and num_splits & (num_splits - 1) == 0),
-        f"num_splits must be a power of two, got {num_splits}",
-    )
-    check(
         sinks is None
         or (sinks.shape == (query.shape[1],) and sinks.dtype in (torch.float32, query.dtype)),
         f"want sinks [{query.shape[1]}] float32 or {query.dtype}",
     )
-    check(
-        logits_soft_cap >= 0 and sliding_window >= 0,
-        f"soft cap {logits_soft_cap} and sliding window {sliding_window} must not be negative",
-    )
-    key_scale = stream_scales(key_scale, num_streams, pool)
-    value_scale = stream_scales(value_scale, num_streams, pool)
+    check(logits_soft_cap >= 0, f"soft cap {logits_soft_cap} must not be negative")
+    if key_scale is not None or value_scale is not None:
+        key_scale = stream_scales(key_scale, num_streams, pool)
+        value_scale = stream_scales(value_scale, num_streams, pool)
     if out is None:
         out = torch.empty_like(query)
     check(
@@ -165,31 +126,73 @@ def ragged_decode(
         "num_kv_heads": num_kv_heads,
         "scale": scale,
         "logits_soft_cap": logits_soft_cap,
-        "sliding_window": sliding_window,
         "sinks": sinks,
     }
-    tensors = (
-        query,
-        pool,
-        rows,
-        page_offsets,
-        block_table,
-        query_start_loc,
-        key_scale,
-        value_scale,
-        out,
-    )
+    indices = (rows, page_offsets, block_table, query_start_loc)
+    tensors = (query, pool, *indices, key_scale, value_scale, out)
     if check_backend(backend, "triton") == "reference":
         reference.ragged_decode(*tensors, **options)
         return out
-    triton_kernels(*tensors).ragged_decode(
+    kernels = triton_kernels(query, pool, *indices)
+    if work is None:
+        work = _own_work(query, pool, *indices, num_kv_heads, max_query_len)
+    _check_work(work, query, num_layers, num_kv_heads, max_query_len)
+    kernels.ragged_decode(
         *tensors,
+        tile_starts=work.tile_starts,
+        num_tiles=work.num_tiles,
+        first_streams=work.first_streams,
+        pieces=work.pieces,
+        piece_lse=work.piece_lse,
+        tickets=work.tickets,
+        tiles=work.tiles,
         num_layers=num_layers,
-        max_query_len=max_query_len,
-        num_splits=num_splits,
         **options,
     )
     return out
+
+
+def _own_work(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    page_offsets: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    num_kv_heads: int,
+    max_query_len: int,
+) -> DecodeWork:
+    """The work of one call."""
+    work = new_decode_work(
+        rows.shape[0],
+        num_layers=(page_offsets.shape[1] - 1) // num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        group=query.shape[1] // num_kv_heads,
+        head_size=query.shape[2],
+        pool_dtype=pool.dtype,
+        device=query.device,
+        max_query_len=max_query_len,
+    )
+    return decode_work(
+        rows,
+        page_offsets,
+        query_start_loc,
+        num_kv_heads=num_kv_heads,
+        block_size=pool.shape[1],
+        out=work,
+    )
+
+
+def _check_work(
+    work: DecodeWork, query: torch.Tensor, num_layers: int, num_kv_heads: int, max_query_len: int
+) -> None:
+    piece_rows = query.shape[1] // num_kv_heads * max_query_len
+    check(
+        work.num_tiles.shape == (num_layers,)
+        and work.pieces.shape[1:] == (piece_rows, query.shape[2]),
+        f"work of {work.num_tiles.shape[0]} layers and pieces {tuple(work.pieces.shape[1:])} is "
+        f"not for {num_layers} layers and {(piece_rows, query.shape[2])}",
+    )
 
 
 def token_slots(
@@ -221,7 +224,7 @@ def token_slots(
         RuntimeError: if the backend cannot run here.
     """
     check_rows(rows, block_table)
-    _check_query_starts(query_start_loc, rows.shape[0])
+    check_query_starts(query_start_loc, rows.shape[0])
     if out is None:
         out = torch.empty(num_tokens, dtype=torch.int64, device=rows.device)
     check(
@@ -281,69 +284,3 @@ def store_tokens(
         reference.store_tokens(*arguments)
     else:
         triton_kernels(key, value, pool, slots).store_tokens(*arguments)
-
-
-def check_pool(pool: torch.Tensor, query: torch.Tensor, num_kv_heads: int) -> None:
-    """Raise ValueError unless queries (or keys, [tokens, heads, d]) and the pool go together."""
-    check(
-        query.dim() == 3 and query.stride(2) == 1 and query.dtype in QUERY_DTYPES,
-        f"want [tokens, heads, head size] of bf16, fp16 or fp32, "
-        f"got {tuple(query.shape)} {query.dtype}",
-    )
-    _, num_heads, head_size = query.shape
-    check(
-        num_kv_heads > 0
-        and num_heads % num_kv_heads == 0
-        and num_heads // num_kv_heads <= MAX_GROUP,
-        f"{num_heads} query heads are not 1 to {MAX_GROUP} for each of {num_kv_heads} KV heads",
-    )
-    check(head_size in HEAD_SIZES, f"head size {head_size} is none of {HEAD_SIZES}")
-    check(
-        pool.dim() == 3 and pool.is_contiguous() and pool.shape[2] == 2 * head_size,
-        f"want a contiguous pool [pages, block size, {2 * head_size}], got {tuple(pool.shape)}",
-    )
-    check(pool.shape[1] in BLOCK_SIZES, f"block size {pool.shape[1]} is none of {BLOCK_SIZES}")
-    check(
-        pool.dtype == query.dtype or pool.dtype in FP8_DTYPES,
-        f"a pool of {pool.dtype} does not fit {query.dtype}",
-    )
-
-
-def check_rows(rows: torch.Tensor, block_table: torch.Tensor) -> None:
-    """Raise ValueError unless these are row descriptors and their block table."""
-    num_rows = rows.shape[0]
-    check(
-        rows.shape == (num_rows, len(ROW_FIELDS))
-        and rows.dtype == torch.int32
-        and rows.is_contiguous(),
-        f"want row descriptors [R, {len(ROW_FIELDS)}] int32, got {tuple(rows.shape)} {rows.dtype}",
-    )
-    check(
-        block_table.dim() == 2
-        and block_table.shape[0] == num_rows
-        and block_table.dtype == torch.int32
-        and block_table.stride(1) == 1,
-        f"want a block table [{num_rows}, W] int32, "
-        f"got {tuple(block_table.shape)} {block_table.dtype}",
-    )
-
-
-def _check_query_starts(query_start_loc: torch.Tensor, num_rows: int) -> None:
-    check(
-        query_start_loc.shape == (num_rows + 1,) and query_start_loc.dtype == torch.int32,
-        f"want {num_rows + 1} int32 query starts, "
-        f"got {tuple(query_start_loc.shape)} {query_start_loc.dtype}",
-    )
-
-
-def stream_scales(
-    scales: torch.Tensor | None, num_streams: int, pool: torch.Tensor
-) -> torch.Tensor:
-    """[num_streams] float32 scales, 1 where none are given; ValueError on another shape or type."""
-    if scales is None:
-        return torch.ones(num_streams, dtype=torch.float32, device=pool.device)
-    check(
-        scales.shape == (num_streams,) and scales.dtype == torch.float32,
-        f"want {num_streams} float32 scales, got {tuple(scales.shape)} {scales.dtype}",
-    )
-    return scales

@@ -58,15 +58,14 @@ def ragged_decode(
     page_offsets: torch.Tensor,
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
-    key_scale: torch.Tensor,
-    value_scale: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
     out: torch.Tensor,
     *,
     layer: int,
     num_kv_heads: int,
     scale: float,
     logits_soft_cap: float,
-    sliding_window: int,
     sinks: torch.Tensor | None,
 ) -> None:
     """See `ops.ragged_decode`."""
@@ -79,27 +78,60 @@ def ragged_decode(
     ):
         for head in range(num_kv_heads if starts[r + 1] > starts[r] else 0):
             stream = layer * num_kv_heads + head
-            places, num_region_tokens = stream_tokens(
-                row, offsets, table, stream, num_streams, block_size
-            )
+            places, _ = stream_tokens(row, offsets, table, stream, num_streams, block_size)
             pages, slots = (torch.tensor(x, device=pool.device) for x in zip(*places, strict=True))
             entries = pool[pages, slots].double()
-            keys = entries[:, :head_size] * key_scale[stream].double()
-            values = entries[:, head_size:] * value_scale[stream].double()
+            keys, values = entries[:, :head_size], entries[:, head_size:]
+            if key_scale is not None and value_scale is not None:
+                keys = keys * key_scale[stream].double()
+                values = values * value_scale[stream].double()
             for token in range(starts[r], starts[r + 1]):
                 limit = len(places) - (starts[r + 1] - 1 - token)
-                visible = list(range(limit))
-                if sliding_window:
-                    first = max(num_region_tokens, limit - sliding_window)
-                    visible = [*range(num_region_tokens), *range(first, limit)]
                 for q in range(head * group, (head + 1) * group):
-                    logits = keys[visible] @ query[token, q].double() * scale
+                    logits = keys[:limit] @ query[token, q].double() * scale
                     if logits_soft_cap > 0:
                         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
                     if sinks is not None:
                         logits = torch.cat([logits, sinks[q : q + 1].double()])
-                    weights = logits.softmax(dim=0)[: len(visible)]
-                    out[token, q] = (weights @ values[visible]).to(out.dtype)
+                    weights = logits.softmax(dim=0)[:limit]
+                    out[token, q] = (weights @ values[:limit]).to(out.dtype)
+
+
+def decode_work(
+    rows: torch.Tensor,
+    page_offsets: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    tile_starts: torch.Tensor,
+    num_tiles: torch.Tensor,
+    first_streams: torch.Tensor,
+    *,
+    num_kv_heads: int,
+    block_size: int,
+    tile_tokens: int,
+    least_tiles: int,
+) -> None:
+    """See `ops.decode_work`."""
+    num_layers, num_programs = first_streams.shape
+    starts = query_start_loc.tolist()
+    for layer in range(num_layers):
+        owners: list[int] = []
+        for r, (row, offsets) in enumerate(zip(rows.tolist(), page_offsets.tolist(), strict=True)):
+            for head in range(num_kv_heads):
+                index, stream = r * num_kv_heads + head, layer * num_kv_heads + head
+                tile_starts[layer, index] = len(owners)
+                if starts[r + 1] == starts[r]:
+                    continue
+                seq_len, num_region_blocks, _, first_kept_block = row
+                num_tokens = seq_len - first_kept_block * block_size
+                if num_region_blocks:
+                    num_tokens += (offsets[stream + 1] - offsets[stream]) * block_size
+                owners += [index] * -(-num_tokens // tile_tokens)
+        tile_starts[layer, len(rows) * num_kv_heads] = len(owners)
+        num_tiles[layer] = len(owners)
+        working = min(num_programs, -(-len(owners) // least_tiles))
+        for program in range(working):
+            share, extra = divmod(len(owners), working)
+            first_streams[layer, program] = owners[program * share + min(program, extra)]
 
 
 def token_slots(

@@ -11,8 +11,8 @@ import torch
 
 from vllm_kvcompress.ops import reference_paged as reference
 from vllm_kvcompress.ops.checks import check, check_backend
-from vllm_kvcompress.ops.decode import BLOCK_SIZES, check_rows, triton_kernels
 from vllm_kvcompress.ops.native import native_ops
+from vllm_kvcompress.ops.pool_checks import BLOCK_SIZES, check_rows, triton_kernels
 
 MAX_STREAMS = 8192
 

@@ -14,7 +14,8 @@ import torch
 
 from vllm_kvcompress.ops import reference_paged as reference
 from vllm_kvcompress.ops.checks import check, check_backend
-from vllm_kvcompress.ops.decode import (
+from vllm_kvcompress.ops.native import native_ops
+from vllm_kvcompress.ops.pool_checks import (
     BLOCK_SIZES,
     QUERY_DTYPES,
     check_pool,
@@ -22,7 +23,6 @@ from vllm_kvcompress.ops.decode import (
     stream_scales,
     triton_kernels,
 )
-from vllm_kvcompress.ops.native import native_ops
 from vllm_kvcompress.ops.scoring import PAGE_REDUCTIONS
 
 WINDOW_REDUCTIONS = ("mean", "sum", "max", "defensive")
