@@ -21,7 +21,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.staging import Staging
-from vllm_kvcompress.vllm_integration import backend_cuda, engine_cuda
+from vllm_kvcompress.vllm_integration import engine_cuda
 
 WINDOW = 8
 SHAPES = {
@@ -271,8 +271,6 @@ def test_warm_up_touches_the_null_block_only(monkeypatch):
 )
 def test_a_warm_worker_compiles_nothing(monkeypatch, method, granularity, flash_attn_version):
     # A kernel that is compiled while requests wait takes a second of their time.
-    # Rows of three tokens are cut into pieces, rows of twenty not.
-    monkeypatch.setattr(backend_cuda, "_MOST_SPLIT_STREAMS", 4)
     shape = CacheShape(2, 2, 1, 64, 16)
     config = config_of(method, 16, granularity, suffix_tokens=3)
     rig = Rig(monkeypatch, shape, config, DTYPE, flash_attn_version=flash_attn_version)

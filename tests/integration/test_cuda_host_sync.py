@@ -146,7 +146,7 @@ class DeviceWork(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_layers_of_a_decode_step_launch_the_decode_kernels_only():
+def test_layers_of_a_decode_step_launch_the_decode_kernel_only():
     worker = Worker(KVCompressConfig("span", budget=64, window=WINDOW))
     work, steps = DeviceWork(), []
 
@@ -160,8 +160,7 @@ def test_layers_of_a_decode_step_launch_the_decode_kernels_only():
 
     record(prepare)
     launches = record(decode)
-    assert {launch.name for launch in launches} == {"ragged_decode_kernel", "merge_splits_kernel"}
-    assert len(launches) == 2 * SHAPE.num_layers
+    assert [launch.name for launch in launches] == ["ragged_decode_kernel"] * SHAPE.num_layers
     assert work.names == []
 
 

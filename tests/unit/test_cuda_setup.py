@@ -24,6 +24,7 @@ from vllm_kvcompress.vllm_integration.batch_cuda import EMPTY_SLOT, DeviceReques
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 from vllm_kvcompress.vllm_integration.scheduler import chunk_tokens
+from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
 
 CONFIG = KVCompressConfig("snapkv", budget=64, window=16)
 
@@ -181,9 +182,13 @@ def worker_of(config, monkeypatch, **stock):
         cache_config__kv_cache_memory_bytes=None,
         scheduler_config__max_num_seqs=8,
         compilation_config=SimpleNamespace(
-            max_cudagraph_capture_size=16, static_forward_context={"a": "layer a", "b": "layer b"}
+            max_cudagraph_capture_size=16,
+            static_forward_context={
+                name: SimpleNamespace(num_heads=6, num_kv_heads=2) for name in "ab"
+            },
         ),
     )
+    worker.device = torch.device("cpu")
     worker.model_runner = SimpleNamespace(get_model=lambda: "model")
     worker._config, worker._engine = config, None
     worker._stats = CompressionStats(log=False)
@@ -198,11 +203,18 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
 
     config = KVCompressConfig(method, ratio=0.9, window=16)
     worker = worker_of(config, monkeypatch, determine_available_memory=measure)
-    copied = {"layer a": 5, "layer b": 6}
-    monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[layer])
+    copied = {"a": 5, "b": 6}
+    monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[name])
     pages = staging_pages(config, CacheShape(2, 2, 1, 64, 16), 2048, 16)
     assert pages > 0
     own = pages * 16 * 2 * 64 * 2 + (11 if method == "ada-criticalkv" else 0)
+    # What an engine of that shape keeps for its steps, with the stand-in's two multiprocessors.
+    shape = CacheShape(2, 2, 3, 64, 16)
+    buffers = StepBuffers(shape, 16, torch.bfloat16, torch.device("cpu"))
+    own += buffers.num_bytes
+    # Pieces of the programs that share streams are the most of it.
+    most = [2 * 8 * 3, 2 * 2 * 24]
+    assert [buffers.work.piece_lse.numel(), buffers.extended_work.piece_lse.numel()] == most
     assert worker.determine_available_memory() == 10**9 - own
     # Which vLLM's advice for the next start is made of.
     assert worker.total_consumed == 3000 + own

@@ -25,11 +25,6 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_kvcompress import ops
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, DeviceStep
 
-# Pieces that a stream is cut into for rows of several tokens, unless there are many streams: each
-# piece's result takes as much memory as float32 queries do, which vLLM has not measured.
-_EXTENDED_SPLITS = 8
-_MOST_SPLIT_STREAMS = 512
-
 
 class KVCompressCUDABackend(FlashAttentionBackend):
     """FlashAttention on a block-outermost pool, with compressed rows."""
@@ -229,6 +224,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 step.page_offsets[:num_single],
                 step.block_table[:num_single],
                 step.query_start_loc[: num_single + 1],
+                step.work,
             )
         for run in step.extended:
             self._decode(
@@ -240,34 +236,31 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 run.page_offsets,
                 run.block_table,
                 run.query_start_loc,
+                run.work,
                 ops.MAX_QUERY_LEN,
-                _extended_splits(len(run.rows) * self.num_kv_heads),
             )
         engine.after_attention(step, layer_index, query, lses)
         return output
 
     def warm_up(self, engine: CUDAEngine) -> None:
-        """Compile and run the decode kernels for any rows, before a request waits for them."""
-        batches: list[tuple[int, int, int | None]] = [(n, 1, None) for n in engine.batch_sizes()]
-        batches += [(1, ops.MAX_QUERY_LEN, num_splits) for num_splits in (1, _EXTENDED_SPLITS)]
-        for num_rows, query_len, num_splits in batches:
+        """Compile and run the decode kernels before a request waits for them."""
+        for query_len in (1, ops.MAX_QUERY_LEN):
             device = engine.pool.device
-            size = (num_rows, self.num_heads, self.head_size)
+            size = (1, self.num_heads, self.head_size)
             query = torch.zeros(size, dtype=engine.pool.dtype, device=device)
-            # Rows without a query, of which nothing is computed.
-            numbers = torch.zeros(num_rows, 4, dtype=torch.int32, device=device)
-            offsets = numbers.new_zeros(num_rows, engine.shape.pages_per_block + 1)
+            # A row without a query, of which nothing is computed.
+            numbers = torch.zeros(1, 4, dtype=torch.int32, device=device)
             self._decode(
                 query,
                 query,
                 engine,
                 0,
                 numbers,
-                offsets,
+                numbers.new_zeros(1, engine.shape.pages_per_block + 1),
                 numbers,
-                numbers.new_zeros(num_rows + 1),
+                numbers.new_zeros(2),
+                engine.warm_up_work(query_len),
                 query_len,
-                num_splits,
             )
 
     @property
@@ -287,8 +280,8 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
         page_offsets: torch.Tensor,
         block_table: torch.Tensor,
         query_start_loc: torch.Tensor,
+        work: ops.DecodeWork | None,
         max_query_len: int = 1,
-        num_splits: int | None = None,
     ) -> None:
         ops.ragged_decode(
             query,
@@ -303,9 +296,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
             max_query_len=max_query_len,
             logits_soft_cap=self.logits_soft_cap,
             sinks=self.sinks,
-            key_scale=engine.unit_scales,
-            value_scale=engine.unit_scales,
-            num_splits=num_splits,
+            work=work,
             out=output,
             backend=engine.backend,
         )
@@ -355,10 +346,6 @@ def attend_with_lse(
         return_softmax_lse=True,
     )
     return lse
-
-
-def _extended_splits(num_streams: int) -> int:
-    return _EXTENDED_SPLITS if num_streams <= _MOST_SPLIT_STREAMS else 1
 
 
 def _only_rows(

@@ -29,6 +29,7 @@ from vllm_kvcompress.vllm_integration.batch_cuda import (
 )
 from vllm_kvcompress.vllm_integration.engine import flat_pool
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
 
 # Kernels are the same for any length.
 _WARM_UP_TOKENS = 1024
@@ -49,6 +50,7 @@ class ExtendedRun:
         page_offsets: [P, S + 1] int32, the row's own in every piece.
         block_table: [P, W] int32, likewise.
         query_start_loc: [P + 1] int32.
+        work: the pieces' shares of the decode kernel's programs; None for the reference.
     """
 
     token_start: int
@@ -57,6 +59,7 @@ class ExtendedRun:
     page_offsets: torch.Tensor
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
+    work: ops.DecodeWork | None
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,14 @@ class Ending:
 
 @dataclass
 class DeviceStep:
-    """A step as the layers need it; tensors of the first three lie at fixed addresses.
+    """A step as the layers need it; the first four, and `work`, lie at fixed addresses.
 
     Attributes:
         rows: [R, 4] int32 descriptors (`ops.ROW_FIELDS`).
         page_offsets: [R, S + 1] int32.
         block_table: [R, W] int32, vLLM's.
         query_start_loc: [R + 1] int32, vLLM's.
+        work: shares of the decode kernel's programs in the single rows; None for the reference.
         num_single: rows at the front that have one token each.
         dense_table: [R - num_single, W] int32 for the rows behind them, regions cut out.
         extended: rows behind them that are compressed.
@@ -89,6 +93,7 @@ class DeviceStep:
     page_offsets: torch.Tensor
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
+    work: ops.DecodeWork | None
     num_single: int
     dense_table: torch.Tensor
     extended: list[ExtendedRun] = field(default_factory=list)
@@ -155,19 +160,35 @@ class CUDAEngine:
         self._one_shot_tokens = one_shot_tokens
         self._one_shot_ids: Container[str] = ()
         self._is_in_step = False
-        width = shape.pages_per_block + 1
-        # One row per request that has been compacted, and an empty one.
-        self._page_offsets = self._zeros(max_num_reqs + 1, width)
-        # What layers of a step read, which captured graphs read too.
-        self._step_rows = self._zeros(max_num_reqs, 4)
-        self._step_offsets = self._zeros(max_num_reqs, width)
-        # The cache is not quantized. Made once, not in every layer of every step.
-        size = (shape.pages_per_block,)
-        self.unit_scales = torch.ones(size, dtype=torch.float32, device=self.pool.device)
+        self._buffers = StepBuffers(shape, max_num_reqs, self.pool.dtype, self.pool.device)
+        self._page_offsets = self._buffers.page_offsets
+        self._work, self._extended_work = None, None
+        if backend != "reference":
+            self._work, self._extended_work = self._buffers.work, self._buffers.extended_work
         self.configure(config, layers)
 
     def _zeros(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device=self.pool.device)
+
+    def share_out(
+        self,
+        work: ops.DecodeWork | None,
+        rows: torch.Tensor,
+        page_offsets: torch.Tensor,
+        query_start_loc: torch.Tensor,
+    ) -> ops.DecodeWork | None:
+        """Share a step's rows out among the decode kernel's programs, for all layers."""
+        if work is None or not len(rows):
+            return work
+        return ops.decode_work(
+            rows,
+            page_offsets,
+            query_start_loc,
+            num_kv_heads=self.shape.num_kv_heads,
+            block_size=self.shape.block_size,
+            out=work,
+            backend=self.backend,
+        )
 
     def configure(self, config: KVCompressConfig, layers: list[LayerParameters]) -> None:
         """Use a setting from now on; no request of an earlier one may go on."""
@@ -209,7 +230,8 @@ class CUDAEngine:
         """
         plan = self._plan(common)
         num_rows = common.num_reqs
-        rows, page_offsets = self._step_rows[:num_rows], self._step_offsets[:num_rows]
+        rows = self._buffers.rows[:num_rows]
+        page_offsets = self._buffers.row_offsets[:num_rows]
         numbers = to_device(plan.numbers, self.pool.device)
         rows[:, 0] = common.seq_lens[:num_rows]
         rows[:, 1:] = numbers[:3].t()
@@ -227,11 +249,14 @@ class CUDAEngine:
             )
         for evicted in plan.one_shot.values():
             common.slot_mapping[evicted] = -1
+        single = slice(plan.num_single)
+        starts = common.query_start_loc[: plan.num_single + 1]
         return DeviceStep(
             rows=rows,
             page_offsets=page_offsets,
             block_table=block_table,
             query_start_loc=common.query_start_loc,
+            work=self.share_out(self._work, rows[single], page_offsets[single], starts),
             num_single=plan.num_single,
             dense_table=_cut_regions(block_table, plan),
             extended=[self._extended_run(row, plan.numbers, block_table) for row in plan.extended],
@@ -302,13 +327,21 @@ class CUDAEngine:
         packed = np.concatenate([rows.reshape(-1), [0], ends]).astype(np.int32)
         on_device = to_device(packed, self.pool.device)
         slot = int(numbers[3, row.row])
+        piece_rows = on_device[: 4 * num_pieces].view(num_pieces, 4)
+        page_offsets = self._page_offsets[slot : slot + 1].expand(num_pieces, -1)
+        query_start_loc = on_device[4 * num_pieces :]
+        # Lists of its own: a step may have several such rows.
+        work = self._extended_work
+        if work is not None:
+            work = work.for_rows(num_pieces, self.shape.num_kv_heads)
         return ExtendedRun(
             token_start=row.token_start,
             token_end=row.token_start + row.query_len,
-            rows=on_device[: 4 * num_pieces].view(num_pieces, 4),
-            page_offsets=self._page_offsets[slot : slot + 1].expand(num_pieces, -1),
+            rows=piece_rows,
+            page_offsets=page_offsets,
             block_table=block_table[row.row : row.row + 1].expand(num_pieces, -1),
-            query_start_loc=on_device[4 * num_pieces :],
+            query_start_loc=query_start_loc,
+            work=self.share_out(work, piece_rows, page_offsets, query_start_loc),
         )
 
     def staged_places(
@@ -427,11 +460,15 @@ class CUDAEngine:
         for request_id in request_ids:
             self.requests.forget(request_id)
 
-    def batch_sizes(self) -> list[int]:
-        """Numbers of rows that decode kernels have to be compiled for, to take any."""
-        # Streams are cut into half as many pieces for twice as many rows.
-        powers = range(self._max_num_reqs.bit_length())
-        return sorted({self._max_num_reqs, *(2**i for i in powers)})
+    def warm_up_work(self, max_query_len: int) -> ops.DecodeWork | None:
+        """Compile and run what shares out rows of so many tokens; a row without a query.
+
+        Returns:
+            What `ops.ragged_decode` takes for such a row.
+        """
+        work = self._work if max_query_len == 1 else self._extended_work
+        offsets = self._zeros(1, self.shape.pages_per_block + 1)
+        return self.share_out(work, self._zeros(1, 4), offsets, self._zeros(2))
 
     def warm_up(self, max_len: int, tells_lse: bool = False) -> None:
         """Compile and run what a row's region or a prompt's end needs, before a request waits.
@@ -443,7 +480,7 @@ class CUDAEngine:
             tells_lse: whether attention tells its sums, so that scores are made of them.
         """
         ops.token_slots(
-            self._step_rows[:1],
+            self._buffers.rows[:1],
             self._zeros(1, 1),
             self._zeros(2),
             1,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -19,6 +20,7 @@ from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.layers import output_copy_bytes
+from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 
 logger = init_logger(f"vllm.{__name__}")
@@ -56,16 +58,20 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         return available - own
 
     def _own_bytes(self) -> int:
-        """Memory for one-shot prompts, and for output projections that have to be copied."""
+        """Memory for what steps read, one-shot prompts, and copies of output projections."""
         all_specs = self.get_kv_cache_spec().items()
         specs = {name: s for name, s in all_specs if isinstance(s, KVCompressSpec)}
-        spec = next(iter(specs.values()))
-        shape = CacheShape(len(specs), spec.num_kv_heads, 1, spec.head_size, spec.block_size)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        name, spec = next(iter(specs.items()))
+        group = layers[name].num_heads // layers[name].num_kv_heads
+        _check_group(group)
+        shape = CacheShape(len(specs), spec.num_kv_heads, group, spec.head_size, spec.block_size)
+        meta, num_sms = torch.device("meta"), ops.num_multiprocessors(self.device)
+        own = StepBuffers(shape, self._max_num_reqs(), spec.dtype, meta, num_sms).num_bytes
         pages = staging_pages(self._config, shape, self._staged_tokens(), self._max_num_reqs())
-        own = pages * spec.page_size_bytes // spec.num_kv_heads
+        own += pages * spec.page_size_bytes // spec.num_kv_heads
         if "output_weight" in scorer_class(self._config.recipe.scorer).needs:
             model = self.model_runner.get_model()
-            layers = self.vllm_config.compilation_config.static_forward_context
             own += sum(output_copy_bytes(model, name, layers[name]) for name in specs)
         return own
 
@@ -84,11 +90,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         attention: dict[str, Attention],
         layers: list[LayerParameters],
     ) -> CUDAEngine:
-        if shape.num_queries_per_kv > ops.MAX_GROUP:
-            raise KVCompressConfigError(
-                f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
-                f"this model has {shape.num_queries_per_kv}"
-            )
+        _check_group(shape.num_queries_per_kv)
         others = [name for name, x in attention.items() if not _is_ours(x)]
         if others:
             raise KVCompressConfigError(
@@ -130,6 +132,14 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
             return super().execute_model(scheduler_output, *args, **kwargs)
         with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
             return super().execute_model(scheduler_output, *args, **kwargs)
+
+
+def _check_group(group: int) -> None:
+    if group > ops.MAX_GROUP:
+        raise KVCompressConfigError(
+            f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
+            f"this model has {group}"
+        )
 
 
 def _is_ours(layer: Attention) -> bool:
