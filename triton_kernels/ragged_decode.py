@@ -295,34 +295,36 @@ def _ragged_decode_kernel(
             if ticket == last_program - first_program:
                 # For the next layer.
                 tl.store(ticket_ptr, 0)
-                merged_m = tl.arange(0, TILE_MERGED)
-                out, merged_lse = _merge_pieces(
-                    pieces_ptr,
-                    lse_ptr,
-                    merged_m,
-                    first_program,
-                    last_program,
-                    PIECE_ROWS,
-                    HEAD_SIZE,
-                    TILE_D,
-                    NUM_MERGED,
-                )
-                _store_out(
-                    out_ptr,
-                    out,
-                    merged_lse,
-                    sinks_ptr,
-                    merged_m,
-                    head,
-                    query_start,
-                    query_len,
-                    out_stride_token,
-                    out_stride_head,
-                    GROUP,
-                    HEAD_SIZE,
-                    HAS_SINKS,
-                    TILE_D,
-                )
+                # A few rows at a time: all of them may be more than shared memory holds.
+                for first_row in tl.range(0, PIECE_ROWS, TILE_MERGED, num_stages=1):
+                    merged_m = first_row + tl.arange(0, TILE_MERGED)
+                    out, merged_lse = _merge_pieces(
+                        pieces_ptr,
+                        lse_ptr,
+                        merged_m,
+                        first_program,
+                        last_program,
+                        PIECE_ROWS,
+                        HEAD_SIZE,
+                        TILE_D,
+                        NUM_MERGED,
+                    )
+                    _store_out(
+                        out_ptr,
+                        out,
+                        merged_lse,
+                        sinks_ptr,
+                        merged_m,
+                        head,
+                        query_start,
+                        query_len,
+                        out_stride_token,
+                        out_stride_head,
+                        GROUP,
+                        HEAD_SIZE,
+                        HAS_SINKS,
+                        TILE_D,
+                    )
         tile = segment_end
         stream += 1
 
@@ -361,11 +363,15 @@ def decode_tiles(piece_rows: int, tile_d: int, element_bytes: int) -> DecodeTile
     """
     if piece_rows > 16 or element_bytes > 2:
         # Rare rows of several tokens, and float32, which no engine on a GPU has.
-        num_keys = 32 if tile_d * max(piece_rows, 32) * element_bytes <= 8192 * 2 else 16
-        return DecodeTiles(num_keys, 8 if piece_rows > 32 else 4, 5, 1)
+        num_elements = triton.next_power_of_2(piece_rows) * tile_d
+        if num_elements > 16384:
+            # Bound by arithmetic; more stages would put the accumulator on the stack.
+            return DecodeTiles(16, 8, 3, 1)
+        num_keys = 32 if max(num_elements, 4096) * element_bytes <= 16384 else 16
+        return DecodeTiles(num_keys, 8 if num_elements > 8192 else 4, 5, 1)
     if tile_d > 128:
         return DecodeTiles(16, 4, 7, 2, least_tiles=8)
-    if piece_rows > 8 or element_bytes == 1:
+    if piece_rows > 4 or element_bytes == 1:
         return DecodeTiles(32, 4, 7, 3, max_registers=168)
     return DecodeTiles(32, 4, 7, 4, max_registers=128)
 
@@ -405,7 +411,7 @@ def ragged_decode(
     group = num_heads // num_kv_heads
     num_programs, piece_rows = first_streams.shape[1], pieces.shape[1]
     tile_d = triton.next_power_of_2(head_size)
-    tile_merged = triton.next_power_of_2(piece_rows)
+    tile_merged = min(triton.next_power_of_2(piece_rows), _MERGED_ELEMENTS // tile_d)
     options = {} if tiles.max_registers is None else {"maxnreg": tiles.max_registers}
     _ragged_decode_kernel[(num_programs,)](
         out,
@@ -450,7 +456,7 @@ def ragged_decode(
         TILE_N=tiles.num_keys,
         TILE_D=tile_d,
         TILE_MERGED=tile_merged,
-        NUM_MERGED=max(1, _MERGED_ELEMENTS // (tile_merged * tile_d)),
+        NUM_MERGED=_MERGED_ELEMENTS // (tile_merged * tile_d),
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         **options,
