@@ -26,6 +26,11 @@ class ModelShape:
     num_parameters: int = 0
 
     @property
+    def is_model(self) -> bool:
+        """Whether there is such a model; the others are what the kernels must also take."""
+        return self.num_parameters > 0
+
+    @property
     def num_heads(self) -> int:
         """Query heads."""
         return self.num_kv_heads * self.group

@@ -1,0 +1,124 @@
+"""What compiled kernels must have to keep an H100's memory busy, and which kernels stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gpu.pipelining import LoopLoad
+
+# What one multiprocessor must have under way: 4.8 TB/s (H200) over 132 of them, for an assumed
+# latency of 0.9 us.
+IN_FLIGHT_BYTES = 32 << 10
+# Smaller loads in a loop are indices.
+LEAST_TILE_BYTES = 1 << 10
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a kernel reads in its loop, and what that asks for.
+
+    Attributes:
+        source: the argument that points at it.
+        min_blocks: per multiprocessor.
+        is_pipelined: whether the next tile must be under way while the loop computes. Where few
+            tiles are read and compute is short, other blocks are enough.
+        why: it is a stream.
+    """
+
+    source: str
+    min_blocks: int
+    is_pipelined: bool
+    why: str
+
+
+STREAMS = {
+    "ragged_decode_kernel": Stream("pool_ptr", 3, True, "all kept keys and values"),
+    "window_sums_kernel": Stream("pool_ptr", 2, True, "all keys of a prompt"),
+    "window_scores_kernel": Stream("pool_ptr", 2, True, "all keys of a prompt"),
+    "value_effect_kernel": Stream("pool_ptr", 2, True, "all values of a prompt"),
+    "joint_digit_kernel": Stream("scores_ptr", 8, False, "scores of a stream, in four launches"),
+    "select_kernel": Stream("scores_ptr", 8, False, "scores of a stream, five times"),
+}
+# Kernels with loops that read tensors, but no stream: why not.
+NO_STREAMS = {
+    "mean_scores_kernel": "a 64th of what scoring reads, cut into 32 chunks per head",
+    "merge_splits_kernel": "one turn per query, of few",
+    "move_entries_kernel": "one turn, a few where an entry is larger than a tile",
+}
+# Blocks per multiprocessor of every other kernel.
+MIN_BLOCKS = 2
+# Copies have all their loads under way at once, and other blocks to overlap with.
+MIN_BLOCKS_OF = {"compact_kernel": 4, "move_entries_kernel": 4}
+# Launches that may do with fewer, by what they are asked for: many queries take more registers.
+FEWER_BLOCKS = {("ragged_decode_kernel", "as many queries as it takes"): 2}
+# Bytes that a thread copies at once of a pipelined stream.
+COPY_BYTES = 16
+
+
+def faults(
+    kernel: str,
+    launch: str,
+    loads: Sequence[LoopLoad],
+    blocks: int,
+    stack_bytes: int,
+    narrow_loads: int,
+) -> Iterator[str]:
+    """What is wrong with a kernel compiled for compute capability 9.0, one line each.
+
+    Args:
+        kernel: its name.
+        launch: what it is asked for.
+        loads: of its innermost loops.
+        blocks: that one multiprocessor holds.
+        stack_bytes: per thread.
+        narrow_loads: instructions that load one or two bytes.
+    """
+    stream = STREAMS.get(kernel)
+    if stream is not None:
+        yield from _stream_faults(stream, loads, blocks)
+    elif kernel not in NO_STREAMS:
+        for load in loads:
+            if load.num_bytes >= LEAST_TILE_BYTES:
+                yield (
+                    f"{load.name}: {load.tile} from {load.source} in a loop of a kernel that is in "
+                    "neither STREAMS nor NO_STREAMS"
+                )
+    least = stream.min_blocks if stream else MIN_BLOCKS_OF.get(kernel, MIN_BLOCKS)
+    least = FEWER_BLOCKS.get((kernel, launch), least)
+    if blocks < least:
+        yield f"{blocks} blocks per multiprocessor, wanted {least}"
+    if stack_bytes:
+        yield f"{stack_bytes} bytes of stack"
+    if narrow_loads:
+        yield f"{narrow_loads} loads of one or two bytes"
+
+
+def _stream_faults(stream: Stream, loads: Sequence[LoopLoad], blocks: int) -> Iterator[str]:
+    streamed = [load for load in loads if load.source == stream.source]
+    if not streamed:
+        yield f"no loop loads from {stream.source}"
+        return
+    if stream.is_pipelined:
+        for load in streamed:
+            if load.num_buffers < 2:
+                yield f"{load.name}: number of buffers {load.num_buffers}, wanted 2"
+            if load.num_ahead < 1:
+                yield f"{load.name}: nothing under way while the loop waits"
+            if load.num_buffers and load.copy_bytes < COPY_BYTES:
+                yield f"{load.name}: {load.copy_bytes} bytes at once, wanted {COPY_BYTES}"
+    under_way = blocks * block_bytes(streamed, stream.is_pipelined)
+    if 0 < under_way < IN_FLIGHT_BYTES:
+        yield f"{under_way} bytes under way per multiprocessor, wanted {IN_FLIGHT_BYTES}"
+
+
+def block_bytes(streamed: Sequence[LoopLoad], is_pipelined: bool) -> int:
+    """Bytes that one block has under way in the loop that has fewest.
+
+    Those ahead of a pipelined loop while it waits; else the tile that a block waits for.
+    """
+    by_loop: dict[int, int] = {}
+    for load in streamed:
+        num_tiles = load.num_ahead if is_pipelined else 1
+        by_loop[load.loop] = by_loop.get(load.loop, 0) + num_tiles * load.num_bytes
+    return min(by_loop.values())
