@@ -27,9 +27,14 @@ def _order_key(scores):
 
 
 @triton.jit
-def _load_keys(row_ptr, entries, num_entries):
+def _load_keys(row_ptr, entries, num_entries, IN_FOURS: tl.constexpr):
+    """(keys, mask) of a row's entries; IN_FOURS where rows start at multiples of 16 bytes."""
     mask = entries < num_entries
-    scores = tl.load(row_ptr + entries, mask=mask, other=float("-inf"))
+    is_loaded = mask
+    if IN_FOURS:
+        # A thread reads 16 aligned bytes at once, with up to three entries past the last.
+        is_loaded = entries < tl.cdiv(num_entries, 4) * 4
+    scores = tl.load(row_ptr + entries, mask=is_loaded, other=float("-inf"))
     return _order_key(scores), mask
 
 
@@ -39,7 +44,14 @@ def _digit(keys, index: tl.constexpr):
 
 
 @triton.jit
-def _count_from(row_ptr, num_entries, prefix, DIGIT: tl.constexpr, TILE: tl.constexpr):
+def _count_from(
+    row_ptr,
+    num_entries,
+    prefix,
+    DIGIT: tl.constexpr,
+    TILE: tl.constexpr,
+    IN_FOURS: tl.constexpr,
+):
     """Entries of a row whose key is at least `prefix` followed by each value of a digit.
 
     Returns:
@@ -49,7 +61,7 @@ def _count_from(row_ptr, num_entries, prefix, DIGIT: tl.constexpr, TILE: tl.cons
     above = 0
     for first in range(0, num_entries, TILE):
         entries = first + tl.arange(0, TILE)
-        keys, mask = _load_keys(row_ptr, entries, num_entries)
+        keys, mask = _load_keys(row_ptr, entries, num_entries, IN_FOURS)
         if DIGIT == 0:
             is_candidate = mask
         else:
@@ -81,6 +93,7 @@ def _joint_digit_kernel(
     PAGE_SIZE: tl.constexpr,
     DIGIT: tl.constexpr,
     TILE: tl.constexpr,
+    IN_FOURS: tl.constexpr,
 ):
     """Add one stream's counts for one digit to its group's; see `joint_page_counts`."""
     stream = tl.program_id(0)
@@ -99,7 +112,7 @@ def _joint_digit_kernel(
     row_ptr = (
         scores_ptr + request.to(tl.int64) * stride_request + stream.to(tl.int64) * stride_stream
     )
-    counts, above = _count_from(row_ptr, num_entries, prefix, DIGIT, TILE)
+    counts, above = _count_from(row_ptr, num_entries, prefix, DIGIT, TILE, IN_FOURS)
     if DIGIT == NUM_DIGITS - 1:
         # From each digit on, and above the last one.
         row_counts_ptr += (request * tl.num_programs(0) + stream).to(tl.int64) * 257
@@ -195,6 +208,11 @@ def _share_pages_kernel(
     tl.store(num_pages_ptr + row, counts, mask=in_group)
 
 
+def _is_in_fours(scores: torch.Tensor) -> bool:
+    """Whether all rows start at multiples of 16 bytes."""
+    return all(start % 4 == 0 for start in (scores.data_ptr() // 4, *scores.stride()[:2]))
+
+
 def joint_page_counts(
     scores: torch.Tensor,
     num_entries: torch.Tensor,
@@ -227,6 +245,7 @@ def joint_page_counts(
             PAGE_SIZE=page_size,
             DIGIT=digit,
             TILE=_TILE,
+            IN_FOURS=_is_in_fours(scores),
             num_warps=4,
         )
     _share_pages_kernel[(num_requests * num_groups,)](
@@ -255,6 +274,7 @@ def _select_kernel(
     indices_stride,
     PAGE_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    IN_FOURS: tl.constexpr,
     TILE_S: tl.constexpr,
 ):
     """One stream's best entries in ascending order, and where they start among its request's."""
@@ -280,7 +300,7 @@ def _select_kernel(
     threshold = tl.zeros([], tl.int64)
     num_above = 0
     for digit in tl.static_range(0, NUM_DIGITS):
-        counts, above = _count_from(row_ptr, num_entries, threshold, digit, TILE)
+        counts, above = _count_from(row_ptr, num_entries, threshold, digit, TILE, IN_FOURS)
         chosen = _chosen_digit(counts, wanted)
         threshold = threshold * 256 + chosen
         greater = tl.sum(tl.where(tl.arange(0, 256) == chosen + 1, counts, 0), axis=0)
@@ -292,7 +312,7 @@ def _select_kernel(
     num_tied = 0
     for first in range(0, num_entries, TILE):
         entries = first + tl.arange(0, TILE)
-        keys, mask = _load_keys(row_ptr, entries, num_entries)
+        keys, mask = _load_keys(row_ptr, entries, num_entries, IN_FOURS)
         is_equal = (mask & (keys.to(tl.int64) == threshold)).to(tl.int32)
         tie_rank = num_tied + tl.cumsum(is_equal, axis=0) - is_equal
         is_above = (mask & (keys.to(tl.int64) > threshold)).to(tl.int32)
@@ -327,6 +347,7 @@ def select_entries(
         indices.stride(0),
         PAGE_SIZE=page_size,
         TILE=_TILE,
+        IN_FOURS=_is_in_fours(scores),
         TILE_S=triton.next_power_of_2(max(num_streams, _STREAMS)),
         num_warps=4,
     )
