@@ -103,11 +103,13 @@ def test_special_numbers(selector):
         check_selection(selector, scores, (6,), counts)
 
 
-def test_entries_past_the_end_are_not_chosen(selector):
+# Four are read at once.
+@pytest.mark.parametrize("num_entries", [17, 18, 19, 20])
+def test_entries_past_the_end_are_not_chosen(selector, num_entries):
     scores = random_scores((1, 2, 64))
-    scores[..., 20:] = 100.0
-    counts = check_counts(selector, scores, (20,), [[12]], [[0]])
-    check_selection(selector, scores, (20,), counts)
+    scores[..., num_entries:] = 100.0
+    counts = check_counts(selector, scores, (num_entries,), [[12]], [[0]])
+    check_selection(selector, scores, (num_entries,), counts)
 
 
 @pytest.mark.parametrize("kinds", [0, 1, 4], ids=["distinct", "all equal", "many ties"])
