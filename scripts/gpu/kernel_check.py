@@ -52,8 +52,8 @@ MIN_BLOCKS = 2
 MIN_BLOCKS_OF = {"compact_kernel": 4, "move_entries_kernel": 4}
 # Launches that may do with fewer, by what they are asked for: many queries take more registers.
 FEWER_BLOCKS = {("ragged_decode_kernel", "as many queries as it takes"): 2}
-# Bytes that a thread copies at once of a pipelined stream.
-COPY_BYTES = 16
+# Elements that a thread copies at once of a pipelined stream, 16 bytes at most.
+COPY_ELEMENTS = 8
 
 
 def faults(
@@ -105,8 +105,9 @@ def _stream_faults(stream: Stream, loads: Sequence[LoopLoad], blocks: int) -> It
                 yield f"{load.name}: number of buffers {load.num_buffers}, wanted 2"
             if load.num_ahead < 1:
                 yield f"{load.name}: nothing under way while the loop waits"
-            if load.num_buffers and load.copy_bytes < COPY_BYTES:
-                yield f"{load.name}: {load.copy_bytes} bytes at once, wanted {COPY_BYTES}"
+            wanted = min(16, COPY_ELEMENTS * load.item_bytes)
+            if load.num_buffers and load.copy_bytes < wanted:
+                yield f"{load.name}: {load.copy_bytes} bytes at once, wanted {wanted}"
     under_way = blocks * block_bytes(streamed, stream.is_pipelined)
     wanted = MEMORY_BYTES if stream.is_pipelined else CACHE_BYTES
     if 0 < under_way < wanted:

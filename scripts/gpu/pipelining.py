@@ -39,7 +39,10 @@ _CARRIED = re.compile(r"(%\w+) = (%\w+)")
 _WAIT = re.compile(r"num = (\d+)")
 _CONTIGUITY = re.compile(r"contiguity = (\d+)")
 _LOAD_TYPE = re.compile(r": tensor<((?:\d+x)+)!tt\.ptr<(\w+)>")
-_COPY_TYPE = re.compile(r": tensor<((?:\d+x)+)!tt\.ptr<(\w+)>.* -> <")
+_COPY_TYPE = re.compile(r": tensor<((?:\d+x)+)!tt\.ptr<(\w+)>, (#\w+).* -> <")
+_LAYOUT = re.compile(
+    r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\].*order = \[(\d+)", re.MULTILINE
+)
 _ALLOC_TYPE = re.compile(r"!ttg\.memdesc<((?:\d+x)+)")
 
 
@@ -53,6 +56,7 @@ class LoopLoad:
         source: the kernel's argument that its addresses come from, '?' where that is not seen.
         tile: its sizes and type, such as '64x128xbf16'.
         num_bytes: of one tile.
+        item_bytes: of one of its elements.
         num_buffers: in shared memory; 0 if it goes straight into registers.
         num_ahead: tiles that are under way at least, whatever the loop waits for.
         copy_bytes: that one thread copies at once; 0 if the load is no asynchronous copy.
@@ -63,6 +67,7 @@ class LoopLoad:
     source: str
     tile: str
     num_bytes: int
+    item_bytes: int
     num_buffers: int
     num_ahead: int
     copy_bytes: int
@@ -87,10 +92,15 @@ class _Loop:
 def loop_loads(ttgir: str) -> list[LoopLoad]:
     """Loads of tensors in the innermost loops of a kernel, in the order of the text."""
     loops, definitions = _parsed(ttgir)
+    # Neighbouring elements that a thread has in a layout.
+    widths = {
+        layout: int(sizes.split(",")[int(fastest)])
+        for layout, sizes, fastest in _LAYOUT.findall(ttgir)
+    }
     found: list[LoopLoad] = []
     for number, loop in enumerate(loops):
         if loop.is_innermost:
-            found += _loads_of(number, loop, definitions)
+            found += _loads_of(number, loop, definitions, widths)
     return found
 
 
@@ -152,7 +162,9 @@ def _tile(match: re.Match[str]) -> tuple[str, list[int], int]:
     return match[1] + match[2], sizes, bits
 
 
-def _loads_of(number: int, loop: _Loop, definitions: dict[str, _Operation]) -> Iterator[LoopLoad]:
+def _loads_of(
+    number: int, loop: _Loop, definitions: dict[str, _Operation], widths: dict[str, int]
+) -> Iterator[LoopLoad]:
     groups = list(_commits_and_waits(loop, definitions))
     seen: set[str] = set()
     for operation in loop.operations:
@@ -165,7 +177,7 @@ def _loads_of(number: int, loop: _Loop, definitions: dict[str, _Operation]) -> I
         source = _source(operation.operands[0], definitions)
         if not is_copy:
             name = _plain(operation.result)
-            yield LoopLoad(number, name, source, tile, num_bytes, 0, 0, 0)
+            yield LoopLoad(number, name, source, tile, num_bytes, bits // 8, 0, 0, 0)
             continue
         buffer = _root(operation.operands[1], definitions)
         if buffer in seen:
@@ -178,9 +190,10 @@ def _loads_of(number: int, loop: _Loop, definitions: dict[str, _Operation]) -> I
             source,
             tile,
             num_bytes,
+            bits // 8,
             _num_buffers(definitions.get(buffer), sizes),
             _num_ahead(buffer, groups),
-            (int(contiguity[1]) if contiguity else 1) * bits // 8,
+            (int(contiguity[1]) if contiguity else widths.get(match[3], 1)) * bits // 8,
         )
 
 
