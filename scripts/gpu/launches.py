@@ -47,34 +47,67 @@ class Batch:
 
 
 def decode_launches(batch: Batch) -> Calls:
-    """Decode attention."""
+    """Shares of a step's work, and decode attention."""
     shape = batch.shape
 
     def decode(query_len: int, **options: Any) -> Call:
         size = (NUM_REQUESTS * query_len, shape.num_heads, shape.head_size)
         query = torch.empty(size, dtype=shape.dtype)
         starts = torch.arange(NUM_REQUESTS + 1, dtype=torch.int32)
-        return lambda: triton_kernels.ragged_decode(
-            query,
-            batch.pool,
-            batch.rows,
-            batch.offsets,
-            batch.table,
-            starts,
-            batch.scales,
-            batch.scales,
-            torch.empty_like(query),
-            **batch.model,
+        work = ops.new_decode_work(
+            NUM_REQUESTS,
+            num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
+            group=shape.group,
+            head_size=shape.head_size,
+            pool_dtype=shape.pool_dtype,
+            device=batch.pool.device,
             max_query_len=query_len,
-            scale=shape.head_size**-0.5,
-            **options,
         )
+        lists = {
+            "tile_starts": work.tile_starts,
+            "num_tiles": work.num_tiles,
+            "first_streams": work.first_streams,
+        }
+        scales = batch.scales if shape.pool_dtype.itemsize == 1 else None
+
+        def run() -> None:
+            triton_kernels.decode_work(
+                batch.rows,
+                batch.offsets,
+                starts,
+                **lists,
+                num_kv_heads=shape.num_kv_heads,
+                block_size=shape.block_size,
+                tile_tokens=work.tiles.num_keys,
+                least_tiles=work.tiles.least_tiles,
+            )
+            triton_kernels.ragged_decode(
+                query,
+                batch.pool,
+                batch.rows,
+                batch.offsets,
+                batch.table,
+                starts,
+                scales,
+                scales,
+                torch.empty_like(query),
+                **lists,
+                pieces=work.pieces,
+                piece_lse=work.piece_lse,
+                tickets=work.tickets,
+                tiles=work.tiles,
+                **batch.model,
+                num_kv_heads=shape.num_kv_heads,
+                scale=shape.head_size**-0.5,
+                **options,
+            )
+
+        return run
 
     yield "one query", decode(1)
     yield "as many queries as it takes", decode(ops.MAX_QUERY_LEN)
-    sinks = torch.zeros(shape.num_heads)
-    yield "all options", decode(1, logits_soft_cap=50.0, sliding_window=1024, sinks=sinks)
+    yield "all options", decode(1, logits_soft_cap=50.0, sinks=torch.zeros(shape.num_heads))
 
 
 def store_launches(batch: Batch) -> Calls:

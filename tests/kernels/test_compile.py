@@ -13,10 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 KERNELS = {
     "compact_kernel",
+    "decode_work_kernel",
     "join_scores_kernel",
     "joint_digit_kernel",
     "mean_scores_kernel",
-    "merge_splits_kernel",
     "merge_sums_kernel",
     "move_entries_kernel",
     "ragged_decode_kernel",
