@@ -1,12 +1,14 @@
 """Decode attention by other libraries on as many tokens per head, those that are installed.
 
-Each gets dense requests of the mean length: nobody else takes lengths per head. Pages are of
-16 tokens in shuffled order.
+Each gets dense requests of the mean length: nobody else takes lengths per head. A call does what a
+step does: it attends in every layer, each with its own cache. Pages are of 16 tokens in shuffled
+order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,28 +18,38 @@ from gpu.shapes import ModelShape
 PAGE_SIZE = 16
 _WORKSPACE_BYTES = 128 * 2**20
 
+# Attention of one layer, by its number.
+Attend = Callable[[int], Any]
+
 
 def decode_peers(
     names: Sequence[str], shape: ModelShape, batch: int, num_tokens: int, device: torch.device
-) -> dict[str, Callable[[], Any]]:
-    """Calls to time, by names of `PEERS`; a library that is missing is left out.
+) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """What builds each peer's call, by names of `PEERS`.
 
-    One that refuses is left out with a line.
+    Built one at a time: caches of all layers are large. Building one raises what its library does,
+    ImportError where it is missing.
     """
     if shape.pool_dtype != shape.dtype:
         return {}
-    peers = {}
-    for name in names:
-        try:
-            run = PEERS[name](shape, batch, num_tokens, device)
-            run()
-        except ImportError:
-            continue
-        except Exception as error:
-            print(f"{name} at batch {batch} x {num_tokens}: {type(error).__name__}: {error}")
-            continue
-        peers[name] = run
-    return peers
+    return {name: partial(_step, PEERS[name], shape, batch, num_tokens, device) for name in names}
+
+
+def _step(
+    build: Callable[..., Attend],
+    shape: ModelShape,
+    batch: int,
+    num_tokens: int,
+    device: torch.device,
+) -> Callable[[], Any]:
+    attend = build(shape, batch, num_tokens, device)
+
+    def step() -> Any:
+        for layer in range(shape.num_layers - 1):
+            attend(layer)
+        return attend(shape.num_layers - 1)
+
+    return step
 
 
 def _normal(*size: int, like: ModelShape, device: torch.device) -> torch.Tensor:
@@ -47,18 +59,19 @@ def _normal(*size: int, like: ModelShape, device: torch.device) -> torch.Tensor:
 def _pages(
     shape: ModelShape, batch: int, num_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[pages, 2, 16, H, d] and a shuffled [batch, width] table."""
+    """[layers, pages, 2, 16, H, d] and a shuffled [batch, width] table, every layer's."""
     width = -(-num_tokens // PAGE_SIZE)
     size = (batch * width, 2, PAGE_SIZE, shape.num_kv_heads, shape.head_size)
     order = torch.randperm(batch * width, device=device)
-    return _normal(*size, like=shape, device=device), order.view(batch, width).to(torch.int32)
+    pages = _normal(shape.num_layers, *size, like=shape, device=device)
+    return pages, order.view(batch, width).to(torch.int32)
 
 
 def _dense(
     shape: ModelShape, batch: int, num_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [batch, H * g, 1, d], keys and values [batch, H, num_tokens, d]."""
-    size = (batch, shape.num_kv_heads, num_tokens, shape.head_size)
+    """Queries [batch, H * g, 1, d], keys and values [layers, batch, H, num_tokens, d]."""
+    size = (shape.num_layers, batch, shape.num_kv_heads, num_tokens, shape.head_size)
     return (
         _normal(batch, shape.num_heads, 1, shape.head_size, like=shape, device=device),
         _normal(*size, like=shape, device=device),
@@ -66,51 +79,48 @@ def _dense(
     )
 
 
-def _sdpa(
-    shape: ModelShape, batch: int, num_tokens: int, device: torch.device
-) -> Callable[[], Any]:
-    tensors = _dense(shape, batch, num_tokens, device)
-    return lambda: F.scaled_dot_product_attention(*tensors, enable_gqa=shape.group > 1)
+def _sdpa(shape: ModelShape, batch: int, num_tokens: int, device: torch.device) -> Attend:
+    query, key, value = _dense(shape, batch, num_tokens, device)
+    return lambda layer: F.scaled_dot_product_attention(
+        query, key[layer], value[layer], enable_gqa=shape.group > 1
+    )
 
 
-def _flex_attention(
-    shape: ModelShape, batch: int, num_tokens: int, device: torch.device
-) -> Callable[[], Any]:
+def _flex_attention(shape: ModelShape, batch: int, num_tokens: int, device: torch.device) -> Attend:
     from torch.nn.attention.flex_attention import flex_attention
 
     # One graph per shape. Past its limit of recompilations torch would run it uncompiled.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    tensors = _dense(shape, batch, num_tokens, device)
-    return lambda: compiled(*tensors, enable_gqa=shape.group > 1)
+    query, key, value = _dense(shape, batch, num_tokens, device)
+    return lambda layer: compiled(query, key[layer], value[layer], enable_gqa=shape.group > 1)
 
 
 def _flash_attention(
     shape: ModelShape, batch: int, num_tokens: int, device: torch.device
-) -> Callable[[], Any]:
+) -> Attend:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     pages, table = _pages(shape, batch, num_tokens, device)
     query = _normal(batch, shape.num_heads, shape.head_size, like=shape, device=device)
     lens = torch.full((batch,), num_tokens, dtype=torch.int32, device=device)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    return lambda: flash_attn_varlen_func(
+    version = 3 if torch.cuda.get_device_capability()[0] == 9 else 2
+    return lambda layer: flash_attn_varlen_func(
         q=query,
-        k=pages[:, 0],
-        v=pages[:, 1],
+        k=pages[layer, :, 0],
+        v=pages[layer, :, 1],
         max_seqlen_q=1,
         cu_seqlens_q=starts,
         max_seqlen_k=num_tokens,
         seqused_k=lens,
         block_table=table,
         causal=True,
-        fa_version=3 if torch.cuda.get_device_capability()[0] == 9 else 2,
+        fa_version=version,
     )
 
 
-def _flashinfer(
-    shape: ModelShape, batch: int, num_tokens: int, device: torch.device
-) -> Callable[[], Any]:
+def _flashinfer(shape: ModelShape, batch: int, num_tokens: int, device: torch.device) -> Attend:
     import flashinfer
 
     pages, table = _pages(shape, batch, num_tokens, device)
@@ -132,21 +142,19 @@ def _flashinfer(
         q_data_type=shape.dtype,
         kv_data_type=shape.dtype,
     )
-    return lambda: wrapper.run(query, pages)
+    return lambda layer: wrapper.run(query, pages[layer])
 
 
-def _xformers(
-    shape: ModelShape, batch: int, num_tokens: int, device: torch.device
-) -> Callable[[], Any]:
+def _xformers(shape: ModelShape, batch: int, num_tokens: int, device: torch.device) -> Attend:
     from xformers.ops import fmha
 
     # xformers' paged masks want pages of 256 tokens or more.
     page_size = 256
     width = -(-num_tokens // page_size)
-    size = (1, batch * width * page_size, shape.num_kv_heads, shape.group, shape.head_size)
-    stored = (*size[:3], 1, size[4])
-    key = _normal(*stored, like=shape, device=device).expand(size)
-    value = _normal(*stored, like=shape, device=device).expand(size)
+    stored = (1, batch * width * page_size, shape.num_kv_heads, 1, shape.head_size)
+    seen = (*stored[:3], shape.group, stored[4])
+    key = _normal(shape.num_layers, *stored, like=shape, device=device)
+    value = _normal(shape.num_layers, *stored, like=shape, device=device)
     query = _normal(
         1, batch, shape.num_kv_heads, shape.group, shape.head_size, like=shape, device=device
     )
@@ -157,7 +165,9 @@ def _xformers(
         page_size=page_size,
         block_tables=order.to(torch.int32),
     )
-    return lambda: fmha.memory_efficient_attention_forward(query, key, value, attn_bias=bias)
+    return lambda layer: fmha.memory_efficient_attention_forward(
+        query, key[layer].expand(seen), value[layer].expand(seen), attn_bias=bias
+    )
 
 
 # In the order in which they are timed.

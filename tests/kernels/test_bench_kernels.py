@@ -1,4 +1,4 @@
-"""The benchmark of the kernels counts without a GPU."""
+"""The benchmark of the kernels counts without a GPU, and a dry run executes all but CUDA."""
 
 from __future__ import annotations
 
@@ -9,31 +9,103 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from gpu import peers
+from gpu.shapes import ModelShape
+from kernel_bench.case import Case
+from kernel_bench.report import Timer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_kernels.py"
+SHAPE = ModelShape("small", 3, 1, 2, 64, torch.float32, torch.float32)
 
 
-def run_bench(out: Path, *arguments: str) -> dict:
-    """JSON of a run."""
+def run_bench(out: Path, *arguments: str) -> tuple[dict, str]:
+    """(JSON, output) of a run."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["KVC_COMMIT"] = "0123"
     command = [sys.executable, "-P", str(SCRIPT), *arguments, "--out", str(out)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(out.read_text())
+    return json.loads(out.read_text()), result.stdout
 
 
 def test_launches_are_counted_without_a_gpu(tmp_path):
-    content = run_bench(
+    content, _ = run_bench(
         tmp_path / "counts.json",
         *("--count", "--shapes", "Llama-3.1-8B", "--batches", "32", "--kept", "1024"),
         *("--prompts", "32768"),
     )
     rows = {(row["op"], row["case"]): row for row in content["rows"]}
     decode = rows["ragged_decode", "batch 32, 1024 kept"]
-    assert decode["num_launches"] == 2
-    # Mean of 1024 kept tokens, give or take the layer's share of the pages; keys and values.
-    assert decode["num_bytes"] == pytest.approx(32 * 8 * (1024 + 100) * 512, rel=0.15)
+    # The list of all layers' work, and each layer.
+    assert decode["launches"] == {"decode_work_kernel": 1, "ragged_decode_kernel": 32}
+    # 1024 kept tokens and a tail, keys and values; then queries and results.
+    attention = 32 * 32 * (8 * (1024 + 100) * 512 + 2 * 32 * 128 * 2)
+    assert decode["num_bytes"] == attention
     # Launches of compaction do not grow with layers, heads or tokens.
     assert rows["compact", "prompt 32768, all layers"]["num_launches"] == 1
     assert rows["select", "prompt 32768, 256 of 2047 pages"]["num_launches"] == 6
     assert rows["compress a prompt", "prompt 32768"]["num_launches"] == 32 * 7 + 6 + 1
+
+
+@pytest.mark.slow
+def test_a_dry_run_executes_every_case(tmp_path):
+    content, output = run_bench(tmp_path / "dry.json", "--dry-run")
+    rows = content["rows"]
+    own = {row["op"] for row in rows if row["by"] == "vllm-kvcompress"}
+    assert own == {
+        "ragged_decode",
+        "store_tokens",
+        "window_scores",
+        "paged_value_effect",
+        "join_scores",
+        "select",
+        "compact",
+        "move_entries",
+        "compress a prompt",
+    }
+    assert {"torch SDPA", "torch.topk", "index_select"} <= {row["by"] for row in rows}
+    for row in rows:
+        assert row["dry_run"] is True
+        assert row["commit"] == "0123"
+        assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        assert row["layer_p50_us"] == pytest.approx(row["p50_us"] / row["num_layers"])
+        bandwidth = content["run"]["copy_gb_per_s"]
+        assert row["of_copy"] * bandwidth == pytest.approx(row["gb_per_s"])
+        assert row["gb_per_s"] == pytest.approx(row["num_bytes"] / row["p50_us"] / 1000)
+    assert {row["num_layers"] for row in rows if row["op"] == "ragged_decode"} == {2}
+    assert content["run"]["copy_gb_per_s_after"] > 0
+    assert "FlashInfer left out: ModuleNotFoundError" in output
+
+
+def test_nothing_is_started_when_the_time_is_up(tmp_path):
+    content, output = run_bench(tmp_path / "late.json", "--dry-run", "--limit", "0")
+    assert content["rows"] == []
+    assert content["run"]["stopped_after"] == "dry run, ragged_decode, batch 2, 32 kept"
+    assert "what is left is not timed" in output
+
+
+def test_a_failing_case_is_a_row_and_a_failing_peer_is_not(capsys):
+    def fail():
+        raise RuntimeError("no such kernel")
+
+    timer = Timer(torch.device("cpu"), None)
+    case = Case("op", "label", fail, 100, peers={"other": fail, "works": lambda: lambda: None})
+    failed, works = timer.rows(SHAPE, case)
+    assert failed["by"] == "vllm-kvcompress" and failed["error"] == "RuntimeError: no such kernel"
+    assert works["by"] == "works" and "error" not in works
+    assert "other left out: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_a_peer_attends_in_every_layer_to_its_own_cache(monkeypatch):
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def recorded(query, key, value, **options):
+        seen.append((key.data_ptr(), value.data_ptr()))
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(peers.F, "scaled_dot_product_attention", recorded)
+    step = peers.decode_peers(["torch SDPA"], SHAPE, 2, 20, torch.device("cpu"))["torch SDPA"]()
+    assert step().shape == (2, 2, 1, 64)
+    assert len(set(seen)) == len(seen) == SHAPE.num_layers

@@ -1,0 +1,1 @@
+"""Timings of the package's kernels; see scripts/bench_kernels.py."""
