@@ -39,7 +39,7 @@ if {"--count", "--dry-run"} & set(sys.argv):
 import torch
 from gpu import native
 from gpu.peers import PEERS
-from gpu.shapes import ModelShape, read_shapes
+from gpu.shapes import DRY_SHAPE, ModelShape, read_shapes
 from kernel_bench.case import Case
 from kernel_bench.prompt_cases import prompt_cases
 from kernel_bench.report import Report, Timer, counted_row
@@ -47,9 +47,6 @@ from kernel_bench.step_cases import TAIL_TOKENS, decode_case, store_case
 from kernel_bench.timing import copy_bandwidth
 
 MODELS = ("Llama-3.1-8B", "Qwen3-8B", "Llama-3.1-70B TP8")
-DRY_SHAPE = ModelShape(
-    "dry run", 2, 1, 2, 64, torch.bfloat16, torch.bfloat16, num_parameters=1_000_000
-)
 # FlexAttention would be compiled for the CPU.
 DRY = {
     "batches": [2],

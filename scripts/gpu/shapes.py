@@ -54,3 +54,9 @@ def read_shapes(path: Path = CONFIG) -> dict[str, ModelShape]:
         pool_dtype = getattr(torch, entry.pop("pool_dtype", "bfloat16"))
         shapes[name] = ModelShape(name, dtype=dtype, pool_dtype=pool_dtype, **entry)
     return shapes
+
+
+# A model that the interpreter is quick with.
+DRY_SHAPE = ModelShape(
+    "dry run", 2, 1, 2, 64, torch.bfloat16, torch.bfloat16, num_parameters=1_000_000
+)

@@ -1,103 +1,114 @@
-"""Try tile sizes, warps, stages and splits of the decode kernel on a GPU, and write the times.
+"""Try how programs of the decode kernel work, and how many there are, on a GPU; write the times.
 
     python scripts/gpu/tune_decode.py --out decode_tuning.json
+    python scripts/gpu/tune_decode.py --dry-run --out decode_tuning.json     (anywhere)
 
-For every batch and kept length the tiles are varied first, with the splits that the kernel chooses
-by itself, then the splits of the best. A setting that needs more than the GPU has is left out, and
-one whose result is another than the default's is an error.
+What is timed is a whole step, as in bench_kernels. For every batch and kept length each of
+`SETTINGS` is tried, then other numbers of programs and of least tiles with the best of them. A
+setting that needs more than the GPU has is left out, and one whose result is another than the
+default's is an error. The JSON is written anew after every row; past `--limit` nothing is started.
+`--dry-run` tries some on a CPU, in Triton's interpreter; its times say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+if "--dry-run" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import torch
-from bench_kernels import decode_case, environment, time_us
-from gpu.shapes import ModelShape, read_shapes
-from vllm_kvcompress.triton_kernels.ragged_decode import DecodeTiles
+from gpu.shapes import DRY_SHAPE, read_shapes
+from kernel_bench.report import Report, Timer
+from kernel_bench.step_cases import DecodeStep, decode_step
+from vllm_kvcompress.triton_kernels import DecodeTiles
 
-# The package has a function of this name.
-KERNEL_MODULE = sys.modules[DecodeTiles.__module__]
+from vllm_kvcompress import ops
 
-NUM_KEYS, NUM_WARPS, NUM_STAGES = (32, 64, 128), (2, 4, 8), (2, 3, 4)
-SPLITS = (1, 2, 4, 8, 16, 32, 64)
+# (tokens of a tile, warps, stages, programs per multiprocessor, registers), of a model with 16 bit.
+SETTINGS = [
+    DecodeTiles(32, 4, 7, 4, 128),
+    DecodeTiles(32, 4, 5, 4, 128),
+    DecodeTiles(64, 4, 5, 3, 168),
+    DecodeTiles(32, 4, 7, 3, 168),
+    DecodeTiles(64, 8, 5, 2, 128),
+    DecodeTiles(32, 2, 7, 6, 168),
+    DecodeTiles(16, 4, 7, 5, 96),
+    DecodeTiles(128, 8, 5, 1, None),
+]
+PROGRAMS_PER_SM, LEAST_TILES = (1, 2, 3, 6, 8), (1, 2, 8, 16)
 # Of results in half precision.
 TOLERANCE = 2e-2
 
+Times = dict[str, Any]
 
-def run_with(
-    run: Callable[[], torch.Tensor], tiles: DecodeTiles | None, splits: int | None
-) -> Callable[[], torch.Tensor]:
-    """The call under a setting; None is the kernel's own choice."""
-    wanted = {"decode_tiles": tiles, "num_decode_splits": splits}
 
-    def call() -> torch.Tensor:
-        with ExitStack() as stack:
-            for name, value in wanted.items():
-                if value is not None:
-                    choice = mock.patch.object(KERNEL_MODULE, name, return_value=value)
-                    stack.enter_context(choice)
-            return run()
-
-    return call
+def work_of(step: DecodeStep, tiles: DecodeTiles | None) -> ops.DecodeWork:
+    """A step's work under a setting; None is the kernel's own choice."""
+    if tiles is None:
+        return step.new_work()
+    num_sms = ops.num_multiprocessors(step.pool.device)
+    return replace(step.new_work(tiles.programs_per_sm * num_sms), tiles=tiles)
 
 
 def tune(
-    run: Callable[[], torch.Tensor], measure: Callable[[Callable[[], Any]], dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """One row per setting that runs.
+    step: DecodeStep,
+    measure: Callable[[Callable[[], Any]], Times],
+    settings: list[DecodeTiles],
+    is_over: Callable[[], bool] = lambda: False,
+) -> Iterator[Times]:
+    """One row per setting that runs; the kernel's own choice first.
 
     Args:
-        run: one call, which returns its result.
-        measure: its times, 'p50_us' among them.
+        step: to be timed.
+        measure: a call's times, 'p50_us' among them.
+        settings: to try.
+        is_over: asked before every try; no other is made once it says so.
 
     Raises:
         AssertionError: if a setting changes the result.
     """
-    out = run()
-    want = out.clone()
-    found: dict[tuple[DecodeTiles | None, int | None], float] = {}
+    out = torch.empty_like(step.query)
+    want = step.run(work_of(step, None), out).clone()
+    found: dict[DecodeTiles, float] = {}
 
-    def measured(tiles: DecodeTiles | None, splits: int | None) -> Iterator[dict[str, Any]]:
-        call = run_with(run, tiles, splits)
-        # A call may write into what the last one returned.
+    def measured(tiles: DecodeTiles | None) -> Iterator[Times]:
+        if is_over():
+            return
+        work = work_of(step, tiles)
+        # A launch that fails leaves what an earlier one has written.
         out.fill_(torch.nan)
         try:
-            got = call()
+            step.run(work, out)
         except Exception as error:
-            print(f"left out: {tiles}, {splits} splits: {type(error).__name__}: {error}")
+            print(f"left out: {tiles}: {type(error).__name__}: {error}")
             return
-        torch.testing.assert_close(got, want, rtol=TOLERANCE, atol=TOLERANCE)
-        times = measure(call)
-        found[tiles, splits] = times["p50_us"]
-        yield {"tiles": tiles and asdict(tiles), "splits": splits, **times}
+        torch.testing.assert_close(out, want, rtol=TOLERANCE, atol=TOLERANCE)
+        times = measure(lambda: step.run(work, out))
+        if tiles is not None:
+            found[tiles] = times["p50_us"]
+        yield {"tiles": asdict(tiles or work.tiles), "is_default": tiles is None, **times}
 
-    yield from measured(None, None)
-    for numbers in itertools.product(NUM_KEYS, NUM_WARPS, NUM_STAGES):
-        yield from measured(DecodeTiles(*numbers), None)
-    best, _ = min(found, key=lambda setting: found[setting])
-    for splits in SPLITS:
-        yield from measured(best, splits)
-
-
-def cases(
-    shape: ModelShape, batches: list[int], kept: list[int], device: torch.device
-) -> Iterator[tuple[dict[str, int], Callable[[], torch.Tensor]]]:
-    """(what it is, one call) of every batch and kept length."""
-    for batch, num_kept in itertools.product(batches, kept):
-        case = decode_case(shape, batch, num_kept, device, min(8, shape.num_layers), ())
-        yield {"batch": batch, "kept_tokens": num_kept, "num_bytes": case.num_bytes}, case.run
+    yield from measured(None)
+    for tiles in settings:
+        yield from measured(tiles)
+    if not found:
+        return
+    best = min(found, key=lambda tiles: found[tiles])
+    others = [replace(best, programs_per_sm=n) for n in PROGRAMS_PER_SM]
+    others += [replace(best, least_tiles=n) for n in LEAST_TILES]
+    for tiles in others:
+        if tiles not in found:
+            yield from measured(tiles)
 
 
 def main() -> None:
@@ -109,23 +120,43 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(shapes), default="Llama-3.1-8B")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--kept", type=int, nargs="+", default=[1024])
+    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of them")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no try after that")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, not a measurement")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
-    run, rows = {**environment(), "shape": arguments.shape}, []
-    shape, device = shapes[arguments.shape], torch.device("cuda")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    for case, call in cases(shape, arguments.batches, arguments.kept, device):
-        own = [{**case, **row} for row in tune(call, time_us)]
-        rows += own
-        arguments.out.write_text(json.dumps({"run": run, "rows": rows}, indent=1) + "\n")
-        best = min(own, key=lambda row: row["p50_us"])
-        print(
-            f"batch {case['batch']}, {case['kept_tokens']} kept: {own[0]['p50_us']:.1f} us; "
-            f"best {best['p50_us']:.1f} us with {best['tiles']}, {best['splits']} splits",
-            flush=True,
-        )
+    if not (arguments.dry_run or torch.cuda.is_available()):
+        parser.error("needs a CUDA device (or --dry-run)")
+    device = torch.device("cpu" if arguments.dry_run else "cuda")
+    shape, batches, kept = shapes[arguments.shape], arguments.batches, arguments.kept
+    if arguments.dry_run:
+        shape, batches, kept = DRY_SHAPE, [2], [64]
+    timer = Timer(device, arguments.limit)
+    report = Report(arguments.out, {"copy_gb_per_s": timer.copy_gbs, **timer.where})
+    for batch, num_kept in itertools.product(batches, kept):
+        step = decode_step(shape, batch, num_kept, device)
+        num_bytes = step.num_tokens * shape.token_bytes
+        case = {"shape": shape.name, "batch": batch, "kept_tokens": num_kept}
+        best: Times | None = None
+        for times in tune(
+            step, timer.measure, SETTINGS[: arguments.settings], lambda: timer.is_late
+        ):
+            gbs = num_bytes / times["p50_us"] / 1000
+            of_copy = gbs / timer.copy_gbs
+            row = {**case, **times, "gb_per_s": gbs, "of_copy": of_copy}
+            report.add(row)
+            if best is None or row["p50_us"] < best["p50_us"]:
+                best = row
+            name = "the default" if row["is_default"] else row["tiles"]
+            print(
+                f"{case}: {row['p50_us']:.1f} us a step, {of_copy:.0%} of copy, {name}", flush=True
+            )
+        if best is not None:
+            print(f"{case}: best {best['p50_us']:.1f} us with {best['tiles']}", flush=True)
+        # The next one's pool may need the memory.
+        del step
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -25,50 +27,59 @@ def ragged_pages(mean_pages: int, num_streams: int, seed: int) -> torch.Tensor:
     return pages
 
 
-def decode_case(
-    shape: ModelShape, batch: int, kept: int, device: torch.device, peers: Sequence[str]
-) -> Case:
-    """A step of compressed requests: shares of the work once, then every layer's attention.
+@dataclass(frozen=True)
+class DecodeStep:
+    """A step of compressed requests of one token each, in all layers.
 
-    Each request has `kept` tokens per KV head in its region, on average, and a tail.
+    Attributes:
+        shape: of the model.
+        query: [batch, Hq, d], the same in every layer.
+        pool, rows, offsets, table, starts: as `ops.ragged_decode` takes them.
+        num_tokens: kept and tail tokens of all streams together.
     """
-    b, num_layers = shape.block_size, shape.num_layers
-    region = kept // b
-    width = region + triton.cdiv(TAIL_TOKENS, b)
-    pool = new_pool(shape, batch * width, device)
-    table = shuffled_table(batch, width, device)
-    offsets = torch.zeros(batch, shape.num_streams + 1, dtype=torch.int32)
-    for r in range(batch):
-        offsets[r, 1:] = ragged_pages(region, shape.num_streams, r).cumsum(0)
-    num_tokens = int(offsets[:, -1].sum()) * b + batch * shape.num_streams * TAIL_TOKENS
-    offsets = offsets.to(device)
-    # Boundary 0: the row is the region, then the tail.
-    rows = torch.tensor([[TAIL_TOKENS, region, 0, 0]] * batch, dtype=torch.int32, device=device)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    query = normal(batch, shape.num_heads, shape.head_size, device=device, dtype=shape.dtype)
-    out = torch.empty_like(query)
-    work = ops.new_decode_work(
-        batch,
-        num_layers=num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        group=shape.group,
-        head_size=shape.head_size,
-        pool_dtype=shape.pool_dtype,
-        device=device,
-    )
 
-    def step() -> torch.Tensor:
-        ops.decode_work(
-            rows, offsets, starts, num_kv_heads=shape.num_kv_heads, block_size=b, out=work
+    shape: ModelShape
+    query: torch.Tensor
+    pool: torch.Tensor
+    rows: torch.Tensor
+    offsets: torch.Tensor
+    table: torch.Tensor
+    starts: torch.Tensor
+    num_tokens: int
+
+    def new_work(self, num_programs: int | None = None) -> ops.DecodeWork:
+        """Room for its work."""
+        shape = self.shape
+        return ops.new_decode_work(
+            len(self.rows),
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            group=shape.group,
+            head_size=shape.head_size,
+            pool_dtype=shape.pool_dtype,
+            device=self.pool.device,
+            num_programs=num_programs,
         )
-        for layer in range(num_layers):
+
+    def run(self, work: ops.DecodeWork, out: torch.Tensor) -> torch.Tensor:
+        """Share out the work, then attend in every layer."""
+        shape = self.shape
+        ops.decode_work(
+            self.rows,
+            self.offsets,
+            self.starts,
+            num_kv_heads=shape.num_kv_heads,
+            block_size=shape.block_size,
+            out=work,
+        )
+        for layer in range(shape.num_layers):
             ops.ragged_decode(
-                query,
-                pool,
-                rows,
-                offsets,
-                table,
-                starts,
+                self.query,
+                self.pool,
+                self.rows,
+                self.offsets,
+                self.table,
+                self.starts,
                 layer=layer,
                 num_kv_heads=shape.num_kv_heads,
                 scale=shape.head_size**-0.5,
@@ -77,15 +88,45 @@ def decode_case(
             )
         return out
 
-    num_bytes = num_tokens * shape.token_bytes
-    num_bytes += num_layers * 2 * query.numel() * query.element_size()
-    mean_tokens = num_tokens // (batch * shape.num_streams)
+
+def decode_step(shape: ModelShape, batch: int, kept: int, device: torch.device) -> DecodeStep:
+    """Each request has `kept` tokens per KV head in its region, on average, and a tail."""
+    b = shape.block_size
+    region = kept // b
+    width = region + triton.cdiv(TAIL_TOKENS, b)
+    offsets = torch.zeros(batch, shape.num_streams + 1, dtype=torch.int32)
+    for r in range(batch):
+        offsets[r, 1:] = ragged_pages(region, shape.num_streams, r).cumsum(0)
+    num_tokens = int(offsets[:, -1].sum()) * b + batch * shape.num_streams * TAIL_TOKENS
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+    return DecodeStep(
+        shape,
+        normal(batch, shape.num_heads, shape.head_size, device=device, dtype=shape.dtype),
+        new_pool(shape, batch * width, device),
+        # Boundary 0: the row is the region, then the tail.
+        torch.tensor([[TAIL_TOKENS, region, 0, 0]] * batch, **ints),
+        offsets.to(device),
+        shuffled_table(batch, width, device),
+        torch.arange(batch + 1, **ints),
+        num_tokens,
+    )
+
+
+def decode_case(
+    shape: ModelShape, batch: int, kept: int, device: torch.device, peers: Sequence[str]
+) -> Case:
+    """A step of compressed requests: shares of the work once, then every layer's attention."""
+    step = decode_step(shape, batch, kept, device)
+    work, out = step.new_work(), torch.empty_like(step.query)
+    num_bytes = step.num_tokens * shape.token_bytes
+    num_bytes += shape.num_layers * 2 * out.numel() * out.element_size()
+    mean_tokens = step.num_tokens // (batch * shape.num_streams)
     return Case(
         "ragged_decode",
         f"batch {batch}, {kept} kept",
-        step,
+        lambda: step.run(work, out),
         num_bytes,
-        num_layers,
+        shape.num_layers,
         {} if device.type == "meta" else decode_peers(peers, shape, batch, mean_tokens, device),
         {"batch": batch, "kept_tokens": kept},
     )
