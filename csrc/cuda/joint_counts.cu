@@ -19,7 +19,7 @@ struct alignas(16) GroupState {
   uint32_t count[MAX_BINS];
   // The group's count above all of them.
   uint32_t num_above;
-  // Streams that have been counted.
+  // Streams that have been counted, of all digits so far.
   uint32_t num_done;
   // Digits chosen so far.
   uint32_t prefix;
@@ -230,15 +230,19 @@ __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     if constexpr (DIGIT == LAST_DIGIT) row_counts[num_bins(DIGIT)] = num_above;
   }
 
-  // What this block has written must be seen by the one that comes last.
-  __threadfence();
+  // A fence and an atomic pass on what their own thread knows, no more. So the block tells thread 0
+  // at a barrier; it passes that on with the ticket, takes over what other blocks have passed on,
+  // and tells the block.
   __shared__ bool is_last;
   __syncthreads();
-  if (threadIdx.x == 0)
-    is_last = atomicAdd(&state->num_done, 1u) + 1 == static_cast<uint32_t>(size);
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const uint32_t num_done = atomicAdd(&state->num_done, 1u) + 1;
+    is_last = num_done == static_cast<uint32_t>((DIGIT + 1) * size);
+    __threadfence();
+  }
   __syncthreads();
   if (!is_last) return;
-  __threadfence();
 
   OwnBins<DIGIT> group_bins;
 #pragma unroll
@@ -258,7 +262,6 @@ __global__ void __launch_bounds__(NUM_THREADS, MIN_BLOCKS)
     for (int i = 0; i < group_bins.PER_THREAD; ++i) state->count[group_bins.bin(i)] = 0;
     if (threadIdx.x == 0) {
       state->num_above = 0;
-      state->num_done = 0;
       state->prefix = state->prefix << digit_bits(DIGIT) | static_cast<uint32_t>(reached.digit);
     }
   }
