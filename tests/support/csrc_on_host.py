@@ -1,11 +1,26 @@
-"""The CUDA kernels of csrc/cuda, compiled as C++ and run on the CPU; called as `gpu.native`'s."""
+"""The CUDA kernels of csrc/cuda, compiled as C++ and run on the CPU; called as `gpu.native`'s.
+
+Two builds: a fast one, and one in which every access to memory is seen and its order checked.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
-from ctypes import POINTER, Structure, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import (
+    Structure,
+    c_bool,
+    c_char_p,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +30,25 @@ import torch
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 EMULATION = Path(__file__).parent / "csrc"
 COMPILER = shutil.which("g++")
-_FLAGS = ("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-Werror")
+_FLAGS = (
+    *("-std=c++17", "-fPIC", "-U_FORTIFY_SOURCE", "-fno-gnu-unique", "-g1"),
+    *("-Wall", "-Wno-unknown-pragmas", "-Werror", "-DKVC_ON_HOST"),
+)
+# gcc calls a function of access_hooks.cpp before every plain access.
+_SEEN = ("-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0")
+_EMULATOR = ("schedule", "happens_before", "access_hooks")
+
+
+class OrderError(AssertionError):
+    """The kernels did what CUDA does not allow, or gives no order to."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of csrc/cuda."""
+
+    file: str
+    line: int
 
 
 class _Scores(Structure):
@@ -83,36 +116,107 @@ class _SelectionWithCompaction(Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _folder() -> TemporaryDirectory:
+    """Holds the builds until the process ends: faults are looked up in their line numbers."""
+    return TemporaryDirectory()
+
+
+def _compile(source: str, flags: tuple[str, ...], out: Path) -> Path:
+    command = [str(COMPILER), *_FLAGS, *flags, f"-I{EMULATION}", f"-I{SOURCES}"]
+    command += ["-c", str(EMULATION / f"{source}.cpp"), "-o", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@cache
+def _emulator() -> tuple[Path, ...]:
+    folder = Path(_folder().name)
+    return tuple(_compile(source, ("-O2",), folder / f"{source}.o") for source in _EMULATOR)
+
+
+@cache
+def _library(is_checked: bool) -> ctypes.CDLL:
     assert COMPILER is not None
-    with TemporaryDirectory() as folder:
-        out = Path(folder) / "launch_on_host.so"
-        command = [COMPILER, *_FLAGS, "-DKVC_ON_HOST", f"-I{EMULATION}", f"-I{SOURCES}"]
-        command += ["-fPIC", "-shared", str(EMULATION / "launch_on_host.cpp"), "-o", str(out)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        library = ctypes.CDLL(str(out))
-    library.set_machine.argtypes = (c_uint64, c_int)
+    out = Path(_folder().name) / f"kernels_{is_checked}.so"
+    flags = _SEEN if is_checked else ("-O2",)
+    sources = ("launch_on_host", "order_examples") if is_checked else ("launch_on_host",)
+    kernels = [_compile(source, flags, out.with_name(f"{source}.o")) for source in sources]
+    # Not linked with -fsanitize: the compiler's own runtime is not wanted.
+    command = [COMPILER, "-shared", *_emulator(), *kernels, "-o", out]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    library = ctypes.CDLL(str(out))
+    library.set_machine.argtypes = (c_uint64, c_int, c_bool, c_char_p, c_int)
+    library.allow_memory.argtypes = (c_void_p, c_size_t)
+    library.last_fault.restype = c_char_p
     library.key_of.argtypes = (c_uint32,)
     library.key_of.restype = c_uint32
     library.workspace_bytes.restype = c_size_t
-    for name, params in (
-        ("joint_page_counts", _JointCounts),
-        ("select_entries", _Selection),
-        ("compact", _Compaction),
-        ("select_and_compact", _SelectionWithCompaction),
-    ):
-        getattr(library, f"run_{name}").argtypes = (POINTER(params),)
     return library
 
 
-def set_machine(seed: int, num_processors: int) -> None:
-    """Draw the order of threads and blocks from a seed; more processors make parts smaller."""
-    _library().set_machine(seed, num_processors)
+class _Machine:
+    """Which build runs from now on."""
+
+    is_checked = False
+
+    def library(self) -> ctypes.CDLL:
+        return _library(self.is_checked)
 
 
-def _run(name: str, params: Structure) -> None:
-    assert getattr(_library(), f"run_{name}")(ctypes.byref(params)) == 0
+_machine = _Machine()
+
+
+def set_machine(
+    seed: int,
+    num_processors: int,
+    *,
+    is_checked: bool = False,
+    without: Place | None = None,
+) -> None:
+    """Set how kernels run from now on.
+
+    Args:
+        seed: of the order in which threads and blocks have their turns.
+        num_processors: that the machine has; more make parts smaller.
+        is_checked: every access to memory must be ordered with those that it is in conflict with,
+            and lie in memory that the op was given. Else `OrderError`.
+        without: a barrier or a fence that is left out, or an atomic that is none.
+    """
+    _machine.is_checked = is_checked
+    file, line = (without.file, without.line) if without else ("", 0)
+    _machine.library().set_machine(seed, num_processors, is_checked, file.encode(), line)
+
+
+def _line_of(address: str) -> str:
+    """Line of csrc/cuda that the code at an address comes from."""
+    command = ["addr2line", "-i", "-s", "-e", _machine.library()._name, address]
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    lines = [line.split(" ")[0] for line in lines if not line.startswith("cuda_on_host")]
+    return lines[0] if lines else address
+
+
+def _with_lines(fault: str) -> str:
+    """The fault with lines of the sources for addresses of the code."""
+    if shutil.which("addr2line") is None:
+        return fault
+    return re.sub(r"code\+(0x[0-9a-f]+)", lambda match: _line_of(match.group(1)), fault)
+
+
+def run(function: str, *arguments: object, memory: tuple[torch.Tensor, ...]) -> None:
+    """Call a function of the library, whose kernels may touch these tensors only.
+
+    Raises:
+        OrderError: if they did not do right.
+    """
+    library = _machine.library()
+    library.forget_memory()
+    for tensor in memory:
+        storage = tensor.untyped_storage()
+        library.allow_memory(storage.data_ptr(), storage.nbytes())
+    if getattr(library, function)(*arguments):
+        raise OrderError(_with_lines(library.last_fault().decode()))
 
 
 def _scores(scores: torch.Tensor, num_entries: torch.Tensor, page_size: int) -> _Scores:
@@ -150,7 +254,7 @@ def _pages(
 
 def order_key(bits: int) -> int:
     """Sortable uint32 of a float32's bits."""
-    return _library().key_of(bits)
+    return _library(is_checked=False).key_of(bits)
 
 
 def joint_page_counts(
@@ -164,7 +268,7 @@ def joint_page_counts(
     num_requests, num_streams, _ = scores.shape
     num_groups = total_pages.shape[1]
     num_pages = torch.full((num_requests, num_streams), -1, dtype=torch.int32)
-    num_bytes = _library().workspace_bytes(num_requests, num_streams, num_groups)
+    num_bytes = _machine.library().workspace_bytes(num_requests, num_streams, num_groups)
     workspace = torch.full((num_bytes,), 0xA5, dtype=torch.uint8)
     params = _JointCounts(
         _scores(scores, num_entries, page_size),
@@ -174,7 +278,8 @@ def joint_page_counts(
         num_groups,
         workspace.data_ptr(),
     )
-    _run("joint_page_counts", params)
+    memory = (scores, num_entries, total_pages, guaranteed, num_pages, workspace)
+    run("run_joint_page_counts", ctypes.byref(params), memory=memory)
     return num_pages
 
 
@@ -207,7 +312,8 @@ def select_entries(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `ops.select_entries`; places that nobody writes are -1."""
     params, *results = _selection(scores, num_entries, num_pages, max_pages, page_size)
-    _run("select_entries", params)
+    memory = (scores, num_entries, num_pages, *results)
+    run("run_select_entries", ctypes.byref(params), memory=memory)
     return results[0], results[1]
 
 
@@ -230,7 +336,8 @@ def compact(
         indices.data_ptr(),
         indices.stride(0),
     )
-    _run("compact", params)
+    memory = (pool, rows, block_table, page_offsets, indices)
+    run("run_compact", ctypes.byref(params), memory=memory)
 
 
 def select_and_compact(
@@ -250,5 +357,6 @@ def select_and_compact(
     num_streams = scores.shape[1]
     pages = _pages(pool, rows, block_table, num_streams, page_size, max_region_blocks)
     params = _SelectionWithCompaction(selection, pages)
-    _run("select_and_compact", params)
+    memory = (scores, num_entries, num_pages, pool, rows, block_table, *results)
+    run("run_select_and_compact", ctypes.byref(params), memory=memory)
     return results[0], results[1]

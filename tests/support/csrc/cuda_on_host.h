@@ -1,42 +1,25 @@
-// As much of CUDA as csrc/cuda uses, on the CPU: blocks one after another, and every thread of a
-// block as a fiber that runs until it waits for others.
+// As much of CUDA as csrc/cuda uses, on the CPU. Every thread is a fiber (schedule.cpp), and what
+// the threads do to memory can be checked for order (happens_before.h).
 //
-// So the kernels' own sources are tested without a GPU, barriers and shuffles included. The order
-// of blocks, and how warps get ahead of each other between barriers, is drawn from a seed: what is
-// right in one order only (a missing barrier) is wrong in another. A barrier that some thread never
-// reaches stops the program. What this cannot show: the GPU's memory order between blocks, and
-// speed.
+// So the kernels' own sources are tested without a GPU: barriers, shuffles, atomics and fences.
+// What this cannot show: what nvcc makes of them, and speed.
 #pragma once
 
-#include <setjmp.h>
-#include <ucontext.h>
-
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <numeric>
-#include <random>
-#include <vector>
 
 #define __device__
 #define __host__
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-// One block runs at a time. Values of the block before are still there, which is no worse than what
-// a GPU leaves.
-#define __shared__ static
-
-using std::max;
-using std::min;
+// Blocks take turns, and with each turn these contents are exchanged for the block's own. All run in
+// one thread of the CPU; what is local to it lies in one piece.
+#define __shared__ static thread_local
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 
 struct dim3 {
@@ -44,183 +27,83 @@ struct dim3 {
   explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
+template <typename T>
+constexpr T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <typename T>
+constexpr T max(T a, T b) {
+  return a < b ? b : a;
+}
+
 namespace on_host {
 
-constexpr int NUM_THREADS = 512;
-constexpr int WARP_SIZE = 32;
-constexpr size_t STACK_BYTES = 64 * 1024;
-// What dynamic shared memory holds before a block has written to it.
-constexpr unsigned char POISON = 0xA5;
-
-struct Barrier {
-  int num_expected = 0;
-  int num_waiting = 0;
-  unsigned generation = 0;
+// A line of the sources, by which the tests take away what stands there.
+struct Place {
+  const char* file;
+  int line;
 };
 
-// Settings and state of the one grid that runs.
-struct Machine {
-  // Set by the tests.
-  uint64_t seed = 0;
-  int num_processors = 4;
-
-  std::vector<uint32_t> shared;
-  jmp_buf scheduler;
-  int running = 0;
-  bool has_progressed = false;
-  Barrier block_barrier;
-  Barrier warp_barriers[NUM_THREADS / WARP_SIZE];
-  uint64_t exchanged[NUM_THREADS] = {};
+// CUDA's variables for the thread that runs.
+struct Indices {
+  dim3 thread, block, grid;
 };
+extern Indices indices;
+extern int num_processors;
 
-inline Machine machine;
-inline dim3 thread_index, block_index, grid_size;
+uint32_t* dynamic_shared();
+void sync_threads(Place place);
+void thread_fence(Place place);
+uint32_t atomic_add(uint32_t* pointer, uint32_t value, Place place);
+// A plain load, as CUDA has it: the cache operator says where to look first and orders nothing.
+uint32_t load(const void* pointer);
+uint32_t exchange(uint32_t value, int source_lane);
+int reduce_add(int value);
+int lane();
 
-struct Fiber {
-  ucontext_t start;
-  jmp_buf place;
-  bool is_new = true;
-  bool is_done = false;
-  // It waits until this barrier is past this generation.
-  const Barrier* barrier = nullptr;
-  unsigned generation = 0;
-  std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
+// Runs `call(context)` in every thread of every block.
+cudaError_t run_grid(void (*call)(const void*), const void* context, dim3 grid,
+                     size_t shared_bytes);
+
+// A kernel and its parameters. What the launch does itself is no thread's access.
+template <typename Params>
+struct Call {
+  void (*kernel)(Params);
+  const Params* params;
+
+  __attribute__((no_sanitize("thread"))) static void run(const void* call) {
+    const Call* self = static_cast<const Call*>(call);
+    self->kernel(*self->params);
+  }
 };
-
-inline std::vector<Fiber> fibers(NUM_THREADS);
-inline std::function<void()> body;
-
-[[noreturn]] inline void fail(const char* message) {
-  std::fprintf(stderr, "%s\n", message);
-  std::abort();
-}
-
-inline void wait_at(Barrier& barrier) {
-  machine.has_progressed = true;
-  if (++barrier.num_waiting == barrier.num_expected) {
-    barrier.num_waiting = 0;
-    ++barrier.generation;
-    return;
-  }
-  Fiber& fiber = fibers[machine.running];
-  fiber.barrier = &barrier;
-  fiber.generation = barrier.generation;
-  if (!_setjmp(fiber.place)) _longjmp(machine.scheduler, 1);
-  fiber.barrier = nullptr;
-}
-
-inline void run_fiber() {
-  body();
-  fibers[machine.running].is_done = true;
-  machine.has_progressed = true;
-  _longjmp(machine.scheduler, 1);
-}
-
-inline void run_block(std::mt19937_64& random) {
-  machine.block_barrier = {NUM_THREADS};
-  for (Barrier& barrier : machine.warp_barriers) barrier = {WARP_SIZE};
-  std::memset(machine.shared.data(), POISON, machine.shared.size() * sizeof(uint32_t));
-  std::vector<int> order(NUM_THREADS);
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), random);
-  for (Fiber& fiber : fibers) {
-    fiber.is_new = true;
-    fiber.is_done = false;
-    fiber.barrier = nullptr;
-  }
-  // Half of the warps sleep until the others are stuck, which so get as far ahead as they can.
-  uint64_t asleep = 0;
-  for (int num_done = 0; num_done < NUM_THREADS;) {
-    machine.has_progressed = false;
-    num_done = 0;
-    for (const int thread : order) {
-      Fiber& fiber = fibers[thread];
-      const bool is_waiting = fiber.barrier && fiber.barrier->generation == fiber.generation;
-      if (!fiber.is_done && !is_waiting && !(asleep >> thread / WARP_SIZE & 1)) {
-        machine.running = thread;
-        thread_index.x = thread;
-        if (!_setjmp(machine.scheduler)) {
-          if (!fiber.is_new) _longjmp(fiber.place, 1);
-          fiber.is_new = false;
-          getcontext(&fiber.start);
-          fiber.start.uc_stack.ss_sp = fiber.stack.get();
-          fiber.start.uc_stack.ss_size = STACK_BYTES;
-          makecontext(&fiber.start, run_fiber, 0);
-          setcontext(&fiber.start);
-        }
-      }
-      num_done += fibers[thread].is_done;
-    }
-    if (!machine.has_progressed && asleep == 0) {
-      fail("threads wait at a barrier that others never reach");
-    }
-    if (!machine.has_progressed) {
-      asleep = 0;
-    } else if (asleep == 0) {
-      asleep = random();
-    }
-  }
-}
-
-template <typename T>
-T exchange(T value, int source_lane) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  Barrier& barrier = machine.warp_barriers[machine.running / WARP_SIZE];
-  std::memcpy(&machine.exchanged[machine.running], &value, sizeof(T));
-  wait_at(barrier);
-  T result;
-  const int source = machine.running / WARP_SIZE * WARP_SIZE + source_lane;
-  std::memcpy(&result, &machine.exchanged[source], sizeof(T));
-  wait_at(barrier);
-  return result;
-}
 
 }  // namespace on_host
 
-#define threadIdx (::on_host::thread_index)
-#define blockIdx (::on_host::block_index)
-#define gridDim (::on_host::grid_size)
+#define threadIdx (::on_host::indices.thread)
+#define blockIdx (::on_host::indices.block)
+#define gridDim (::on_host::indices.grid)
+#define __syncthreads() (::on_host::sync_threads({__FILE__, __LINE__}))
+#define __threadfence() (::on_host::thread_fence({__FILE__, __LINE__}))
+#define atomicAdd(pointer, value) (::on_host::atomic_add(pointer, value, {__FILE__, __LINE__}))
 
-inline void __syncthreads() {
-  on_host::wait_at(on_host::machine.block_barrier);
-}
-inline void __threadfence() {}
-
-template <typename T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return on_host::exchange(value, lane);
+inline int __shfl_sync(unsigned, int value, int lane) {
+  return static_cast<int>(on_host::exchange(static_cast<uint32_t>(value), lane));
 }
 
-template <typename T>
-T __shfl_up_sync(unsigned, T value, int distance) {
-  const int lane = on_host::machine.running % on_host::WARP_SIZE;
-  return on_host::exchange(value, lane < distance ? lane : lane - distance);
+inline int __shfl_up_sync(unsigned, int value, int distance) {
+  const int lane = on_host::lane();
+  const int source = lane < distance ? lane : lane - distance;
+  return static_cast<int>(on_host::exchange(static_cast<uint32_t>(value), source));
 }
 
 inline int __reduce_add_sync(unsigned, int value) {
-  on_host::Machine& machine = on_host::machine;
-  on_host::Barrier& barrier = machine.warp_barriers[machine.running / on_host::WARP_SIZE];
-  machine.exchanged[machine.running] = static_cast<uint32_t>(value);
-  on_host::wait_at(barrier);
-  const int first = machine.running / on_host::WARP_SIZE * on_host::WARP_SIZE;
-  uint32_t sum = 0;
-  for (int lane = 0; lane < on_host::WARP_SIZE; ++lane) {
-    sum += static_cast<uint32_t>(machine.exchanged[first + lane]);
-  }
-  on_host::wait_at(barrier);
-  return static_cast<int>(sum);
-}
-
-template <typename T>
-T atomicAdd(T* pointer, T value) {
-  const T before = *pointer;
-  *pointer += value;
-  return before;
+  return on_host::reduce_add(value);
 }
 
 template <typename T>
 T __ldcg(const T* pointer) {
-  return *pointer;
+  static_assert(sizeof(T) == sizeof(uint32_t));
+  return static_cast<T>(on_host::load(pointer));
 }
 
 inline int __clz(int x) {
@@ -236,7 +119,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = on_host::machine.num_processors;
+  *value = on_host::num_processors;
   return cudaSuccess;
 }
 
@@ -248,24 +131,14 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t num_bytes, c
 namespace kvcompress {
 
 inline uint32_t* dynamic_shared() {
-  return on_host::machine.shared.data();
+  return on_host::dynamic_shared();
 }
 
 template <typename Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, size_t shared_bytes, cudaStream_t,
                    const Params& params) {
-  on_host::grid_size = grid;
-  on_host::machine.shared.resize((shared_bytes + 3) / 4);
-  on_host::body = [&] { kernel(params); };
-  std::mt19937_64 random(on_host::machine.seed);
-  std::vector<unsigned> order(grid.x * grid.y * grid.z);
-  std::iota(order.begin(), order.end(), 0u);
-  std::shuffle(order.begin(), order.end(), random);
-  for (const unsigned block : order) {
-    on_host::block_index = dim3(block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y);
-    on_host::run_block(random);
-  }
-  return cudaSuccess;
+  const on_host::Call<Params> call = {kernel, &params};
+  return on_host::run_grid(&on_host::Call<Params>::run, &call, grid, shared_bytes);
 }
 
 }  // namespace kvcompress

@@ -1,16 +1,34 @@
 // The launch functions of csrc/cuda for ctypes, run on the CPU.
 #include "compact.cu"
 #include "joint_counts.cu"
+#include "schedule.h"
 #include "select.cu"
 
 using namespace kvcompress;
 
 extern "C" {
 
-// Seed of all orders, and how many processors the machine says it has.
-void set_machine(uint64_t seed, int num_processors) {
-  on_host::machine.seed = seed;
-  on_host::machine.num_processors = num_processors;
+// How many processors the machine says it has, and the other settings.
+void set_machine(uint64_t seed, int num_processors, bool is_checked, const char* without_file,
+                 int without_line) {
+  on_host::num_processors = num_processors;
+  on_host::settings.seed = seed;
+  on_host::settings.is_checked = is_checked;
+  std::strncpy(on_host::settings.without_file, without_file,
+               sizeof(on_host::settings.without_file) - 1);
+  on_host::settings.without_line = without_line;
+}
+
+void allow_memory(const void* start, size_t num_bytes) {
+  on_host::allow_memory(start, num_bytes);
+}
+
+void forget_memory() {
+  on_host::forget_memory();
+}
+
+const char* last_fault() {
+  return on_host::last_fault();
 }
 
 uint32_t key_of(uint32_t bits) {
