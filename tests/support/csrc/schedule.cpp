@@ -52,13 +52,12 @@ struct Barrier {
 };
 
 struct Fiber {
-  ucontext_t start;
-  jmp_buf place;
-  bool is_new = true;
-  bool is_done = false;
   // It waits until this barrier is past this generation.
   const Barrier* barrier = nullptr;
   unsigned generation = 0;
+  bool is_new = true;
+  bool is_done = false;
+  jmp_buf place;
   std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
 };
 
@@ -68,7 +67,8 @@ struct Block {
   dim3 index;
   Barrier barrier;
   Barrier warp_barriers[NUM_WARPS];
-  uint32_t exchanged[NUM_THREADS];
+  // What lanes tell each other, by turns: whoever tells the next has heard the last.
+  uint32_t exchanged[2][NUM_THREADS];
   std::vector<uint32_t> dynamic_shared;
   // The shared variables' contents while other blocks have their turn.
   std::vector<char> static_shared;
@@ -204,15 +204,23 @@ bool wait_at(Barrier& barrier, Place place) {
   return false;
 }
 
-void wait_for_warp() {
-  wait_at(grid->block->warp_barriers[grid->thread / WARP_SIZE], {"", 0});
+// What the lanes of this thread's warp have given, in their order.
+const uint32_t* tell_warp(uint32_t value) {
+  Barrier& barrier = grid->block->warp_barriers[grid->thread / WARP_SIZE];
+  uint32_t* exchanged = grid->block->exchanged[barrier.generation % 2];
+  exchanged[grid->thread] = value;
+  wait_at(barrier, {"", 0});
+  return exchanged + grid->thread / WARP_SIZE * WARP_SIZE;
 }
 
-void run_fiber() {
-  grid->call(grid->context);
-  running().is_done = true;
-  ++grid->block->num_done;
-  _longjmp(grid->scheduler, 1);
+// A fiber is started once for all blocks: that is two calls of the operating system.
+[[noreturn]] void run_fiber() {
+  while (true) {
+    grid->call(grid->context);
+    running().is_done = true;
+    ++grid->block->num_done;
+    give_up_turn();
+  }
 }
 
 void start_block(Block* block, int number) {
@@ -228,7 +236,6 @@ void start_block(Block* block, int number) {
   std::iota(block->order.begin(), block->order.end(), 0);
   std::shuffle(block->order.begin(), block->order.end(), grid->random);
   for (Fiber& fiber : block->fibers) {
-    fiber.is_new = true;
     fiber.is_done = false;
     fiber.barrier = nullptr;
   }
@@ -242,11 +249,12 @@ void run_thread(Fiber& fiber) {
   if (_setjmp(grid->scheduler)) return;
   if (!fiber.is_new) _longjmp(fiber.place, 1);
   fiber.is_new = false;
-  getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = fiber.stack.get();
-  fiber.start.uc_stack.ss_size = STACK_BYTES;
-  makecontext(&fiber.start, run_fiber, 0);
-  setcontext(&fiber.start);
+  ucontext_t start;
+  getcontext(&start);
+  start.uc_stack.ss_sp = fiber.stack.get();
+  start.uc_stack.ss_size = STACK_BYTES;
+  makecontext(&start, run_fiber, 0);
+  setcontext(&start);
 }
 
 // One thread's turn, if it can go on.
@@ -316,6 +324,8 @@ void run_blocks(int num_blocks) {
       waiting.pop_back();
     }
   }
+  // After a fault threads are in the middle of something.
+  if (fault[0]) slots.clear();
 }
 
 bool is_left_out(Place place) {
@@ -456,23 +466,12 @@ int lane() {
 }
 
 uint32_t exchange(uint32_t value, int source_lane) {
-  uint32_t* exchanged = grid->block->exchanged;
-  const int first = grid->thread / WARP_SIZE * WARP_SIZE;
-  exchanged[grid->thread] = value;
-  wait_for_warp();
-  const uint32_t result = exchanged[first + source_lane];
-  wait_for_warp();
-  return result;
+  return tell_warp(value)[source_lane];
 }
 
 int reduce_add(int value) {
-  uint32_t* exchanged = grid->block->exchanged;
-  const int first = grid->thread / WARP_SIZE * WARP_SIZE;
-  exchanged[grid->thread] = static_cast<uint32_t>(value);
-  wait_for_warp();
-  const uint32_t sum = std::accumulate(exchanged + first, exchanged + first + WARP_SIZE, 0u);
-  wait_for_warp();
-  return static_cast<int>(sum);
+  const uint32_t* values = tell_warp(static_cast<uint32_t>(value));
+  return static_cast<int>(std::accumulate(values, values + WARP_SIZE, 0u));
 }
 
 cudaError_t run_grid(void (*call)(const void*), const void* context, dim3 size,
