@@ -5,11 +5,18 @@ CPU, with every instruction set that it has.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
+import csrc_on_host
 import pytest
 import torch
 from compiled_ops import INSTRUCTION_SETS, need_compiled_ops, using
+from gpu import native
 from paged_pool import DEVICE
+
+from vllm_kvcompress.ops.native import is_installed
+
+needs_compiler = pytest.mark.skipif(csrc_on_host.COMPILER is None, reason="needs g++")
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +40,29 @@ def selector(request) -> str:
     if request.param == "native":
         need_compiled_ops()
     return request.param
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> None:
+    """The ops run on this GPU."""
+    if native.build_cuda().find_nvcc() is None and not is_installed("cuda"):
+        pytest.skip("not installed, and no nvcc in $CUDA_HOME, $PATH or /usr/local/cuda")
+    native.load_here(tmp_path_factory.mktemp("csrc"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("host", marks=[needs_compiler, pytest.mark.emulated]),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+def target(request) -> tuple[ModuleType, torch.device]:
+    """The kernels, and the device on which they take their tensors."""
+    if request.param == "host":
+        return csrc_on_host, torch.device("cpu")
+    request.getfixturevalue("compiled")
+    return native, torch.device("cuda")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

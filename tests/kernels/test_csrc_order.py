@@ -14,6 +14,7 @@ from collections.abc import Callable
 import csrc_on_host
 import pytest
 import torch
+from csrc_cases import SEEDS, int32
 from csrc_on_host import SOURCES, OrderError, Place
 from paged_pool import Request, Shape, make_batch
 
@@ -23,11 +24,6 @@ pytestmark = [
     pytest.mark.skipif(csrc_on_host.COMPILER is None, reason="needs g++"),
     pytest.mark.emulated,
 ]
-SEEDS = (0, 1, 2)
-
-
-def int32(values) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def random_scores(*size: int, kinds: int) -> torch.Tensor:
