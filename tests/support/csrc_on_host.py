@@ -189,19 +189,12 @@ def set_machine(
     _machine.library().set_machine(seed, num_processors, is_checked, file.encode(), line)
 
 
-def _line_of(address: str) -> str:
+def _line_of(address: re.Match) -> str:
     """Line of csrc/cuda that the code at an address comes from."""
-    command = ["addr2line", "-i", "-s", "-e", _machine.library()._name, address]
+    command = ["addr2line", "-i", "-s", "-e", _machine.library()._name, address.group(1)]
     lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     lines = [line.split(" ")[0] for line in lines if not line.startswith("cuda_on_host")]
-    return lines[0] if lines else address
-
-
-def _with_lines(fault: str) -> str:
-    """The fault with lines of the sources for addresses of the code."""
-    if shutil.which("addr2line") is None:
-        return fault
-    return re.sub(r"code\+(0x[0-9a-f]+)", lambda match: _line_of(match.group(1)), fault)
+    return lines[0]
 
 
 def run(function: str, *arguments: object, memory: tuple[torch.Tensor, ...]) -> None:
@@ -216,7 +209,8 @@ def run(function: str, *arguments: object, memory: tuple[torch.Tensor, ...]) -> 
         storage = tensor.untyped_storage()
         library.allow_memory(storage.data_ptr(), storage.nbytes())
     if getattr(library, function)(*arguments):
-        raise OrderError(_with_lines(library.last_fault().decode()))
+        fault = library.last_fault().decode()
+        raise OrderError(re.sub(r"code\+(0x[0-9a-f]+)", _line_of, fault))
 
 
 def _scores(scores: torch.Tensor, num_entries: torch.Tensor, page_size: int) -> _Scores:

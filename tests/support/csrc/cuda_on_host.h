@@ -14,8 +14,8 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-// Blocks take turns, and with each turn these contents are exchanged for the block's own. All run in
-// one thread of the CPU; what is local to it lies in one piece.
+// Blocks take turns, and with each turn these contents are exchanged for the block's own. All run
+// in one thread of the CPU; what is local to it lies in one piece.
 #define __shared__ static thread_local
 
 using cudaStream_t = void*;

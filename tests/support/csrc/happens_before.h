@@ -5,7 +5,8 @@
 // comes, as in PTX's memory consistency model, from
 //   - a thread's own program order;
 //   - a barrier of a block, for its threads;
-//   - a fence, then an atomic on some address, then an atomic of another thread on that address that
+//   - a fence, then an atomic on some address, then an atomic of another thread on that address
+//   that
 //     comes later, then that thread's fence. Between a thread's fence and its atomic there may be
 //     more, but only what comes before the fence is passed on: also what others have passed on to
 //     this thread.

@@ -2,7 +2,7 @@
 //
 // Several blocks are there at once. A thread runs until it waits for others, or until it is
 // pre-empted: at any access to memory in an instrumented build, at atomics else. Half of a block's
-// warps sleep until the others are stuck, which so get as far ahead as they can.
+// warps sleep until the others are stuck, which so get as far ahead as they can; so do blocks.
 #include "schedule.h"
 
 #include <dlfcn.h>
@@ -77,7 +77,7 @@ struct Block {
   int next = 0;
   int num_done = 0;
   bool has_progressed = false;
-  // Warps, by bits, that wait until the others are stuck.
+  // Its warps, by bits, that sleep until the others are stuck; and whether the block does.
   uint64_t asleep = 0;
   bool is_asleep = false;
 };
@@ -352,8 +352,8 @@ uint64_t noted_address(uintptr_t begin, size_t num_bytes, uintptr_t code) {
       lies_in(&indices, sizeof(indices), begin, num_bytes)) {
     return 0;
   }
-  const uint64_t shared_of_block =
-      uint64_t{1} << 62 | static_cast<uint64_t>(grid->block->number) << 24;
+  const uint64_t shared_of_block = uint64_t{1} << 62 | static_cast<uint64_t>(grid->block->number)
+                                                           << 24;
   if (is_static_shared(begin, num_bytes)) {
     return shared_of_block + (begin - reinterpret_cast<uintptr_t>(grid->static_shared.begin));
   }
@@ -384,10 +384,11 @@ void note(uintptr_t begin, size_t num_bytes, Kind kind, uintptr_t code) {
     if (other->thread.number != SEVERAL) {
       std::snprintf(threads, sizeof(threads), "thread %d", other->thread.number);
     }
-    fail("no order between this %s at code+0x%zx of thread %d, block %d, and the %s at code+0x%zx "
-         "of %s, block %d",
-         name_of(kind), in_library(code), grid->thread, grid->block->number, name_of(other->kind),
-         in_library(other->code), threads, other->thread.block);
+    fail(
+        "no order between this %s at code+0x%zx of thread %d, block %d, and the %s at code+0x%zx "
+        "of %s, block %d",
+        name_of(kind), in_library(code), grid->thread, grid->block->number, name_of(other->kind),
+        in_library(other->code), threads, other->thread.block);
   }
 }
 

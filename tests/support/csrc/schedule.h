@@ -1,4 +1,5 @@
-// The grid that runs: which blocks are there at once, whose turn it is, and what its threads may do.
+// The grid that runs: which blocks are there at once, whose turn it is, and what its threads may
+// do.
 #pragma once
 
 #include <cstddef>
