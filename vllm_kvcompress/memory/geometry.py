@@ -83,19 +83,21 @@ class RequestGeometry:
     def num_row_blocks(self, num_tokens: int) -> int:
         """Length of the block-table row that gives `num_tokens` tokens a slot."""
         blocks = cdiv(num_tokens, self.block_size)
-        if self.is_compressed and self._reaches_tail(num_tokens):
+        if self.is_compressed and num_tokens >= self.region_from_tokens:
             blocks += self.num_region_blocks
         return blocks
+
+    @property
+    def region_from_tokens(self) -> int:
+        """Tokens from which on the row of a compressed request has its region."""
+        # The row grows strictly in order, so the region must be there before the first
+        # tail block is, and at the latest in the step that ends at the compaction point.
+        return min(self.compact_len, self.boundary_block * self.block_size + 1)
 
     def row_index(self, position: int) -> int:
         """Index into the block-table row of the block that holds token `position`."""
         block = position // self.block_size
         return block + self.num_region_blocks if block >= self.boundary_block else block
-
-    def _reaches_tail(self, num_tokens: int) -> bool:
-        # The row grows strictly in order, so the region must be there before the first
-        # tail block is, and at the latest in the step that ends at the compaction point.
-        return num_tokens >= min(self.compact_len, self.boundary_block * self.block_size + 1)
 
 
 class Geometry:

@@ -163,6 +163,7 @@ def _rows_of_v2(runner: Any) -> RowNames:
 
     def names(common: Any) -> tuple[Sequence[str], np.ndarray]:
         places = common.req_idx
-        return [states.index_to_req_id[int(i)] for i in places], states.prompt_len.np[places]
+        ids = list(map(states.index_to_req_id.__getitem__, places.tolist()))
+        return ids, states.prompt_len.np[places]
 
     return names
