@@ -17,6 +17,7 @@ pytest.importorskip("vllm")
 
 from cuda_rig import METHODS, SCALE, make_builder, make_impl
 from gpu.recording import record
+from reachable import tensors_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
@@ -129,6 +130,8 @@ def test_no_step_waits_for_the_device(method, granularity):
     assert "compact_kernel" in {launch.name for launch in launches}
     # Not even what is told of requests, until somebody asks for it.
     assert {"a", "b", "c", "d", "dense"} == set(worker.engine.stats._requests)
+    # And none of it stays on the device.
+    assert tensors_of(worker.engine.stats) == []
 
 
 class DeviceWork(TorchDispatchMode):

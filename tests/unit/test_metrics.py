@@ -4,9 +4,11 @@ import logging
 
 import pytest
 import torch
+from reachable import tensors_of
 
 pytest.importorskip("vllm")
 
+from vllm_kvcompress import transfers
 from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.vllm_integration import metrics
 from vllm_kvcompress.vllm_integration.metrics import (
@@ -24,6 +26,11 @@ SUFFIX_GEOMETRY = RequestGeometry(
 )
 
 
+def compress(stats, request_id, geometry, pages, **kwargs):
+    """Record a prompt that was compacted alone; `pages` are [L, H]."""
+    stats.record_compressed([request_id], [geometry], torch.as_tensor(pages)[None], **kwargs)
+
+
 @pytest.mark.parametrize(
     ("internal", "external"),
     [
@@ -39,7 +46,7 @@ def test_external_request_id(internal: str, external: str) -> None:
 
 def test_counts_of_compressed_and_dense_prompts() -> None:
     stats = CompressionStats(log=False)
-    stats.record_compressed("0-a74c0dd9", GEOMETRY, torch.tensor([[1, 3], [2, 2]]))
+    compress(stats, "0-a74c0dd9", GEOMETRY, [[1, 3], [2, 2]])
     stats.record_dense("1-a74c0dda", 40)
     snapshot = stats.snapshot()
     compressed, dense = snapshot["requests"]
@@ -66,7 +73,7 @@ def test_counts_of_compressed_and_dense_prompts() -> None:
 
 def test_tokens_after_the_compaction_point_count_as_kept() -> None:
     stats = CompressionStats(log=False)
-    stats.record_compressed("0-a74c0dd9", SUFFIX_GEOMETRY, torch.tensor([[1, 3]]))
+    compress(stats, "0-a74c0dd9", SUFFIX_GEOMETRY, [[1, 3]])
     (record,) = stats.snapshot()["requests"]
     assert record["kept_per_head"] == [[70, 102]]
     assert record["evicted_per_head"] == [[160, 128]]
@@ -75,9 +82,9 @@ def test_tokens_after_the_compaction_point_count_as_kept() -> None:
 
 def test_blocks_that_were_never_taken_are_not_returned() -> None:
     stats = CompressionStats(log=False)
-    pages = torch.tensor([[1, 3], [2, 2]])
-    stats.record_compressed("0-a74c0dd9", GEOMETRY, pages, is_one_shot=True)
-    stats.record_compressed("1-a74c0dd9", GEOMETRY, pages)
+    pages = [[1, 3], [2, 2]]
+    compress(stats, "0-a74c0dd9", GEOMETRY, pages, is_one_shot=True)
+    compress(stats, "1-a74c0dd9", GEOMETRY, pages)
     snapshot = stats.snapshot()
     one_shot, usual = snapshot["requests"]
     assert (one_shot["one_shot"], usual["one_shot"]) == (True, False)
@@ -107,7 +114,7 @@ def test_one_line_per_request_and_one_per_interval() -> None:
     logger.setLevel(logging.DEBUG)
     try:
         stats = CompressionStats(log_interval_s=3600)
-        stats.record_compressed("0-a74c0dd9", GEOMETRY, torch.tensor([[2, 2]]))
+        compress(stats, "0-a74c0dd9", GEOMETRY, [[2, 2]])
         stats.record_dense("1-a74c0dda", 40)
         stats.close()
         stats.close()
@@ -131,9 +138,139 @@ def test_ranks_are_joined_head_by_head() -> None:
     ranks = []
     for pages in ([[1, 3]], [[2, 2]]):
         stats = CompressionStats(log=False)
-        stats.record_compressed("0-a74c0dd9", GEOMETRY, torch.tensor(pages))
+        compress(stats, "0-a74c0dd9", GEOMETRY, pages)
         ranks.append(stats.snapshot())
     merged = merge_rank_stats(ranks)
     assert merged["requests"][0]["kept_per_head"] == [[40, 72, 56, 56]]
     assert merged["requests"][0]["evicted_per_head"] == [[160, 128, 144, 144]]
     assert merged["totals"]["prompts"] == 1
+
+
+# Devices, which are ahead of or behind the host.
+
+
+class Device:
+    """Stands in for a GPU: what is copied from it is on the host when it says so."""
+
+    def __init__(self, monkeypatch):
+        self.copies = []
+        monkeypatch.setattr(transfers, "_start_copy", self.start_copy)
+
+    def start_copy(self, values):
+        copy = Copy(values)
+        self.copies.append(copy)
+        return copy.host, copy
+
+
+class Copy:
+    """One copy, and the event behind it."""
+
+    def __init__(self, values):
+        # Not the tensor, which the device may use for something else.
+        self.contents, self.num_waits = values.tolist(), 0
+        self.host = torch.full_like(values, -1)
+
+    def arrive(self):
+        if self.contents is not None:
+            self.host.copy_(torch.tensor(self.contents))
+            self.contents = None
+
+    def query(self):
+        return self.contents is None
+
+    def synchronize(self):
+        self.num_waits += self.contents is not None
+        self.arrive()
+
+
+def test_pages_come_to_the_host_in_their_own_time(monkeypatch):
+    device, stats = Device(monkeypatch), CompressionStats(log=False)
+    both = torch.tensor([[[1, 3], [2, 2]], [[4, 1], [1, 2]]], dtype=torch.int32)
+    stats.record_compressed(["a", "b"], [GEOMETRY, SUFFIX_GEOMETRY], both)
+    compress(stats, "c", GEOMETRY, [[3, 1], [0, 4]])
+    stats.record_dense("dense", 40)
+    assert len(device.copies) == 2
+    # The first is there, which the next one finds out.
+    device.copies[0].arrive()
+    compress(stats, "d", GEOMETRY, [[2, 2], [2, 2]])
+    waiting = {id(tensor) for tensor in tensors_of(stats)}
+    assert waiting == {id(copy.host) for copy in device.copies[1:]}
+    assert [copy.num_waits for copy in device.copies] == [0, 0, 0]
+    found = {r["internal_id"]: r for r in stats.snapshot()["requests"]}
+    assert [copy.num_waits for copy in device.copies] == [0, 1, 1]
+    assert tensors_of(stats) == []
+    assert {name: r["kept_per_head"] for name, r in found.items()} == {
+        "a": [[40, 72], [56, 56]],
+        "b": [[118, 70], [70, 86]],
+        "c": [[72, 40], [24, 88]],
+        "d": [[56, 56], [56, 56]],
+        "dense": None,
+    }
+    assert found["b"]["evicted_per_head"] == [[112, 160], [160, 144]]
+    assert stats.snapshot()["requests"] == list(found.values())
+
+
+def test_a_prompt_computed_again_has_its_last_pages(monkeypatch):
+    device, stats = Device(monkeypatch), CompressionStats(log=False)
+    compress(stats, "a", GEOMETRY, [[1, 3]])
+    compress(stats, "a", GEOMETRY, [[2, 2]])
+    device.copies[0].arrive()
+    (record,) = stats.snapshot()["requests"]
+    assert (record["kept_per_head"], record["num_prefills"]) == ([[56, 56]], 2)
+
+
+def test_pages_of_a_dropped_record_are_no_harm(monkeypatch):
+    monkeypatch.setattr(metrics, "MAX_REQUEST_RECORDS", 1)
+    Device(monkeypatch)
+    stats = CompressionStats(log=False)
+    compress(stats, "a", GEOMETRY, [[1, 3]])
+    compress(stats, "b", GEOMETRY, [[2, 2]])
+    (record,) = stats.snapshot()["requests"]
+    assert (record["internal_id"], record["kept_per_head"]) == ("b", [[56, 56]])
+
+
+def test_a_copy_is_of_what_there_was():
+    values = torch.tensor([1, 2])
+    copy = transfers.HostCopy(values)
+    values.fill_(0)
+    assert copy.has_arrived() and copy.take().tolist() == [1, 2]
+
+
+def test_no_tensor_is_kept_of_prompts_that_have_been_computed():
+    stats, pages = CompressionStats(log=False), torch.tensor([[[1, 3], [2, 2]]])
+    for i in range(5):
+        stats.record_compressed([f"r{i}"], [GEOMETRY], pages)
+        pages.fill_(2)
+    assert tensors_of(stats) == []
+    kept = [r["kept_per_head"] for r in stats.snapshot()["requests"]]
+    assert kept == [[[40, 72], [56, 56]]] + 4 * [[[56, 56], [56, 56]]]
+
+
+def test_a_tensor_without_contents_is_told():
+    stats = CompressionStats(log=False)
+    stats.record_compressed(["a"], [GEOMETRY], torch.empty(1, 2, 2, device="meta"))
+    assert tensors_of(stats) == []
+    with pytest.raises(RuntimeError, match="'meta' has no contents"):
+        stats.snapshot()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_keeps_nothing_and_is_not_waited_for():
+    stats, pages = CompressionStats(log=False), torch.tensor([[[1, 3], [2, 2]]], device="cuda")
+    stats.record_compressed(["first"], [GEOMETRY], pages)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # The device is busy for a while, and the source is used again behind the copies.
+        torch.cuda._sleep(100_000_000)
+        for i in range(50):
+            stats.record_compressed([f"r{i}"], [GEOMETRY], pages)
+            pages.fill_(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_allocated() == before
+    assert not any(tensor.is_cuda for tensor in tensors_of(stats))
+    kept = [r["kept_per_head"] for r in stats.snapshot()["requests"]]
+    assert kept == 2 * [[[40, 72], [56, 56]]] + 49 * [[[56, 56], [56, 56]]]
+    assert tensors_of(stats) == []

@@ -137,9 +137,9 @@ class WorkerEngine:
                 prompt, self.pool, row.prompt_blocks, row.region_blocks
             )
             self.stats.record_compressed(
-                row.request_id,
-                prompt.geometry,
-                row.state.selection.num_pages,
+                [row.request_id],
+                [prompt.geometry],
+                row.state.selection.num_pages[None],
                 is_one_shot=row.is_one_shot,
             )
 

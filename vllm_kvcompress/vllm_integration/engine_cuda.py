@@ -449,11 +449,12 @@ class CUDAEngine:
         slots = [self.requests.take_slot(chunk.request) for chunk in ending.chunks]
         index = to_device(np.array(slots), self.pool.device)
         self._page_offsets.index_copy_(0, index, page_offsets)
-        num_pages = num_pages.view(-1, self.shape.num_layers, self.shape.num_kv_heads)
-        for chunk, geometry, pages in zip(ending.chunks, batch.geometries, num_pages, strict=True):
-            self.stats.record_compressed(
-                chunk.request_id, geometry, pages, is_one_shot=chunk.is_one_shot
-            )
+        self.stats.record_compressed(
+            [chunk.request_id for chunk in ending.chunks],
+            batch.geometries,
+            num_pages.view(-1, self.shape.num_layers, self.shape.num_kv_heads),
+            is_one_shot=batch.staging is not None,
+        )
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop requests that have finished or were preempted."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 
 from vllm_kvcompress.memory import RequestGeometry
+from vllm_kvcompress.transfers import HostCopy
 
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
 logger = init_logger(f"vllm.{__name__}")
@@ -18,8 +23,27 @@ LOG_INTERVAL_S = 10.0
 MAX_REQUEST_RECORDS = 10_000
 
 
+@dataclass(frozen=True)
+class _ComingPages:
+    """[N, L, H] pages of prompts that were compacted together, and the records to put them in."""
+
+    pages: HostCopy
+    records: list[dict[str, Any]]
+    geometries: Sequence[RequestGeometry]
+
+    def take(self) -> None:
+        """Complete the records; waits for the pages."""
+        pages = self.pages.take()
+        for record, geometry, own in zip(self.records, self.geometries, pages, strict=True):
+            kept = own * geometry.block_size + geometry.num_dense_prompt_tokens
+            record["kept_per_head"] = kept.astype(np.int32)
+
+
 class CompressionStats:
     """One worker's counts.
+
+    What only the device knows, the pages of each head, comes to the host in its own time: nobody
+    waits for it but `snapshot`, and no tensor of the device is kept.
 
     Args:
         log_interval_s: seconds between INFO summaries; only intervals in which a prompt
@@ -30,6 +54,8 @@ class CompressionStats:
     def __init__(self, log_interval_s: float = LOG_INTERVAL_S, log: bool = True) -> None:
         # By internal id, in the order in which the prompts were first computed.
         self._requests: dict[str, dict[str, Any]] = {}
+        # What is on its way, oldest first.
+        self._coming: deque[_ComingPages] = deque()
         self._totals = _zero_totals()
         self._interval_totals = _zero_totals()
         self._interval_s = log_interval_s
@@ -57,34 +83,40 @@ class CompressionStats:
 
     def record_compressed(
         self,
-        request_id: str,
-        geometry: RequestGeometry,
+        request_ids: Sequence[str],
+        geometries: Sequence[RequestGeometry],
         num_pages: torch.Tensor,
         is_one_shot: bool = False,
     ) -> None:
-        """A prompt has been compacted.
+        """Prompts have been compacted together.
 
         Args:
-            request_id: vLLM's internal id.
-            geometry: of the request.
-            num_pages: [L, H] int64 region pages kept by each head.
+            request_ids: [N] vLLM's internal ids.
+            geometries: [N] of the requests.
+            num_pages: [N, L, H] integers, region pages kept by each head, on any device.
             is_one_shot: whether what was evicted never had blocks.
         """
-        kept = num_pages * geometry.block_size + geometry.num_dense_prompt_tokens
-        self._record(
-            {
-                "request_id": request_id,
-                "prompt_len": geometry.prompt_len,
-                "compressed": True,
-                "kept_tokens": float(geometry.num_kept_tokens),
-                "evicted_tokens": float(geometry.prompt_len - geometry.num_kept_tokens),
-                "one_shot": is_one_shot,
-                "blocks_returned": 0 if is_one_shot else geometry.first_kept_block,
-                "blocks_not_taken": geometry.first_kept_block if is_one_shot else 0,
-                "region_blocks": geometry.num_region_blocks,
-                "kept_per_head": kept,
-            }
-        )
+        records = []
+        for request_id, geometry in zip(request_ids, geometries, strict=True):
+            records.append(
+                {
+                    "request_id": request_id,
+                    "prompt_len": geometry.prompt_len,
+                    "compressed": True,
+                    "kept_tokens": float(geometry.num_kept_tokens),
+                    "evicted_tokens": float(geometry.prompt_len - geometry.num_kept_tokens),
+                    "one_shot": is_one_shot,
+                    "blocks_returned": 0 if is_one_shot else geometry.first_kept_block,
+                    "blocks_not_taken": geometry.first_kept_block if is_one_shot else 0,
+                    "region_blocks": geometry.num_region_blocks,
+                }
+            )
+            self._record(records[-1])
+        coming = _ComingPages(HostCopy(num_pages), records, geometries)
+        with self._lock:
+            self._coming.append(coming)
+            while self._coming and self._coming[0].pages.has_arrived():
+                self._coming.popleft().take()
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data: `totals`, and `requests` oldest first (the last 10,000).
@@ -98,11 +130,13 @@ class CompressionStats:
         token counts (None for a dense one).
         """
         with self._lock:
+            while self._coming:
+                self._coming.popleft().take()
             requests = [dict(record) for record in self._requests.values()]
             totals = dict(self._totals)
         for record in requests:
-            if record["kept_per_head"] is not None:
-                kept = record["kept_per_head"]
+            kept = record["kept_per_head"]
+            if kept is not None:
                 record["kept_per_head"] = kept.tolist()
                 record["evicted_per_head"] = (record["prompt_len"] - kept).tolist()
             record["internal_id"] = record["request_id"]
