@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from cuda_rig import METHODS, Request, Rig
 from gpu.recording import record
 from paged_pool import DEVICE
+from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape
@@ -190,6 +191,46 @@ def test_a_suffix_attends_to_what_was_kept(monkeypatch, granularity):
     rig.step([(even, 1), (odd, 1)])
     evicted = {r["request_id"]: r["evicted_tokens"] for r in rig.stats.snapshot()["requests"]}
     assert set(evicted) == {"odd", "even"} and min(evicted.values()) > 0
+
+
+def stock_runs(monkeypatch) -> list[list[int]]:
+    """Filled with the lengths of the rows of every call of stock attention from now on."""
+    runs: list[list[int]] = []
+
+    def watch(attend, metadata_at):
+        def attend_watched(impl, *args):
+            runs.append(args[metadata_at].query_start_loc.diff().tolist())
+            return attend(impl, *args)
+
+        return attend_watched
+
+    stock, with_lse = FlashAttentionImpl.forward, backend_cuda.attend_with_lse
+    monkeypatch.setattr(FlashAttentionImpl, "forward", watch(stock, 5))
+    monkeypatch.setattr(backend_cuda, "attend_with_lse", watch(with_lse, 4))
+    return runs
+
+
+def test_compressed_rows_of_several_tokens_are_not_the_stock_backends(monkeypatch):
+    shape = SHAPES["gqa_8_to_1"]
+    rig = Rig(monkeypatch, shape, config_of("snapkv", 16), DTYPE, "reference")
+    first, second, dense = Request("first", 120), Request("second", 100), Request("dense", 20)
+    rig.step([(first, 120), (second, 100), (dense, 20)])
+    runs = stock_runs(monkeypatch)
+    new, last = Request("new", 150), Request("last", 130)
+    staged = [Request("s0", 90, is_one_shot=True), Request("s1", 85, is_one_shot=True)]
+    # Between rows of the stock backend, whose outputs and scores are checked too.
+    rig.step([(dense, 1), (new, 40), (first, 3), (last, 100)])
+    assert runs == [[40], [100]] * shape.num_layers
+    runs.clear()
+    rig.step([(staged[0], 90), (second, 9), (staged[1], 85), (new, 110), (first, 2), (last, 30)])
+    assert runs == [[90], [85], [110], [30]] * shape.num_layers
+    runs.clear()
+    # Alone, and before padding.
+    assert rig.metadata([(first, 2), (second, 4)], num_padded_rows=2).runs == []
+    rig.step([(dense, 1), (first, 2), (second, 4)])
+    assert runs == []
+    # What they have stored is read.
+    rig.step([(first, 1), (second, 1), (dense, 1), (new, 1), (last, 1), (staged[1], 1)])
 
 
 @pytest.mark.parametrize(("backend", "num_steps"), [("triton", 2), ("reference", 18)])

@@ -101,8 +101,7 @@ class KVCompressCUDAMetadata:
 
     Attributes:
         slot_mapping: [T] int64 cache slot of every token; -1 for one that gets none.
-        runs: the rows behind the single ones, compressed ones among them (what the stock backend
-            gives those is overwritten).
+        runs: the rows behind the single ones, but for compressed ones.
         step: how the rows are attended; None before the cache is bound (profiling), where `runs`
             has all rows.
         engine: the worker's state, with `step`.

@@ -83,7 +83,7 @@ class DeviceStep:
         num_single: rows at the front that have one token each.
         dense_table: [R - num_single, W] int32 for the rows behind them, regions cut out.
         extended: rows behind them that are compressed.
-        runs: rows behind them as (first row, end, whether they are one-shot), in order.
+        runs: the others behind them as (first row, end, whether they are one-shot), in order.
         chunks: tokens to collect.
         endings: prompts that end in this step, in batches, one-shot ones apart from the others.
         prompt_blocks: by row, [n] int64 blocks of prompts whose pages have been asked for.

@@ -63,11 +63,13 @@ class CompressionWorker:
         """Requests that begin in a step and have vLLM's null block for what they evict."""
         cached = scheduler_output.scheduled_cached_reqs
         rows = [(new.req_id, new.block_ids) for new in scheduler_output.scheduled_new_reqs]
-        rows += [
-            (request_id, blocks)
-            for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True)
-            if blocks and request_id in cached.resumed_req_ids
-        ]
+        # Few steps resume any, and a step may have a thousand others.
+        if cached.resumed_req_ids:
+            rows += [
+                (request_id, blocks)
+                for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True)
+                if blocks and request_id in cached.resumed_req_ids
+            ]
         return {name for name, blocks in rows if blocks[self._group][:1] == [NULL_BLOCK]}
 
     def _make_engine(
