@@ -3,9 +3,9 @@
     python scripts/bench_step_overhead.py --against 46c98fa --out step_overhead.json
 
 Needs no GPU: nothing of it touches the device. `names` tells request ids and prompt lengths of the
-rows as either of vLLM's model runners has them, `plan` is `plan_step`, and `total` both, in
-microseconds, p20, p50 and p80 of many steps. Code of the commit `--against` is timed in the same
-process, taking turns, so that whatever else runs on the machine slows both.
+rows as either of vLLM's model runners has them, `plan` is `plan_step`, and `total` both, p20, p50
+and p80 of many steps in microseconds of the processor, which others on the machine do not add to,
+though they slow it down. Code of the commit `--against` is timed in the same process, taking turns.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -91,11 +92,11 @@ class Step:
 
     def run(self) -> tuple[float, float]:
         """Microseconds of the names and of the plan."""
-        begin = time.perf_counter_ns()
+        begin = time.thread_time_ns()
         ids, lens = self.names(self.common)
-        between = time.perf_counter_ns()
+        between = time.thread_time_ns()
         self.batch.plan_step(self.requests, WINDOW, ids, lens, self.starts, self.seq_lens)
-        end = time.perf_counter_ns()
+        end = time.thread_time_ns()
         return (between - begin) / 1e3, (end - between) / 1e3
 
 
@@ -180,6 +181,7 @@ def main() -> None:
             "python": sys.version.split()[0],
             "numpy": np.__version__,
             **machine.device(),
+            "load_of_the_machine": os.getloadavg()[0],
             "repeats": args.repeats,
             "prompts_of_a_mixed_step": NUM_PROMPTS,
             "rows": rows,
