@@ -39,7 +39,7 @@ BLOCK_SIZE, NUM_LAYERS, WINDOW = 16, 32, 32
 CONFIG = KVCompressConfig("span", ratio=0.875, window=WINDOW)
 # A quarter of the rows have prompts that stay whole.
 PROMPT_LEN, SHORT_LEN = 4000, 20
-# Of a mixed step: so many rows are prompts, half of them with tokens to collect.
+# Of a mixed step: so many rows are chunks of prompts, half of them the last.
 NUM_PROMPTS, CHUNK = 8, 500
 
 
@@ -67,7 +67,7 @@ class Step:
         before = lens + np.arange(num_rows, dtype=np.int32) % 500
         first = num_rows - num_prompts
         lens[first:], counts[first:], before[first:] = PROMPT_LEN, CHUNK, 1000
-        # These reach into the window; a whole prompt's last chunk would end it.
+        # These end in this step.
         before[first::2] = PROMPT_LEN - CHUNK
         for name, length in zip(ids[:first], lens[:first].tolist(), strict=True):
             if self.requests.geometry.of(length).is_compressed:
