@@ -182,6 +182,7 @@ def main() -> None:
             "numpy": np.__version__,
             **machine.device(),
             "load_of_the_machine": os.getloadavg()[0],
+            "clock": "processor time of the thread",
             "repeats": args.repeats,
             "prompts_of_a_mixed_step": NUM_PROMPTS,
             "rows": rows,
