@@ -22,7 +22,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.staging import Staging
-from vllm_kvcompress.vllm_integration import engine_cuda
+from vllm_kvcompress.vllm_integration import backend_cuda, engine_cuda
 
 WINDOW = 8
 SHAPES = {
