@@ -32,9 +32,9 @@ _MEMORY_OPS = (
 )
 # Programs that take turns, and how often one that reads or writes is interrupted.
 _AWAKE_PROGRAMS = 8
-_SWITCH_PROBABILITY = 0.3
+_SWITCH_PROBABILITY = 0.4
 # Of the interrupted ones, some sleep until nobody else can go on; so many at a time.
-_SLEEP_PROBABILITY = 0.2
+_SLEEP_PROBABILITY = 0.3
 _MOST_SLEEPING = 32
 
 
@@ -133,8 +133,9 @@ class _Programs:
             self._turns[thread] = threading.Semaphore(0)
             self._awake.append(thread)
             thread.start()
-        if not self._awake:
-            self._awake, self._sleeping = self._sleeping, self._awake
+        if not self._awake and self._sleeping:
+            # One only: the others sleep as long as it has anything to do.
+            self._awake.append(self._sleeping.pop(self._rng.randrange(len(self._sleeping))))
         if self._awake:
             self._turns[self._rng.choice(self._awake)].release()
         else:
