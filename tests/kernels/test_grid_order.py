@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from gpu.recording import record
-from paged_pool import Request, Shape, compressed, make_batch, random_like
+from paged_pool import DEVICE, Request, Shape, compressed, make_batch, random_like
 from shuffled_grid import interleaved_grid, shuffled_grid
 
 from vllm_kvcompress import ops, triton_kernels
@@ -84,19 +85,41 @@ def ragged_requests(shape: Shape, query_len: int) -> list[Request]:
 
 
 def decode(query_len: int = 1, **options) -> Run:
+    """Both kernels; streams are cut into many pieces, which the last program to end merges."""
     batch = make_batch(BASE, ragged_requests(BASE, query_len), "cpu")
-    if options.pop("with_sinks", False):
-        options["sinks"] = torch.linspace(-3, 5, BASE.num_heads)
-    return lambda: (
-        ops.ragged_decode(
-            *batch.arguments,
-            layer=1,
-            num_kv_heads=BASE.num_kv_heads,
-            scale=0.125,
+    heads = {"num_kv_heads": BASE.num_kv_heads}
+
+    def run() -> tuple[torch.Tensor, ...]:
+        work = ops.new_decode_work(
+            len(batch.requests),
+            num_layers=BASE.num_layers,
+            group=BASE.group,
+            head_size=BASE.head_size,
+            pool_dtype=BASE.dtype,
+            device=DEVICE,
             max_query_len=query_len,
-            **options,
-        ),
-    )
+            num_programs=21,
+            **heads,
+        )
+        work = replace(work, tiles=replace(work.tiles, least_tiles=1))
+        lists = (batch.rows, batch.page_offsets, batch.query_start_loc)
+        ops.decode_work(*lists, **heads, block_size=BASE.block_size, out=work)
+        outs = [
+            ops.ragged_decode(
+                *batch.arguments,
+                **heads,
+                layer=layer,
+                scale=0.125,
+                max_query_len=query_len,
+                work=work,
+                **options,
+            )
+            for layer in range(BASE.num_layers)
+        ]
+        lists = (work.tile_starts, work.num_tiles, work.first_streams)
+        return (*outs, *lists, work.tickets, work.pieces, work.piece_lse)
+
+    return run
 
 
 def slots() -> Run:
@@ -242,7 +265,9 @@ def move() -> Run:
 
 CASES: dict[str, Callable[[], Run]] = {
     "ragged_decode": decode,
-    "ragged_decode, 3 queries, sinks": lambda: decode(3, with_sinks=True),
+    "ragged_decode, 3 queries, sinks": lambda: decode(
+        3, sinks=torch.linspace(-3, 5, BASE.num_heads)
+    ),
     "token_slots": slots,
     "store_tokens": store,
     **{
@@ -271,6 +296,12 @@ CASES: dict[str, Callable[[], Run]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_results_do_not_depend_on_the_order_of_programs(case):
     assert orders_that_change(CASES[case]()) == []
+
+
+def test_decoding_is_cut_into_pieces_in_these_cases():
+    *_, tickets, _, piece_lse = decode()()
+    assert (~piece_lse.isnan()).sum() > piece_lse.numel() / 2
+    assert not tickets.any()
 
 
 def test_every_kernel_of_the_package_is_among_the_cases():

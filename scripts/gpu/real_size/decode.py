@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from gpu.real_size.judge import Verdict, attend
@@ -49,8 +48,8 @@ class Step:
         rows: descriptors of R rows.
         query: [L, R, Hq, d].
         out: like query.
-        key_scale, value_scale: [S] float32.
-        work: how programs share the step, of `share_work`.
+        work: how programs share the step; `share_work` writes it.
+        key_scale, value_scale: [S] float32, for fp8; None = 1.
     """
 
     shape: ModelShape
@@ -58,37 +57,41 @@ class Step:
     rows: Rows
     query: torch.Tensor
     out: torch.Tensor
-    key_scale: torch.Tensor
-    value_scale: torch.Tensor
-    work: Any = None
+    work: ops.DecodeWork
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
 
     @property
     def scale(self) -> float:
         """Factor on the products."""
         return self.shape.head_size**-0.5
 
+    def entries(
+        self, row: torch.Tensor, stream: torch.Tensor, index: torch.Tensor, rows: Rows
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., d] float32 keys and values of tokens, given as in `Rows.places`."""
+        stored = self.pool[rows.places(row, stream, index)].float()
+        key, value = stored.split(self.shape.head_size, dim=-1)
+        if self.key_scale is None or self.value_scale is None:
+            return key, value
+        return key * self.key_scale[stream][..., None], value * self.value_scale[stream][..., None]
+
 
 def share_work(step: Step) -> None:
     """Share the step's tiles among programs, at the same addresses as before."""
-    if not hasattr(ops, "decode_work"):
-        return
-    shape, rows = step.shape, step.rows
-    step.work = ops.decode_work(
+    rows = step.rows
+    ops.decode_work(
         rows.rows,
         rows.page_offsets,
         rows.query_start_loc,
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        group=shape.group,
-        head_size=shape.head_size,
-        pool_dtype=step.pool.dtype,
+        num_kv_heads=step.shape.num_kv_heads,
+        block_size=rows.block_size,
         out=step.work,
     )
 
 
 def decode_layers(step: Step) -> None:
     """Attention of all layers into `step.out`."""
-    options = {} if step.work is None else {"work": step.work}
     for layer in range(step.shape.num_layers):
         ops.ragged_decode(
             step.query[layer],
@@ -99,8 +102,8 @@ def decode_layers(step: Step) -> None:
             scale=step.scale,
             key_scale=step.key_scale,
             value_scale=step.value_scale,
+            work=step.work,
             out=step.out[layer],
-            **options,
         )
 
 
@@ -123,8 +126,8 @@ def eager(step: Step) -> torch.Tensor:
     return step.out.clone()
 
 
-def sought_tokens(step: Step, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """[3, R', S, 2 d] entries that the first query heads of a group look for, and [R', S] tokens.
+def sought_tokens(step: Step, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[3, R', S, d] keys and values of tokens that a group's first heads look for; [R', S] tokens.
 
     R' are the rows that have a query.
     """
@@ -134,20 +137,20 @@ def sought_tokens(step: Step, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     region, num_tokens = (x[: rows.num_active] for x in rows.num_tokens())
     row, stream = row.expand_as(region), stream.expand_as(region)
     wanted = (torch.zeros_like(region), (region - 1).clamp(min=0), num_tokens - 1)
-    entries = [step.pool[rows.places(row, stream, index)] for index in wanted]
-    return torch.stack(entries), num_tokens
+    entries = [step.entries(row, stream, index, rows) for index in wanted]
+    key, value = (torch.stack(part) for part in zip(*entries, strict=True))
+    return key, value, num_tokens
 
 
 def seek(step: Step, rows: Rows, seed: int) -> None:
     """Random queries, but for the heads that look for one token each."""
-    shape, d = step.shape, step.shape.head_size
+    shape = step.shape
     generator = torch.Generator(step.pool.device).manual_seed(seed)
     step.query.normal_(generator=generator)
-    entries, num_tokens = sought_tokens(step, rows)
-    key = entries[..., :d].float()
+    key, _, num_tokens = sought_tokens(step, rows)
     # Such a logit gets about 0.9 of the weight among others that are near 0.
     logit = num_tokens.float().log() + 2.5
-    factor = logit / (key.square().sum(dim=-1) * step.scale * step.key_scale)
+    factor = logit / (key.square().sum(dim=-1) * step.scale)
     sought = (key * factor[..., None]).to(step.query.dtype)
     # [3, R', L, H, d] to [L, R', H, 3, d].
     sought = sought.unflatten(2, (shape.num_layers, shape.num_kv_heads)).permute(2, 1, 3, 0, 4)
@@ -157,10 +160,8 @@ def seek(step: Step, rows: Rows, seed: int) -> None:
 
 def check_sought(verdict: Verdict, step: Step, rows: Rows, out: torch.Tensor) -> None:
     """Every stream of every row found the tokens that its first query heads look for."""
-    shape, d = step.shape, step.shape.head_size
-    entries, _ = sought_tokens(step, rows)
-    value = entries[..., d:].float() * step.value_scale[:, None]
-    by_group = out.unflatten(2, (shape.num_kv_heads, shape.group))
+    _, value, _ = sought_tokens(step, rows)
+    by_group = out.unflatten(2, (step.shape.num_kv_heads, step.shape.group))
     found = by_group[:, : rows.num_active, :, :NUM_SEEKING].permute(3, 1, 0, 2, 4).flatten(2, 3)
     share = (found.float() * value).sum(dim=-1) / value.square().sum(dim=-1)
     is_found = (share > SOUGHT[0]) & (share < SOUGHT[1])
@@ -198,19 +199,16 @@ def samples(rows: Rows) -> list[tuple[int, int]]:
 
 def check_samples(verdict: Verdict, step: Step, rows: Rows, out: torch.Tensor) -> None:
     """Sampled streams against attention in float64 over the keys gathered from their pages."""
-    shape, d = step.shape, step.shape.head_size
-    device = step.pool.device
+    shape, device = step.shape, step.pool.device
     lens = rows.num_tokens()[1]
     highest = 0
     for row, stream in samples(rows):
         layer, head = divmod(stream, shape.num_kv_heads)
         index = torch.arange(int(lens[row, stream]), device=device)
         where = (torch.full_like(index, row), torch.full_like(index, stream), index)
-        page, slot = rows.places(*where)
-        highest = max(highest, (int(page.max()) + 1) * step.pool[0].numel() - 1)
-        entries = step.pool[page, slot]
-        key = entries[:, :d].float() * step.key_scale[stream]
-        value = entries[:, d:].float() * step.value_scale[stream]
+        last_page = int(rows.places(*where)[0].max())
+        highest = max(highest, (last_page + 1) * step.pool[0].numel() - 1)
+        key, value = step.entries(*where, rows)
         heads = slice(head * shape.group, (head + 1) * shape.group)
         query = step.query[layer, row, heads]
         got = out[layer, row, heads]
@@ -281,21 +279,32 @@ class DecodeCases:
         self.steps = [rows.to(pool.device) for rows in on_host]
         size = (shape.num_layers, self.batch, shape.num_heads, shape.head_size)
         query = torch.empty(size, dtype=shape.dtype, device=pool.device)
-        scales = torch.linspace(0.25, 2.0, shape.num_streams, device=pool.device)
-        if pool.element_size() > 1:
-            scales = torch.ones_like(scales)
+        scales = None
+        if pool.element_size() == 1:
+            scales = torch.linspace(0.25, 2.0, shape.num_streams, device=pool.device)
         self.step = Step(
             shape=shape,
             pool=pool,
             rows=self.steps[0].clone(),
             query=query,
             out=torch.empty_like(query),
+            work=ops.new_decode_work(
+                self.batch,
+                num_layers=shape.num_layers,
+                num_kv_heads=shape.num_kv_heads,
+                group=shape.group,
+                head_size=shape.head_size,
+                pool_dtype=pool.dtype,
+                device=pool.device,
+            ),
             key_scale=scales,
-            value_scale=scales.flip(0).contiguous(),
+            value_scale=None if scales is None else scales.flip(0),
         )
         seek(self.step, self.steps[0], seed=1)
-        verdict = judge(self.step, self.steps[0], eager(self.step))
+        self.first_out = eager(self.step)
+        verdict = judge(self.step, self.steps[0], self.first_out)
         verdict.facts |= {
+            "programs": len(self.step.work.tickets),
             "pool_gib": round(pool.nbytes / 2**30, 2),
             "nan_blocks": num_nan,
             "blocks": num_blocks,
@@ -306,7 +315,6 @@ class DecodeCases:
         """Capture the first step, give it the second one's rows, and the first one's again."""
         step = self.step
         first, second = self.steps
-        want = eager(step)
         query = step.query.clone()
         replay = capture(step)
         step.rows.copy_from(second)
@@ -316,7 +324,7 @@ class DecodeCases:
         verdict.expect_equal(got, eager(step), "replay and eager call")
         step.rows.copy_from(first)
         step.query.copy_(query)
-        verdict.expect_equal(self._replay(replay), want, "replay of the first rows")
+        verdict.expect_equal(self._replay(replay), self.first_out, "replay of the first rows")
         return verdict
 
     def _replay(self, replay: Callable[[], None]) -> torch.Tensor:
