@@ -205,6 +205,8 @@ def check_all(arguments: argparse.Namespace, sizes: Sizes, device: torch.device)
             rows.append(row_of(name, check, device))
             if "error" in rows[-1] and is_lost(device):
                 stopped = "the device is lost"
+        # It holds the pool, which is to be freed before another is made.
+        del check
         print(printed(rows[-1]), flush=True)
         run["seconds"] = time.monotonic() - start
         if arguments.out:

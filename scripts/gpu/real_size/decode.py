@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from gpu.real_size.judge import Verdict, attend
-from gpu.real_size.rows import Rows, deal_blocks, draw_rows, fill_pool
+from gpu.real_size.rows import Rows, deal_blocks, draw_rows, fill_pool, tokens_at
 from gpu.shapes import ModelShape
 
 from vllm_kvcompress import ops
@@ -70,7 +70,7 @@ class Step:
         self, row: torch.Tensor, stream: torch.Tensor, index: torch.Tensor, rows: Rows
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[..., d] float32 keys and values of tokens, given as in `Rows.places`."""
-        stored = self.pool[rows.places(row, stream, index)].float()
+        stored = tokens_at(self.pool, *rows.places(row, stream, index)).float()
         key, value = stored.split(self.shape.head_size, dim=-1)
         if self.key_scale is None or self.value_scale is None:
             return key, value

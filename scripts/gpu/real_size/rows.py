@@ -173,10 +173,20 @@ def deal_blocks(
     return [ids[hand * size : (hand + 1) * size] for hand in range(num_hands)]
 
 
+def bytes_of(pool: torch.Tensor) -> torch.Tensor:
+    """The same memory as bytes, which every op takes; not every one takes fp8."""
+    return pool.view(torch.uint8)
+
+
+def tokens_at(pool: torch.Tensor, page: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    """[..., 2 d] copies of the tokens at these places."""
+    return bytes_of(pool)[page, slot].view(pool.dtype)
+
+
 def fill_nan(pool: torch.Tensor) -> None:
     """Every element NaN, in any type."""
     if pool.dtype == torch.float8_e4m3fn:
-        pool.view(torch.uint8).fill_(0x7F)
+        bytes_of(pool).fill_(0x7F)
     else:
         pool.fill_(float("nan"))
 
@@ -224,16 +234,8 @@ def fill_pool(pool: torch.Tensor, steps: list[Rows], seed: int) -> int:
             pages.normal_(generator=generator)
     for step in steps:
         for block, num_tokens in _last_blocks(step):
-            fill_nan_rest(block_of(pool, block, num_streams), num_tokens)
+            fill_nan(block_of(pool, block, num_streams)[:, num_tokens:])
     return int((~is_used).sum())
-
-
-def fill_nan_rest(pages: torch.Tensor, num_tokens: int) -> None:
-    """NaN in the places of a block's pages that hold no token yet."""
-    if pages.dtype == torch.float8_e4m3fn:
-        pages.view(torch.uint8)[:, num_tokens:] = 0x7F
-    else:
-        pages[:, num_tokens:] = float("nan")
 
 
 def block_sums(pool: torch.Tensor, num_streams: int) -> torch.Tensor:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from gpu.real_size.decode import no_host_sync
 from gpu.real_size.judge import Verdict
-from gpu.real_size.rows import Rows, block_sums, deal_blocks, draw_rows, fill_pool
+from gpu.real_size.rows import (
+    Rows,
+    block_sums,
+    bytes_of,
+    deal_blocks,
+    draw_rows,
+    fill_pool,
+    tokens_at,
+)
 from gpu.shapes import ModelShape
 
 from vllm_kvcompress import ops
@@ -57,7 +65,7 @@ class StoreCases:
         new = 1 + torch.rand(size, generator=generator, device=device)
         key, value = new.to(shape.dtype)
         scales = torch.linspace(0.25, 2.0, shape.num_streams, device=device)
-        old = pool[page, slot].clone()
+        old = tokens_at(pool, page, slot)
         before = block_sums(pool, shape.num_streams)
         num_tokens = self.batch + 3
         with no_host_sync(device):
@@ -79,8 +87,10 @@ class StoreCases:
         verdict.expect_equal(slots[self.batch :], torch.full_like(slots[:3], -1), "spare slots")
         mine = (scales[stream], scales.flip(0)[stream])
         parts = [x.float() / s[..., None] for x, s in zip((key, value), mine, strict=True)]
-        verdict.expect_equal(pool[page, slot], torch.cat(parts, dim=2).to(pool.dtype), "tokens")
-        pool[page, slot] = old
+        verdict.expect_equal(
+            tokens_at(pool, page, slot), torch.cat(parts, dim=2).to(pool.dtype), "tokens"
+        )
+        bytes_of(pool)[page, slot] = bytes_of(old)
         same = bool(torch.equal(block_sums(pool, shape.num_streams), before))
         verdict.expect(same, "something else was written")
         verdict.facts["highest_element"] = (int(page.max()) + 1) * pool[0].numel() - 1
