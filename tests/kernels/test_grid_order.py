@@ -77,33 +77,39 @@ def ragged_requests(shape: Shape, query_len: int) -> list[Request]:
     """Dense, ragged and empty rows, one of them long enough for several programs to share."""
     b = shape.block_size
     return [
-        Request(seq_len=17 * b + 5, query_len=query_len),
+        Request(seq_len=13 * b + 5, query_len=query_len),
         compressed(shape, 8 * b + 3, 3, 8 * b + 3 + query_len, query_len=query_len, seed=1),
         Request(0, query_len=0),
-        compressed(shape, 9 * b + 1, 4, 11 * b + 1, query_len=query_len, window=b + 2, seed=4),
+        compressed(shape, 9 * b + 1, 2, 11 * b + 1, query_len=query_len, window=b + 2, seed=4),
     ]
 
 
-def decode(query_len: int = 1, **options) -> Run:
+def decode(
+    query_len: int = 1,
+    shape: Shape = BASE,
+    requests: list[Request] | None = None,
+    num_programs: int = 11,
+    **options,
+) -> Run:
     """Both kernels; streams are cut into many pieces, which the last program to end merges."""
-    batch = make_batch(BASE, ragged_requests(BASE, query_len), "cpu")
-    heads = {"num_kv_heads": BASE.num_kv_heads}
+    batch = make_batch(shape, requests or ragged_requests(shape, query_len), "cpu")
+    heads = {"num_kv_heads": shape.num_kv_heads}
 
     def run() -> tuple[torch.Tensor, ...]:
         work = ops.new_decode_work(
             len(batch.requests),
-            num_layers=BASE.num_layers,
-            group=BASE.group,
-            head_size=BASE.head_size,
-            pool_dtype=BASE.dtype,
+            num_layers=shape.num_layers,
+            group=shape.group,
+            head_size=shape.head_size,
+            pool_dtype=shape.dtype,
             device=DEVICE,
             max_query_len=query_len,
-            num_programs=21,
+            num_programs=num_programs,
             **heads,
         )
         work = replace(work, tiles=replace(work.tiles, least_tiles=1))
         lists = (batch.rows, batch.page_offsets, batch.query_start_loc)
-        ops.decode_work(*lists, **heads, block_size=BASE.block_size, out=work)
+        ops.decode_work(*lists, **heads, block_size=shape.block_size, out=work)
         outs = [
             ops.ragged_decode(
                 *batch.arguments,
@@ -114,7 +120,7 @@ def decode(query_len: int = 1, **options) -> Run:
                 work=work,
                 **options,
             )
-            for layer in range(BASE.num_layers)
+            for layer in range(shape.num_layers)
         ]
         lists = (work.tile_starts, work.num_tiles, work.first_streams)
         return (*outs, *lists, work.tickets, work.pieces, work.piece_lse)
@@ -302,6 +308,13 @@ def test_decoding_is_cut_into_pieces_in_these_cases():
     *_, tickets, _, piece_lse = decode()()
     assert (~piece_lse.isnan()).sum() > piece_lse.numel() / 2
     assert not tickets.any()
+
+
+def test_pieces_are_there_when_they_are_merged():
+    """One stream, and a piece from every program, each interrupted between any two steps."""
+    shape = Shape(num_layers=2, num_kv_heads=1, group=1, dtype=torch.float32)
+    run = decode(shape=shape, requests=[Request(12 * 32 - 5)], num_programs=12)
+    assert orders_that_change(run, [(interleaved_grid, seed) for seed in range(12)]) == []
 
 
 def test_every_kernel_of_the_package_is_among_the_cases():
