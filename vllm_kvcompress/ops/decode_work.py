@@ -52,9 +52,9 @@ class DecodeWork:
     @property
     def num_bytes(self) -> int:
         """Memory of all tensors."""
-        tensors = (self.tile_starts, self.num_tiles, self.first_streams)
-        tensors += (self.pieces, self.piece_lse, self.tickets)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        lists = [self.tile_starts, self.num_tiles, self.first_streams]
+        shared = [self.pieces, self.piece_lse, self.tickets]
+        return sum(tensor.numel() * tensor.element_size() for tensor in lists + shared)
 
     def for_rows(self, num_rows: int, num_kv_heads: int) -> DecodeWork:
         """New lists for so many rows, and the same room for pieces: not to be used at once."""
