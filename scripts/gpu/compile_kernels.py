@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from gpu.launches import launches_of
 from gpu.occupancy import MULTIPROCESSORS
 from gpu.pipelining import LoopLoad, loop_loads
 from gpu.recording import ALIGNMENT, Launch, record
+from gpu.sass import loop_stack_accesses
 from gpu.shapes import ModelShape, read_shapes
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -65,6 +67,7 @@ class Compiled:
     Attributes:
         registers: per thread.
         stack_bytes: per thread.
+        loop_stack_accesses: instructions in innermost loops that use it.
         narrow_loads: instructions that read one or two bytes where 16 could be read: a sign that
             the compiler could not see that rows are whole.
         blocks: that one multiprocessor holds at once.
@@ -77,6 +80,7 @@ class Compiled:
     launch: str
     registers: int
     stack_bytes: int
+    loop_stack_accesses: int
     narrow_loads: int
     shared_bytes: int
     num_warps: int
@@ -102,7 +106,7 @@ def compile_launch(launch: Launch, arch: int, shape: str, label: str) -> Compile
     target = GPUTarget("cuda", arch, 32)
     launch_options = {k: v for k, v in launch.options.items() if k in LAUNCH_OPTIONS}
     compiled = triton.compile(source, target=target, options=launch_options)
-    registers, stack = resource_usage(compiled.asm["cubin"])
+    registers, stack, in_loops = resource_usage(compiled.asm["cubin"])
     narrow = re.findall(r"ld\.global[.\w]*\.[bus](?:8|16)\b", compiled.asm["ptx"])
     used = compiled.metadata
     return Compiled(
@@ -111,6 +115,7 @@ def compile_launch(launch: Launch, arch: int, shape: str, label: str) -> Compile
         label,
         registers,
         stack,
+        in_loops,
         len(narrow),
         used.shared,
         used.num_warps,
@@ -120,18 +125,32 @@ def compile_launch(launch: Launch, arch: int, shape: str, label: str) -> Compile
     )
 
 
-def resource_usage(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, bytes of its stack) of the one kernel in a cubin."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def resource_usage(cubin: bytes) -> tuple[int, int, int]:
+    """(registers per thread, bytes of its stack, accesses to that in innermost loops) of a kernel.
+
+    Args:
+        cubin: with that one kernel.
+    """
+    text = dumped(cubin, "--dump-resource-usage")
     registers = re.search(r"REG:(\d+)", text)
     stack = re.search(r"STACK:(\d+)", text)
     assert registers and stack, text
-    return int(registers[1]), int(stack[1])
+    stack_bytes = int(stack[1])
+    in_loops = loop_stack_accesses(dumped(cubin, "--dump-sass")) if stack_bytes else 0
+    return int(registers[1]), stack_bytes, in_loops
+
+
+def dumped(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of a kernel."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    # It looks for nvdisasm there.
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tools / "cuobjdump"), what, file.name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
 
 
 def checked(row: Compiled, arch: int, shape: ModelShape) -> Compiled:
@@ -147,6 +166,7 @@ def checked(row: Compiled, arch: int, shape: ModelShape) -> Compiled:
             row.loads,
             row.blocks,
             row.stack_bytes,
+            row.loop_stack_accesses,
             row.narrow_loads,
         )
     return replace(row, faults=tuple(found))
@@ -189,7 +209,7 @@ def compiled_rows(arguments: argparse.Namespace) -> Iterator[Compiled]:
                     row = compile_launch(launch, arguments.arch, name, label)
                 except Exception as error:
                     failed = f"does not compile: {type(error).__name__}: {error}"
-                    yield Compiled(launch.name, name, label, *[0] * 7, (), (failed,))
+                    yield Compiled(launch.name, name, label, *[0] * 8, (), (failed,))
                 else:
                     yield checked(row, arguments.arch, shapes[name])
 

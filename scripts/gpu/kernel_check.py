@@ -53,6 +53,8 @@ MIN_BLOCKS_OF = {"compact_kernel": 4, "move_entries_kernel": 4}
 # Launches that may do with one block and half the bytes, by what they are asked for: rows of
 # several queries are rare, and take more registers.
 RELAXED = {("ragged_decode_kernel", "as many queries as it takes")}
+# A few registers kept elsewhere while a loop runs cost nothing; in the loop none may be.
+MAX_STACK_BYTES = 16
 # Elements that a thread copies at once of a pipelined stream, 16 bytes at most.
 COPY_ELEMENTS = 8
 
@@ -63,6 +65,7 @@ def faults(
     loads: Sequence[LoopLoad],
     blocks: int,
     stack_bytes: int,
+    loop_stack_accesses: int,
     narrow_loads: int,
 ) -> Iterator[str]:
     """What is wrong with a kernel compiled for compute capability 9.0, one line each.
@@ -73,6 +76,7 @@ def faults(
         loads: of its innermost loops.
         blocks: that one multiprocessor holds.
         stack_bytes: per thread.
+        loop_stack_accesses: instructions in innermost loops that use it.
         narrow_loads: instructions that load one or two bytes.
     """
     stream = STREAMS.get(kernel)
@@ -89,8 +93,10 @@ def faults(
     least = stream.min_blocks if stream else MIN_BLOCKS_OF.get(kernel, MIN_BLOCKS)
     if blocks < (1 if is_relaxed else least):
         yield f"{blocks} blocks per multiprocessor, wanted {least}"
-    if stack_bytes:
-        yield f"{stack_bytes} bytes of stack"
+    if stack_bytes > MAX_STACK_BYTES:
+        yield f"{stack_bytes} bytes of stack, at most {MAX_STACK_BYTES}"
+    if loop_stack_accesses:
+        yield f"{loop_stack_accesses} accesses to the stack in a loop"
     if narrow_loads:
         yield f"{narrow_loads} loads of one or two bytes"
 

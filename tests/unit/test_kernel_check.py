@@ -6,6 +6,7 @@ import pytest
 from gpu.kernel_check import block_bytes, faults
 from gpu.occupancy import MULTIPROCESSORS
 from gpu.pipelining import LoopLoad, loop_loads
+from gpu.sass import loop_stack_accesses
 
 # A loop over tiles inside a loop over work, as Triton 3.6 and 3.9 print one with two stages ahead.
 PIPELINED = """
@@ -109,12 +110,15 @@ def load(**fields) -> LoopLoad:
     return LoopLoad(**usual | fields)
 
 
-def faults_of(kernel="ragged_decode_kernel", launch="", loads=None, blocks=3, stack=0, narrow=0):
-    return list(faults(kernel, launch, [load()] if loads is None else loads, blocks, stack, narrow))
+def faults_of(kernel="ragged_decode_kernel", launch="", loads=None, blocks=3, **others):
+    usual = {"stack_bytes": 0, "loop_stack_accesses": 0, "narrow_loads": 0}
+    loads = [load()] if loads is None else loads
+    return list(faults(kernel, launch, loads, blocks, **usual | others))
 
 
 def test_a_kernel_that_overlaps_has_no_fault():
     assert faults_of() == []
+    assert faults_of(stack_bytes=8) == []
     assert faults_of(launch="as many queries as it takes", blocks=1) == []
     scores = load(source="scores_ptr", num_bytes=4096, num_buffers=0, num_ahead=0, copy_bytes=0)
     assert faults_of("select_kernel", loads=[scores], blocks=6) == []
@@ -134,8 +138,9 @@ def test_a_kernel_that_overlaps_has_no_fault():
         ({"loads": [load(source="table_ptr")]}, "no loop loads from pool_ptr"),
         ({"loads": []}, "no loop loads from pool_ptr"),
         ({"blocks": 2}, "2 blocks per multiprocessor, wanted 3"),
-        ({"stack": 8}, "8 bytes of stack"),
-        ({"narrow": 1}, "1 loads of one or two bytes"),
+        ({"stack_bytes": 24}, "24 bytes of stack, at most 16"),
+        ({"stack_bytes": 8, "loop_stack_accesses": 1}, "1 accesses to the stack in a loop"),
+        ({"narrow_loads": 1}, "1 loads of one or two bytes"),
         ({"kernel": "new_kernel"}, "neither STREAMS nor NO_STREAMS"),
         ({"kernel": "compact_kernel", "loads": []}, "3 blocks per multiprocessor, wanted 4"),
     ],
@@ -149,3 +154,23 @@ def test_the_loop_with_least_under_way_counts():
     loads = [load(), load(name="value"), load(loop=1, num_bytes=4096)]
     assert block_bytes(loads, is_pipelined=True) == 4096
     assert block_bytes([load(num_ahead=0)], is_pipelined=False) == 16384
+
+
+# A loop in a loop, and the endless one after the end.
+SASS = """
+        /*0040*/                   STL [R1], R5 ;                  /* 0x0000000501007387 */
+                                                                   /* 0x000fe20000100800 */
+        /*0050*/                   MOV R2, 0x40 ;                  /* 0x0000000501007387 */
+        /*0060*/                   HMMA.16816.F32.BF16 R4, R8, R6, R4 ;
+        /*0070*/              @!P6 BRA 0x50 ;
+        /*0080*/                   LDL.LU R39, [R1+0x4] ;
+        /*0090*/               @P1 BRA 0x20 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA 0xb0;
+"""
+
+
+def test_the_stack_is_looked_for_in_innermost_loops():
+    assert loop_stack_accesses(SASS) == 0
+    assert loop_stack_accesses(SASS.replace("MOV R2, 0x40", "LDL R2, [R1]")) == 1
+    assert loop_stack_accesses(SASS.replace("@!P6 BRA 0x50", "@!P6 BRA 0x90")) == 2
