@@ -36,12 +36,14 @@ STREAMS = {
     "ragged_decode_kernel": Stream("pool_ptr", 3, "all kept keys and values"),
     "window_sums_kernel": Stream("pool_ptr", 2, "all keys of a prompt"),
     "window_scores_kernel": Stream("pool_ptr", 2, "all keys of a prompt"),
+    "defensive_scores_kernel": Stream("pool_ptr", 2, "all keys of a prompt"),
     "value_effect_kernel": Stream("pool_ptr", 2, "all values of a prompt"),
     "joint_digit_kernel": Stream("scores_ptr", 6, "scores of a stream, by four launches", False),
     "select_kernel": Stream("scores_ptr", 6, "scores of a stream, five times", False),
 }
 # Kernels with loops that read tensors, but no stream: why not.
 NO_STREAMS = {
+    "join_scores_kernel": "sums of parts of a head's scores, a turn for 256 of them",
     "decode_work_kernel": "a few words per stream, once per step",
     "mean_scores_kernel": "a 64th of what scoring reads, cut into 32 chunks per head",
     "move_entries_kernel": "one turn, a few where an entry is larger than a tile",
@@ -117,20 +119,20 @@ def _stream_faults(
             wanted = min(16, COPY_ELEMENTS * load.item_bytes)
             if load.num_buffers and load.copy_bytes < wanted:
                 yield f"{load.name}: {load.copy_bytes} bytes at once, wanted {wanted}"
-    under_way = blocks * block_bytes(streamed, stream.is_pipelined)
+    under_way = blocks * block_bytes(streamed)
     wanted = MEMORY_BYTES if stream.is_pipelined else CACHE_BYTES
     wanted //= 1 + is_relaxed
-    if 0 < under_way < wanted:
+    if under_way < wanted:
         yield f"{under_way} bytes under way per multiprocessor, wanted {wanted}"
 
 
-def block_bytes(streamed: Sequence[LoopLoad], is_pipelined: bool) -> int:
+def block_bytes(streamed: Sequence[LoopLoad]) -> int:
     """Bytes that one block has under way in the loop that has fewest.
 
-    Those ahead of a pipelined loop while it waits; else the tile that a block waits for.
+    The tile that a block waits for, and those behind it.
     """
     by_loop: dict[int, int] = {}
     for load in streamed:
-        num_tiles = load.num_ahead if is_pipelined else 1
-        by_loop[load.loop] = by_loop.get(load.loop, 0) + num_tiles * load.num_bytes
+        num_bytes = (1 + load.num_ahead) * load.num_bytes
+        by_loop[load.loop] = by_loop.get(load.loop, 0) + num_bytes
     return min(by_loop.values())

@@ -122,8 +122,8 @@ def test_a_kernel_that_overlaps_has_no_fault():
     assert faults_of(launch="as many queries as it takes", blocks=1) == []
     scores = load(source="scores_ptr", num_bytes=4096, num_buffers=0, num_ahead=0, copy_bytes=0)
     assert faults_of("select_kernel", loads=[scores], blocks=6) == []
-    assert faults_of("mean_scores_kernel", loads=[scores]) == []
-    assert faults_of("merge_sums_kernel", loads=[load(num_bytes=256, source="sums_ptr")]) == []
+    assert faults_of("decode_work_kernel", loads=[scores]) == []
+    assert faults_of("widen_kernel", loads=[load(num_bytes=256, source="sums_ptr")]) == []
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_kernel_that_overlaps_has_no_fault():
         ({"loads": [load(), load(name="value", num_ahead=0)]}, "value: nothing under way"),
         ({"loads": [load(copy_bytes=8)]}, "8 bytes at once, wanted 16"),
         ({"loads": [load(copy_bytes=4, item_bytes=1)]}, "4 bytes at once, wanted 8"),
-        ({"loads": [load(num_bytes=4096)]}, "12288 bytes under way"),
+        ({"loads": [load(num_bytes=4096)]}, "24576 bytes under way"),
         ({"loads": [load(source="table_ptr")]}, "no loop loads from pool_ptr"),
         ({"loads": []}, "no loop loads from pool_ptr"),
         ({"blocks": 2}, "2 blocks per multiprocessor, wanted 3"),
@@ -152,8 +152,9 @@ def test_every_fault_is_found(changed, found):
 
 def test_the_loop_with_least_under_way_counts():
     loads = [load(), load(name="value"), load(loop=1, num_bytes=4096)]
-    assert block_bytes(loads, is_pipelined=True) == 4096
-    assert block_bytes([load(num_ahead=0)], is_pipelined=False) == 16384
+    assert block_bytes(loads) == 2 * 4096
+    assert block_bytes(loads[:2]) == 2 * 2 * 16384
+    assert block_bytes([load(num_ahead=0)]) == 16384
 
 
 # A loop in a loop, and the endless one after the end.
