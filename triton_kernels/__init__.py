@@ -10,6 +10,7 @@ KV head, d head size, b tokens per page, S = L * H streams. The pool is [num_pag
 """
 
 from .compact import compact, move_entries
+from .defensive_score import num_score_parts
 from .join_scores import join_scores
 from .paging import is_interpreted
 from .ragged_decode import num_decode_splits, ragged_decode
@@ -26,6 +27,7 @@ __all__ = [
     "move_entries",
     "num_decode_splits",
     "num_score_groups",
+    "num_score_parts",
     "ragged_decode",
     "select_entries",
     "store_tokens",

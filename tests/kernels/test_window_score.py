@@ -213,12 +213,7 @@ JOINS = {
     "KV-Compress": {"pool_kernel": 7, "group_reduce": "sum"},
     "maximum": {"group_reduce": "max", "pool_first": False, "pool_kernel": 3},
     "maximum, mean first": {"group_reduce": "max", "pool_kind": "avg", "pool_kernel": 3},
-    "span": {
-        "group_reduce": "max",
-        "floor_at_mean": True,
-        "span_kernel": 11,
-        "page_reduce": "rms",
-    },
+    "wide span": {"span_kernel": 31, "pool_kernel": 3},
     "best of a page": {"page_reduce": "max", "pool_kernel": 7},
     "mean of a page": {"page_reduce": "mean", "span_kernel": 3},
     "pages of 64": {"page_reduce": "rms", "page_size": 64},
@@ -245,6 +240,31 @@ def test_join_scores(scorer, options, with_effect):
         assert_close(got[r, :, : num_candidates // page], exact, exact, torch.float32, ulps=16)
 
 
+@pytest.mark.parametrize("page_reduce", [None, "rms"])
+@pytest.mark.parametrize("num_parts", [1, 300])
+def test_join_scores_of_span(scorer, page_reduce, num_parts):
+    """The steps behind 'defensive', whose kernel leaves sums by parts."""
+    scores = raw_scores(2, 4, 1, 700) ** 2
+    rated, candidates = (700, 290), (640, 256)
+    part_sums = torch.zeros(2, 4, num_parts, device=DEVICE)
+    for r, num_rated in enumerate(rated):
+        # Whichever parts they are; some are empty.
+        part = torch.arange(num_rated, device=DEVICE) * num_parts // 900
+        part_sums[r].index_add_(1, part, scores[r, :, 0, :num_rated])
+        scores[r, :, :, num_rated:] = float("nan")
+    effect = raw_scores(2, 4, 1, 700)[:, :, 0]
+    # Heads of one layer, but for compiled ops of a CPU, which know no more than one.
+    options = {"group_reduce": "max", "floor_at_mean": True, "span_kernel": 11, "effect": effect}
+    options |= {"page_reduce": page_reduce, "num_kv_heads": 4 if scorer == "native" else 2}
+    arguments = (scores, int32(*rated), int32(*candidates), 640)
+    got = ops.join_scores(*arguments, **options, part_sums=part_sums, backend=scorer)
+    want = ops.join_scores(*arguments, **options, backend="reference")
+    for r, num_candidates in enumerate(candidates):
+        num_entries = num_candidates // (16 if page_reduce else 1)
+        exact = want[r, :, :num_entries]
+        assert_close(got[r, :, :num_entries], exact, exact, torch.float32, ulps=16)
+
+
 def test_small_scores_keep_their_order_as_pages(scorer):
     scores = torch.full((1, 1, 1, 32), 1e-30, device=DEVICE)
     scores[..., 16:] = 2e-30
@@ -266,6 +286,9 @@ def test_same_as_the_policies_steps(scorer):
     shared = {"layer": 0, "num_layers": 2, "backend": scorer}
     num_rated = num_tokens - window
     prompt = (batch.rows, batch.block_table, int32(num_rated), num_rated)
+    part_sums = None
+    if scorer == "triton":
+        part_sums = torch.empty(1, 2, ops.num_score_parts(num_rated, 5), device=DEVICE)
     scores = ops.window_scores(
         query,
         batch.pool,
@@ -275,12 +298,14 @@ def test_same_as_the_policies_steps(scorer):
         scale=0.125,
         reduce="defensive",
         near_tokens=8,
+        part_sums=part_sums,
     )
     got = ops.join_scores(
         scores,
         int32(num_rated),
         int32(num_candidates),
         num_candidates,
+        part_sums=part_sums,
         group_reduce="max",
         floor_at_mean=True,
         effect=ops.paged_value_effect(batch.pool, root, *prompt, **shared),

@@ -46,6 +46,7 @@ from vllm_kvcompress.ops.selection import (
 from vllm_kvcompress.ops.window import (
     MAX_POOL_KERNEL,
     join_scores,
+    num_score_parts,
     paged_value_effect,
     score_width,
     window_scores,
@@ -68,6 +69,7 @@ __all__ = [
     "joint_top_counts",
     "move_entries",
     "native_problem",
+    "num_score_parts",
     "pack_pages",
     "page_scores",
     "paged_value_effect",
