@@ -168,34 +168,41 @@ def prompt_cases(
     order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
     table = order[None].to(torch.int32).to(device)
     rows = torch.tensor([[prompt_len, region, prompt_blocks, 0]], dtype=torch.int32, device=device)
-    query = torch.randn(1, WINDOW, shape.num_heads, d, device=device).to(shape.dtype)
-    lse = torch.full((1, WINDOW, shape.num_heads), 10.0, device=device)
+    query = torch.randn(1, num_layers, WINDOW, shape.num_heads, d, device=device).to(shape.dtype)
+    lse = torch.full(query.shape[:-1], 10.0, device=device)
     num_rated = prompt_len - WINDOW
     candidates = num_rated // b * b
     rated = torch.tensor([num_rated], dtype=torch.int32, device=device)
     num_candidates = torch.tensor([candidates], dtype=torch.int32, device=device)
-    root = torch.randn(num_heads, d, d, device=device).to(shape.dtype)
+    root = torch.randn(num_layers, num_heads, d, d, device=device).to(shape.dtype)
+    part_sums = torch.zeros(1, num_streams, ops.num_score_parts(num_rated, 5), device=device)
+    scales = torch.ones(num_streams, device=device)
+    scale = torch.full((num_layers,), d**-0.5, device=device)
     prompt = (rows, table, rated, num_rated)
-    key_bytes = num_heads * prompt_len * shape.token_bytes // 2
+    key_bytes = num_streams * prompt_len * shape.token_bytes // 2
     label = f"prompt {prompt_len}"
     extra = {"prompt_len": prompt_len, "layers_in_pool": num_layers}
 
-    def score(layer: int, with_lse: bool) -> torch.Tensor:
+    def score(with_lse: bool) -> torch.Tensor:
         return ops.window_scores(
             query,
             pool,
             *prompt,
-            layer=layer,
+            layer=0,
             num_layers=num_layers,
             num_kv_heads=num_heads,
-            scale=d**-0.5,
+            scale=scale,
+            key_scale=scales,
             reduce="defensive",
             near_tokens=8,
             lse=lse if with_lse else None,
+            part_sums=part_sums,
         )
 
-    def effect(layer: int) -> torch.Tensor:
-        return ops.paged_value_effect(pool, root, *prompt, layer=layer, num_layers=num_layers)
+    def effect() -> torch.Tensor:
+        return ops.paged_value_effect(
+            pool, root, *prompt, layer=0, num_layers=num_layers, value_scale=scales
+        )
 
     def join(scores: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return ops.join_scores(
@@ -209,19 +216,21 @@ def prompt_cases(
             span_kernel=11,
             page_reduce="mean",
             page_size=b,
+            num_kv_heads=num_heads,
+            part_sums=part_sums,
         )
 
     for with_lse in (True, False):
         yield Case(
             "window_scores",
             f"{label}, lse {'given' if with_lse else 'computed'}",
-            lambda with_lse=with_lse: score(0, with_lse),
+            lambda with_lse=with_lse: score(with_lse),
             key_bytes * (1 if with_lse else 2),
             extra=extra,
         )
-    yield Case("paged_value_effect", label, lambda: effect(0), key_bytes, extra=extra)
-    scores = prepare(lambda: score(0, True), device)
-    values = prepare(lambda: effect(0), device)
+    yield Case("paged_value_effect", label, effect, key_bytes, extra=extra)
+    scores = prepare(lambda: score(True), device)
+    values = prepare(effect, device)
     score_bytes = 4 * (scores.numel() + values.numel())
     yield Case("join_scores", label, lambda: join(scores, values), score_bytes, extra=extra)
 
@@ -296,12 +305,11 @@ def prompt_cases(
         yield Case("select and compact", what, select_then_compact, num_bytes, peers, extra)
 
     def everything() -> None:
-        for layer in range(num_layers):
-            join(score(layer, True), effect(layer))
+        join(score(True), effect())
         select()
         compact()
 
-    all_bytes = num_layers * (2 * key_bytes + score_bytes) + 2 * kept_bytes
+    all_bytes = 2 * key_bytes + score_bytes + 2 * kept_bytes
     yield Case("compress a prompt", label, everything, all_bytes, extra=extra)
 
 

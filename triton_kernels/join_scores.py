@@ -113,6 +113,7 @@ def _weighed_scores(
         score = tl.maximum(score, floor)
     is_rated = (tokens >= 0) & (tokens < num_rated)
     if HAS_EFFECT:
+        score = tl.where(is_rated, score, 0.0)
         heads = tl.arange(0, TILE_H)
         effect = tl.load(
             effect_ptr + heads[:, None].to(tl.int64) * effect_stride_stream + tokens[None, :],

@@ -155,9 +155,13 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
     )
 
     def score(reduce: str, window: int, **options: Any) -> Callable[[], None]:
-        query = torch.empty(num_requests, window, num_heads, d, dtype=shape.dtype)
-        num_groups = triton_kernels.num_score_groups(shape.group, window, reduce)
+        query = torch.empty(num_requests, 1, window, num_heads, d, dtype=shape.dtype)
+        num_groups = triton_kernels.num_score_groups(shape.group, reduce)
         scores = torch.empty(num_requests, shape.num_kv_heads, num_groups, 2048)
+        part_sums = None
+        if reduce == "defensive":
+            num_parts = triton_kernels.num_score_parts(2048, 5)
+            part_sums = torch.empty(num_requests, shape.num_kv_heads, num_parts)
         return lambda: triton_kernels.window_scores(
             query,
             pool,
@@ -168,10 +172,11 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
             scores,
             **model,
             num_kv_heads=shape.num_kv_heads,
-            scale=d**-0.5,
+            scale=torch.ones(1),
             reduce=reduce,
+            part_sums=part_sums,
             **{
-                "logits_soft_cap": 0.0,
+                "logits_soft_cap": None,
                 "power": 1,
                 "near_tokens": 0,
                 "pool_kernel": 5,
@@ -181,7 +186,7 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
             },
         )
 
-    lse = torch.zeros(num_requests, window, num_heads)
+    lse = torch.zeros(num_requests, 1, window, num_heads)
     yield "defensive", score("defensive", window, near_tokens=8)
     yield "defensive, lse given", score("defensive", window, near_tokens=8, lse=lse)
     sinks = torch.zeros(num_heads)
@@ -189,7 +194,7 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "mean, sinks", score("mean", window, sinks=sinks)
     yield "mean, window 32", score("mean", 32)
     yield "sum of squares, window 64", score("sum", 64, power=2)
-    root = torch.empty(shape.num_kv_heads, d, d, dtype=shape.dtype)
+    root = torch.empty(1, shape.num_kv_heads, d, d, dtype=shape.dtype)
     token_scores = torch.empty(num_requests, shape.num_kv_heads, 2048)
     yield (
         "",
@@ -206,6 +211,9 @@ def launches_of(shape: ModelShape) -> Iterator[tuple[str, Callable[[], None]]]:
             lens,
             token_scores if options.pop("with_effect") else None,
             token_scores,
+            max_candidates=2048,
+            num_kv_heads=shape.num_kv_heads,
+            part_sums=token_scores if options["floor_at_mean"] else None,
             page_size=b,
             **options,
         )

@@ -17,7 +17,7 @@ from cuda_rig import METHODS, Request, Rig
 from gpu.recording import record
 from paged_pool import DEVICE
 
-from vllm_kvcompress import ops
+from vllm_kvcompress import ops, score_memory
 from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.staging import Staging
@@ -121,8 +121,8 @@ def test_prompts_are_compacted_in_batches_that_fit_memory(monkeypatch):
 
     monkeypatch.setattr(rig.engine.compactor, "batch", count)
     # Room for two of the short ones, and less than the long one takes.
-    limit = 2 * rig.engine.compactor.score_bytes(rig.geometry(requests[2]))
-    monkeypatch.setattr(engine_cuda, "_MOST_SCORE_BYTES", limit)
+    limit = 2 * rig.engine.compactor.memory.prompt_bytes(rig.geometry(requests[2]))
+    monkeypatch.setattr(score_memory, "MOST_SCORE_BYTES", limit)
     rig.step([(request, request.prompt_len) for request in requests])
     assert sizes == [[150, 160], [155], [230]]
     rig.step([(request, 1) for request in requests])
@@ -173,7 +173,8 @@ def test_scores_use_what_attention_tells_of_sums(monkeypatch, version, tells, re
     rig.step([(parts, 2)])
     rig.step([(parts, 4), (whole, 150), (staged, 140)])
     rig.step([(parts, 1), (whole, 1), (staged, 1)])
-    assert len(given) == 2 * shape.num_layers
+    # All layers of those in the pool, and each of the staged one.
+    assert len(given) == 1 + shape.num_layers
     assert all((lse is not None) == tells for lse in given)
 
 

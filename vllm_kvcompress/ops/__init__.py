@@ -49,6 +49,7 @@ from vllm_kvcompress.ops.window import (
     num_score_parts,
     paged_value_effect,
     score_width,
+    token_score_bytes,
     window_scores,
 )
 
@@ -84,6 +85,7 @@ __all__ = [
     "select_entries",
     "select_top",
     "store_tokens",
+    "token_score_bytes",
     "token_slots",
     "value_effect",
     "unpack_pages",

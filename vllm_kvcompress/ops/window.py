@@ -86,10 +86,10 @@ def window_scores(
             sees, as prefill attention leaves it (the sink included); None = computed, which reads
             the keys twice.
         key_scale: [L * H] float32; None = 1.
-        sinks: [n, Hq] or [Hq] float32, a logit per head that no key belongs to; None = none. A layer
-            without sinks has -inf.
-        part_sums: [R, n * H, `num_score_parts`] float32, written: sums of a stream's scores by parts
-            of its rated tokens, for `join_scores`; 'defensive' only, not for 'native'.
+        sinks: [n, Hq] or [Hq] float32, a logit per head that no key belongs to, -inf in a layer
+            that has none; None = no layer has any.
+        part_sums: [R, n * H, `num_score_parts`] float32, written: sums of a stream's scores by
+            parts of its rated tokens, for `join_scores`; 'defensive' only, not for 'native'.
         key_offsets: [b, d] int64 of a `PageOrder`, 'native' only; None = plain pages.
         backend: 'triton', 'native' (compiled, CPU) or 'reference'.
 
@@ -187,8 +187,8 @@ def window_scores(
             (num_requests, num_kv_heads, group, max_rated), dtype=torch.float32
         )
         own_lse = None if lse is None else lse[:, 0].contiguous()
-        tensors = (query[:, 0], *prompts, key_offsets, key_scale, own_lse)
-        tensors += (None if sinks is None else sinks.view(-1),)
+        own_sinks = None if sinks is None else sinks.view(-1)
+        tensors = (query[:, 0], *prompts, key_offsets, key_scale, own_lse, own_sinks)
         native_ops(*tensors, only="cpu").window_scores(
             *tensors,
             scores,
@@ -441,6 +441,39 @@ def join_scores(
 def score_width(num_entries: int) -> int:
     """Room for a row of scores: a multiple of 16, since Triton compiles a kernel for each kind."""
     return -(-num_entries // 16) * 16
+
+
+def token_score_bytes(
+    num_rated: int,
+    *,
+    window: int,
+    group: int,
+    reduce: str,
+    has_effect: bool,
+    span_kernel: int,
+) -> int:
+    """Most bytes that 'triton' takes for one stream on the way to a prompt's scores.
+
+    Args:
+        num_rated: tokens with a score, as many as the longest prompt of the batch has.
+        window, group, reduce, span_kernel: as in `window_scores` and `join_scores`.
+        has_effect: whether there are value effects.
+    """
+    is_defensive = reduce == "defensive"
+    numbers = score_width(num_rated) * ((1 if is_defensive else group) + int(has_effect))
+    if span_kernel > 1:
+        # Tiles of 256 with what lies beside them.
+        numbers += -(-num_rated // 256) * (256 + 32)
+    if is_defensive:
+        # Parts of 34 tokens at least.
+        numbers += -(-num_rated // 34)
+    # Four sums of each query row in 16 pieces of the keys; rows are filled up to powers of two.
+    rows = max(16, _next_power_of_2(window)) * _next_power_of_2(group)
+    return 4 * (numbers + 16 * 4 * rows)
+
+
+def _next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _empty_scores(*size: int, device: torch.device, backend: str) -> torch.Tensor:
