@@ -14,7 +14,7 @@ from .paging import (
     dot,
     prompt_entries,
 )
-from .window_tiles import tiles_per_program
+from .window_tiles import num_stages, tiles_per_program
 
 
 @triton.jit
@@ -147,5 +147,5 @@ def value_effect(
         TILE_E=min(tile_d, 128 * 128 // tile_d),
         num_warps=8,
         # Several parts of a large root would be copied ahead too, and not fit.
-        num_stages=3 if tile_d <= 128 else 1,
+        num_stages=num_stages(tile_n * tile_d * pool.element_size()) if tile_d <= 128 else 1,
     )

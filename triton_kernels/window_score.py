@@ -19,6 +19,7 @@ from .window_tiles import (
     load_lse,
     load_queries,
     load_sinks,
+    num_stages,
     rated_weights,
     split_rows,
     tiles_per_program,
@@ -208,6 +209,7 @@ def window_scores(
     tiles = window_tiles(group, window)
     is_defensive = reduce == "defensive"
     num_streams = num_scored * num_kv_heads
+    tile_bytes = TILE_N * triton.next_power_of_2(head_size) * pool.element_size()
     # Any pointer will do where a part is left out.
     arguments = (
         query,
@@ -242,6 +244,8 @@ def window_scores(
         "TILE_W": tiles.tile_w,
         "TILE_D": triton.next_power_of_2(head_size),
         "num_warps": tiles.num_warps,
+        # With eight warps more stages take so many registers that fewer programs fit an SM.
+        "num_stages": num_stages(tile_bytes) if tiles.num_warps == 4 else 3,
     }
     sums = scale
     if lse is None or is_defensive:

@@ -54,6 +54,16 @@ def window_tiles(group: int, window: int) -> WindowTiles:
     return WindowTiles(tile_w, tile_m, triton.cdiv(group, tile_m // tile_w))
 
 
+def num_stages(tile_bytes: int) -> int:
+    """Stages of a loop over tiles of keys or values, of tile_bytes each in the pool's type.
+
+    Addresses come from the block table, so that a tile is behind two loads. With five stages Triton
+    keeps three tiles, two of them on their way while one is used; with three, one is awaited before
+    the next. Larger tiles would not fit the shared memory of smaller GPUs.
+    """
+    return 5 if tile_bytes <= 64 * 128 * 2 else 3
+
+
 def tiles_per_program(num_tiles: int) -> int:
     """Loading the queries pays off over several tiles of keys, if there are enough programs."""
     return max(1, min(_MAX_TILES_PER_PROGRAM, num_tiles // _PROGRAMS_WANTED))
