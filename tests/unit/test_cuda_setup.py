@@ -18,6 +18,7 @@ from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.score_memory import scoring_bytes
 from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration import validate, worker_cuda
 from vllm_kvcompress.vllm_integration.batch_cuda import EMPTY_SLOT, DeviceRequests, plan_step
@@ -43,6 +44,7 @@ def engine_config(**changes):
             rswa_window=None,
             get_num_layers=lambda parallel: 2,
             get_num_kv_heads=lambda parallel: 2,
+            max_model_len=1000,
         ),
         "parallel_config": SimpleNamespace(
             worker_cls=validate.CUDA_WORKER,
@@ -167,6 +169,12 @@ def test_rows_of_both_model_runners():
 # The worker, vLLM's part of which is not run.
 
 
+class Layer:
+    """As much of an attention layer as the worker reads."""
+
+    num_heads = 6
+
+
 def worker_of(config, monkeypatch, **stock):
     """A worker of two layers that nothing has been done to; `stock` are vLLM's methods of it."""
     for name, method in stock.items():
@@ -181,7 +189,7 @@ def worker_of(config, monkeypatch, **stock):
         cache_config__kv_cache_memory_bytes=None,
         scheduler_config__max_num_seqs=8,
         compilation_config=SimpleNamespace(
-            max_cudagraph_capture_size=16, static_forward_context={"a": "layer a", "b": "layer b"}
+            max_cudagraph_capture_size=16, static_forward_context={"a": Layer(), "b": Layer()}
         ),
     )
     worker.model_runner = SimpleNamespace(get_model=lambda: "model")
@@ -198,11 +206,14 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
 
     config = KVCompressConfig(method, ratio=0.9, window=16)
     worker = worker_of(config, monkeypatch, determine_available_memory=measure)
-    copied = {"layer a": 5, "layer b": 6}
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    copied = dict(zip(layers.values(), (5, 6), strict=True))
     monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[layer])
-    pages = staging_pages(config, CacheShape(2, 2, 1, 64, 16), 2048, 16)
-    assert pages > 0
-    own = pages * 16 * 2 * 64 * 2 + (11 if method == "ada-criticalkv" else 0)
+    shape = CacheShape(2, 2, 3, 64, 16)
+    pages = staging_pages(config, shape, 2048, 16)
+    scores = scoring_bytes(config, shape, 2, 1000, 8)
+    assert pages > 0 and scores > 0
+    own = pages * 16 * 2 * 64 * 2 + scores + (11 if method == "ada-criticalkv" else 0)
     assert worker.determine_available_memory() == 10**9 - own
     # Which vLLM's advice for the next start is made of.
     assert worker.total_consumed == 3000 + own

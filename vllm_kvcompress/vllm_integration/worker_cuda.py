@@ -15,6 +15,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.score_memory import scoring_bytes
 from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
@@ -56,16 +57,24 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         return available - own
 
     def _own_bytes(self) -> int:
-        """Memory for one-shot prompts, and for output projections that have to be copied."""
+        """Memory for one-shot prompts, for scores, and for output projections that are copied."""
         all_specs = self.get_kv_cache_spec().items()
         specs = {name: s for name, s in all_specs if isinstance(s, KVCompressSpec)}
         spec = next(iter(specs.values()))
-        shape = CacheShape(len(specs), spec.num_kv_heads, 1, spec.head_size, spec.block_size)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        group = layers[next(iter(specs))].num_heads // spec.num_kv_heads
+        shape = CacheShape(len(specs), spec.num_kv_heads, group, spec.head_size, spec.block_size)
         pages = staging_pages(self._config, shape, self._staged_tokens(), self._max_num_reqs())
         own = pages * spec.page_size_bytes // spec.num_kv_heads
+        own += scoring_bytes(
+            self._config,
+            shape,
+            spec.dtype.itemsize,
+            self.vllm_config.model_config.max_model_len,
+            self.vllm_config.scheduler_config.max_num_seqs,
+        )
         if "output_weight" in scorer_class(self._config.recipe.scorer).needs:
             model = self.model_runner.get_model()
-            layers = self.vllm_config.compilation_config.static_forward_context
             own += sum(output_copy_bytes(model, name, layers[name]) for name in specs)
         return own
 
