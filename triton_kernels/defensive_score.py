@@ -284,7 +284,7 @@ def _defensive_scores_kernel(
         else:
             # More rows than a program holds: they are read again for each tile of keys.
             score = tl.full([TILE_N], float("-inf"), tl.float32)
-            for m_tile in range(NUM_M_TILES):
+            for m_tile in tl.range(NUM_M_TILES, num_stages=1):
                 place, row_mask, query, lse, gain = _query_rows(
                     m_tile,
                     sums_ptr,
@@ -353,6 +353,10 @@ def defensive_scores(
     """
     scores = leading[0]
     num_requests, num_streams, _, max_rated = scores.shape
+    tile_m, num_m_tiles = shape["TILE_M"], shape["NUM_M_TILES"]
+    if num_m_tiles > 1 and shape["TILE_D"] > 128 and tile_m // 2 >= shape["TILE_W"]:
+        # The same rows in smaller tiles, which fit beside keys and sums on smaller GPUs.
+        shape = {**shape, "TILE_M": tile_m // 2, "NUM_M_TILES": 2 * num_m_tiles}
     num_parts = num_score_parts(max_rated, shape["POOL_KERNEL"])
     per_program = tiles_per_program(num_parts * num_streams * num_requests)
     grid = (triton.cdiv(num_parts, per_program), num_streams, num_requests)
