@@ -106,6 +106,7 @@ CASES = {
     "head size 128, block size 32": (Shape(head_size=128, block_size=32, num_layers=1), 16),
     "head size 256, block size 128": (Shape(head_size=256, block_size=128, num_kv_heads=1), 5),
     "group 16 in several tiles": (Shape(group=16, num_kv_heads=1, num_layers=1), 16),
+    "group 16 of head size 256": (Shape(head_size=256, group=16, num_kv_heads=1, num_layers=1), 9),
     "group 5 in several tiles, window 64": (Shape(group=5, num_kv_heads=1, num_layers=1), 64),
 }
 
