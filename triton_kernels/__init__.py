@@ -11,6 +11,7 @@ KV head, d head size, b tokens per page, S = L * H streams. The pool is [num_pag
 
 from .compact import compact, move_entries
 from .decode_work import decode_work
+from .defensive_score import num_score_parts
 from .join_scores import join_scores
 from .paging import is_interpreted
 from .ragged_decode import DecodeTiles, decode_tiles, ragged_decode
@@ -29,6 +30,7 @@ __all__ = [
     "joint_page_counts",
     "move_entries",
     "num_score_groups",
+    "num_score_parts",
     "ragged_decode",
     "select_entries",
     "store_tokens",

@@ -14,9 +14,7 @@ from .paging import (
     dot,
     prompt_entries,
 )
-
-_PROGRAMS_WANTED = 512
-_MAX_TILES_PER_PROGRAM = 8
+from .window_tiles import num_stages, tiles_per_program
 
 
 @triton.jit
@@ -34,7 +32,7 @@ def _root_columns(
 
 
 @triton.jit(
-    do_not_specialize=["layer", "tiles_per_program", "table_stride"],
+    do_not_specialize=["first_stream", "tiles_per_program", "table_stride"],
     do_not_specialize_on_alignment=UNALIGNED,
 )
 def _value_effect_kernel(
@@ -45,12 +43,11 @@ def _value_effect_kernel(
     table_ptr,
     num_rated_ptr,
     value_scale_ptr,
-    layer,
+    first_stream,
     tiles_per_program,
     table_stride,
     effect_stride_request,
-    effect_stride_head,
-    NUM_KV_HEADS: tl.constexpr,
+    effect_stride_stream,
     PAGES_PER_BLOCK: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -58,7 +55,7 @@ def _value_effect_kernel(
     TILE_D: tl.constexpr,
     TILE_E: tl.constexpr,
 ):
-    head = tl.program_id(1)
+    scored_stream = tl.program_id(1)
     request = tl.program_id(2)
     num_rated = tl.load(num_rated_ptr + request)
     start = tl.program_id(0) * tiles_per_program * TILE_N
@@ -69,13 +66,13 @@ def _value_effect_kernel(
     num_region_blocks = tl.load(rows_ptr + request * ROW_WIDTH + ROW_NUM_REGION_BLOCKS)
     boundary_block = tl.load(rows_ptr + request * ROW_WIDTH + ROW_BOUNDARY_BLOCK)
     table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
-    stream = layer * NUM_KV_HEADS + head
+    stream = first_stream + scored_stream
     value_scale = tl.load(value_scale_ptr + stream)
-    root_ptr += head.to(tl.int64) * HEAD_SIZE * HEAD_SIZE
+    root_ptr += scored_stream.to(tl.int64) * HEAD_SIZE * HEAD_SIZE
     effect_row_ptr = (
         effect_ptr
         + request.to(tl.int64) * effect_stride_request
-        + head.to(tl.int64) * effect_stride_head
+        + scored_stream.to(tl.int64) * effect_stride_stream
     )
     dim = tl.arange(0, TILE_D)
     # The root is the left factor, which stays in registers; values come through shared memory.
@@ -120,16 +117,15 @@ def value_effect(
     layer: int,
     num_layers: int,
 ) -> None:
-    """See `ops.paged_value_effect`."""
-    num_requests, num_kv_heads, max_rated = effect.shape
-    head_size = output_root.shape[1]
+    """See `ops.paged_value_effect`; output_root has the dimension of layers."""
+    num_requests, num_streams, max_rated = effect.shape
+    _, num_kv_heads, head_size, _ = output_root.shape
     if num_requests == 0 or max_rated == 0:
         return
     tile_n, tile_d = 64, triton.next_power_of_2(head_size)
     num_tiles = triton.cdiv(max_rated, tile_n)
-    num_programs = num_tiles * num_kv_heads * num_requests
-    tiles_per_program = max(1, min(_MAX_TILES_PER_PROGRAM, num_programs // _PROGRAMS_WANTED))
-    grid = (triton.cdiv(num_tiles, tiles_per_program), num_kv_heads, num_requests)
+    per_program = tiles_per_program(num_tiles * num_streams * num_requests)
+    grid = (triton.cdiv(num_tiles, per_program), num_streams, num_requests)
     _value_effect_kernel[grid](
         effect,
         pool,
@@ -138,12 +134,11 @@ def value_effect(
         block_table,
         num_rated,
         value_scale,
-        layer,
-        tiles_per_program,
+        layer * num_kv_heads,
+        per_program,
         block_table.stride(0),
         effect.stride(0),
         effect.stride(1),
-        NUM_KV_HEADS=num_kv_heads,
         PAGES_PER_BLOCK=num_layers * num_kv_heads,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=pool.shape[1],
@@ -152,5 +147,5 @@ def value_effect(
         TILE_E=min(tile_d, 128 * 128 // tile_d),
         num_warps=8,
         # Several parts of a large root would be copied ahead too, and not fit.
-        num_stages=3 if tile_d <= 128 else 1,
+        num_stages=num_stages(tile_n * tile_d * pool.element_size()) if tile_d <= 128 else 1,
     )

@@ -1,15 +1,16 @@
 """Compaction of all prompts that end in a step, in one batch, on a GPU's paged pool.
 
-The steps of `compaction.py` without a read-back to the host: prompts are scored together layer by
-layer, and one selection and one copy then serve all layers of all of them. R is the number of
-prompts, L of layers, H of KV heads, S = L * H of streams. Knows pages and scores, not vLLM.
+The steps of `compaction.py` without a read-back to the host: prompts are scored together, as many
+layers at once as memory allows, and one selection and one copy then serve all layers of all of
+them. R is the number of prompts, L of layers, H of KV heads, S = L * H of streams. Knows pages and
+scores, not vLLM.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,12 +24,15 @@ from vllm_kvcompress.compaction import (
     PromptCompaction,
 )
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.layer_parameters import StackedParameters
+from vllm_kvcompress.layer_windows import LayerWindows, Window
 from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.ops import PageOrder
-from vllm_kvcompress.planned_scores import PagedPrompts, planned_scores
-from vllm_kvcompress.policies.base import LayerScores
+from vllm_kvcompress.planned_scores import PagedPrompts, can_run, planned_scores
+from vllm_kvcompress.policies.base import LayerScores, WindowPlan
 from vllm_kvcompress.policies.budgets import plan_budgets
 from vllm_kvcompress.policies.selection import entries_per_page, entry_scores, first_stage_counts
+from vllm_kvcompress.score_memory import ScoreMemory
 from vllm_kvcompress.staging import Staging, flat_places
 from vllm_kvcompress.transfers import to_device
 
@@ -37,19 +41,6 @@ def plain_page_order(block_size: int, head_size: int) -> PageOrder:
     """The order of vLLM's `BLHNC` pages on a GPU: token after token, key before value."""
     keys = torch.arange(block_size)[:, None] * 2 * head_size + torch.arange(head_size)
     return PageOrder(keys, keys + head_size)
-
-
-@dataclass(frozen=True)
-class Window:
-    """Queries of a prompt's last tokens in one layer.
-
-    Attributes:
-        query: [w, H * g, d].
-        lse: [w, H * g] float32 logarithm of each one's sum over its keys, if attention has told it.
-    """
-
-    query: torch.Tensor
-    lse: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,9 @@ class PromptBatch:
         num_rated: [R] int32 tokens that fused kernels rate, at least num_candidates; 0 if none do.
         num_entries: [R] int32 pages (or tokens) that compete.
         first, second: [R, S, N] float32 scores of entries, N with `ops.score_width`'s room, filled
-            layer by layer; `second` is None until a scorer gives one.
+            as layers are scored; `second` is None until a scorer gives one.
+        layers_at_once: layers that fused kernels score together.
+        windows: of layers that are not scored yet; None if there are none.
         staging: where they are if they have no blocks for what they evict, else None; `rows` and
             `block_table` are then of the current layer there.
         num_pages: [R, S] int32 pages of each stream, filled layer by layer if they are staged and
@@ -97,6 +90,8 @@ class PromptBatch:
     num_rated: torch.Tensor
     num_entries: torch.Tensor
     first: torch.Tensor
+    layers_at_once: int = 1
+    windows: LayerWindows | None = field(default=None)
     second: torch.Tensor | None = field(default=None)
     staging: Staging | None = field(default=None)
     num_pages: torch.Tensor | None = field(default=None)
@@ -165,7 +160,13 @@ class PagedCompactor:
         # Collects queries, and scores for methods that no fused kernel knows.
         self._general = Compactor(config, shape, order, layers)
         self.scorer = self._general.scorer
-        self._plan = self.scorer.window_plan()
+        plan = self.scorer.window_plan()
+        self._plan = plan if plan is not None and can_run(plan) else None
+        self.memory = ScoreMemory(config, shape, pool.element_size(), self._plan)
+        # The cache is not quantized. Made once, not for every prompt.
+        self._unit_scales = torch.ones(
+            shape.pages_per_block, dtype=torch.float32, device=pool.device
+        )
         self.use_parameters(layers)
         # By a prompt's numbers; nothing in it holds on to the pool.
         self._budgets = functools.lru_cache(maxsize=4096)(
@@ -178,14 +179,14 @@ class PagedCompactor:
         Raises:
             ValueError: if something is missing.
         """
+        if self._plan is not None:
+            stacked = StackedParameters.of(layers, self.pool)
+            self._parameters = stacked
+            if stacked.output_root is not None:
+                # Theirs, in float32, are not needed any more.
+                roots = stacked.output_root
+                layers = [replace(x, output_root=roots[i]) for i, x in enumerate(layers)]
         self._general.use_parameters(layers)
-        self._layers = layers
-        self._output_roots = [
-            None
-            if layer.output_root is None
-            else layer.output_root.to(self.pool.dtype).contiguous()
-            for layer in layers
-        ]
 
     @property
     def is_fused(self) -> bool:
@@ -221,30 +222,22 @@ class PagedCompactor:
         start = first - (prompt.geometry.compact_len - self.config.window)
         prompt.window_lse[layer, start : start + len(lse)] = lse
 
-    def _collected_window(self, prompt: PromptCompaction, layer: int) -> Window:
-        assert prompt.window_query is not None
-        assert prompt.num_window_queries[layer] == self.config.window
-        query = prompt.window_query[layer].permute(2, 0, 1, 3).flatten(1, 2)
-        return Window(query, None if prompt.window_lse is None else prompt.window_lse[layer])
-
-    def score_bytes(self, geometry: RequestGeometry) -> int:
-        """Memory that a prompt's scores of one kind take in a batch of prompts as long."""
-        num_entries = geometry.first_kept_block * self._per_page
-        return 4 * self.shape.pages_per_block * ops.score_width(num_entries)
-
     def batch(
         self,
         prompts: Sequence[PromptCompaction],
         block_table: torch.Tensor,
         buffer: torch.Tensor | None = None,
+        num_ending: int | None = None,
     ) -> PromptBatch:
         """Prepare prompts to be scored.
 
         Args:
-            prompts: with whatever was collected before this step.
+            prompts: with whatever was collected before this step; those whose step has the whole
+                window come first.
             block_table: [R, W] int32 rows of just these.
             buffer: [pages, b, 2 d] of `staging_pages`, for prompts that have no blocks for what
                 they evict; None = they have. Each layer then starts with `begin_layer`.
+            num_ending: prompts of all the step's batches; None = of this one.
         """
         geometries = [prompt.geometry for prompt in prompts]
         num_prompts = len(prompts)
@@ -271,6 +264,11 @@ class PagedCompactor:
             num_entries,
             torch.empty(size, dtype=torch.float32, device=device),
         )
+        if buffer is None and self._plan is not None:
+            longest = max(geometries, key=self.memory.token_bytes)
+            batch.layers_at_once = self.memory.layers_at_once(
+                longest, num_prompts, num_ending or num_prompts
+            )
         if buffer is not None:
             batch.staging = Staging(
                 self.config,
@@ -303,38 +301,52 @@ class PagedCompactor:
         batch: PromptBatch,
         layer: int,
         windows: Sequence[Window | None],
-        pages: Sequence[LayerPages],
+        pages: Sequence[LayerPages] | None,
     ) -> None:
         """Score one layer of all prompts, whose keys are all in their pages; layers in order.
 
-        What staged prompts keep of a layer that competes with no other moves to the regions.
+        Where fused kernels do it, its windows are kept and the batch's `layers_at_once` are scored
+        with the last of them. What staged prompts keep of a layer that competes with no other moves
+        to the regions.
 
         Args:
             batch: written to.
             layer: 0-based index among the compressed layers.
             windows: per prompt its own, or None if it was collected.
-            pages: per prompt all of them, read by methods that no fused kernel knows.
+            pages: per prompt all of them; read by methods that no fused kernel knows.
         """
         if self._plan is None:
+            assert pages is not None
             for i, (prompt, own_pages) in enumerate(zip(batch.prompts, pages, strict=True)):
                 self._general.score_layer(prompt, layer, own_pages)
                 self._take(batch, i, layer, prompt.layer_scores[-1])
         else:
-            own = [
-                window or self._collected_window(prompt, layer)
-                for prompt, window in zip(batch.prompts, windows, strict=True)
-            ]
-            self._score_fused(batch, layer, own)
+            if batch.windows is None:
+                batch.windows = LayerWindows(batch.layers_at_once, len(batch.prompts))
+            index = layer % batch.layers_at_once
+            own = [window for window in windows if window is not None]
+            assert all(window is None for window in windows[len(own) :])
+            if own:
+                batch.windows.keep(index, own)
+            if index == batch.layers_at_once - 1 or layer == self.shape.num_layers - 1:
+                self._score_fused(batch, self._plan, layer - index, index + 1, len(own))
         if batch.staging is not None and not batch.staging.is_joint:
             self._settle_layer(batch, batch.staging, layer)
 
-    def _score_fused(self, batch: PromptBatch, layer: int, windows: Sequence[Window]) -> None:
-        """Scores by the ops that read pages."""
-        lses = [window.lse for window in windows if window.lse is not None]
-        assert len(lses) in (0, len(windows))
-        plan, shape, parameters = self._plan, self.shape, self._layers[layer]
-        assert plan is not None
-        staging = batch.staging
+    def _score_fused(
+        self, batch: PromptBatch, plan: WindowPlan, first: int, num_layers: int, num_direct: int
+    ) -> None:
+        """Scores of some layers, from the first on, by the ops that read pages.
+
+        The windows of the batch's first `num_direct` prompts are there, the others' collected.
+        """
+        assert batch.windows is not None
+        for place, prompt in enumerate(batch.prompts[num_direct:], num_direct):
+            collected = prompt.num_window_queries[first : first + num_layers]
+            assert collected == [self.config.window] * num_layers
+            batch.windows.take(place, prompt, first, num_layers)
+        query, lse = batch.windows.of_layers(num_layers)
+        shape, staging = self.shape, batch.staging
         prompts = PagedPrompts(
             self.pool if staging is None else staging.area(),
             batch.rows,
@@ -344,23 +356,26 @@ class PagedCompactor:
             max_rated=max(self._num_rated(g) for g in batch.geometries),
             max_candidates=max(g.num_candidate_tokens for g in batch.geometries),
         )
+        pool_layers = shape.num_layers if staging is None else 1
         by_page = self.config.granularity == "page"
-        entries = planned_scores(
+        streams = slice(first * shape.num_kv_heads, (first + num_layers) * shape.num_kv_heads)
+        width = max(g.first_kept_block for g in batch.geometries) * self._per_page
+        planned_scores(
             plan,
             prompts,
-            torch.stack([window.query for window in windows]),
-            torch.stack(lses) if lses else None,
-            layer=layer if staging is None else 0,
-            num_layers=shape.num_layers if staging is None else 1,
+            query,
+            lse,
+            layer=first if staging is None else 0,
+            num_layers=pool_layers,
             num_kv_heads=shape.num_kv_heads,
-            scale=parameters.scale,
-            logits_soft_cap=parameters.logits_soft_cap,
-            sinks=parameters.sinks,
-            output_root=self._output_roots[layer],
+            **self._parameters.options(first, num_layers),
             page_reduce=self.config.option("page_reduce") if by_page else None,
+            unit_scales=self._unit_scales[: pool_layers * shape.num_kv_heads],
+            out=batch.first[:, streams, :width],
             backend=self._backend,
         )
-        batch.first[:, self._streams(layer), : entries.shape[2]] = entries
+        if first + num_layers == shape.num_layers:
+            batch.windows = None
 
     def _take(self, batch: PromptBatch, i: int, layer: int, scores: LayerScores) -> None:
         """Put one prompt's scores of a layer's tokens into the batch, as entries'."""
@@ -448,10 +463,12 @@ class PagedCompactor:
         streams = slice(None) if layer is None else self._streams(layer)
         first = batch.first[:, streams].contiguous()
         max_pages = int(max(plan.layer_pages[layer].sum() for plan in plans))
-        num_pages, guaranteed = self._count_pages(batch, plans, first, layer)
+        num_pages = self._count_pages(batch, plans, first, layer)
         if batch.second is None:
             return num_pages, first, max_pages
         second = batch.second[:, streams]
+        sure = np.stack([plan.stream_guaranteed[streams] for plan in plans])
+        guaranteed = to_device(sure, self.pool.device)
         scores = self._two_stages(batch, first, second, num_pages, guaranteed, max_pages)
         return num_pages, scores, max_pages
 
@@ -461,21 +478,18 @@ class PagedCompactor:
         plans: Sequence[_PromptPlan],
         first: torch.Tensor,
         layer: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[R, s] int32 pages of each of `first`'s streams, and entries that each is sure of."""
+    ) -> torch.Tensor:
+        """[R, s] int32 pages of each of `first`'s streams."""
         device = self.pool.device
         streams = slice(None) if layer is None else self._streams(layer)
         groups = slice(None) if layer is None else slice(layer, layer + 1)
-        guaranteed = to_device(
-            np.stack([plan.stream_guaranteed[streams] for plan in plans]), device
-        )
         fixed = [plan.num_pages[streams] for plan in plans if plan.num_pages is not None]
         # By the budgets' kind, so of all prompts or of none.
         if fixed:
-            return to_device(np.stack(fixed), device), guaranteed
+            return to_device(np.stack(fixed), device)
         limits = [np.stack([plan.totals[groups], plan.guaranteed[groups]]) for plan in plans]
         totals, group_sure = to_device(np.stack(limits, axis=1), device)
-        num_pages = ops.joint_page_counts(
+        return ops.joint_page_counts(
             first,
             batch.num_entries,
             totals,
@@ -483,7 +497,6 @@ class PagedCompactor:
             self._per_page,
             backend=self._select_backend,
         )
-        return num_pages, guaranteed
 
     def _plans(self, geometries: Sequence[RequestGeometry]) -> list[_PromptPlan]:
         return [self._budgets(g.num_region_blocks, g.first_kept_block) for g in geometries]

@@ -1,4 +1,4 @@
-"""Scores of one layer by the ops that read pages, as a scorer's window plan says."""
+"""Scores of layers by the ops that read pages, as a scorer's window plan says."""
 
 from __future__ import annotations
 
@@ -50,32 +50,41 @@ def planned_scores(
     layer: int,
     num_layers: int,
     num_kv_heads: int,
-    scale: float,
-    logits_soft_cap: float,
+    scale: float | torch.Tensor,
+    logits_soft_cap: float | torch.Tensor,
     sinks: torch.Tensor | None,
     output_root: torch.Tensor | None,
     page_reduce: str | None,
     backend: str,
+    unit_scales: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Scores of one layer of all prompts.
+    """Scores of n layers of all prompts; 'native' takes one.
 
     Args:
         plan: of the scorer.
         prompts: where they are.
-        query: [R, w, H * g, d] queries of their windows.
-        lse: [R, w, H * g] float32 of these queries, if attention has told it.
+        query: [R, n, w, H * g, d] queries of their windows; without n it is 1.
+        lse: [R, n, w, H * g] float32 of these queries, if attention has told it.
         layer, num_layers, num_kv_heads, scale, logits_soft_cap: as in `ops.window_scores`.
-        sinks: [H, g] float32, or None.
-        output_root: [H, d, d], if the plan weighs by values.
+        sinks: [n, H, g] float32, or None.
+        output_root: [n, H, d, d], if the plan weighs by values.
         page_reduce: how a page's score is made of its tokens'; None = a score per token.
         backend: of the ops.
+        unit_scales: [num_layers * H] float32 ones; None = made anew.
+        out: like the result, written; None = a new tensor. Not for 'native'.
 
     Returns:
-        [R, H, max_candidates or pages of them] float32, entries past a prompt's own undefined.
+        [R, n * H, max_candidates or pages of them] float32, entries past a prompt's own undefined.
     """
     pages = (prompts.pool, prompts.rows, prompts.block_table, prompts.num_rated, prompts.max_rated)
     where: dict[str, Any] = {"layer": layer, "num_layers": num_layers, "backend": backend}
-    order = prompts.order
+    order, part_sums = prompts.order, None
+    if plan.floor_at_mean and backend == "triton":
+        num_streams = (query.shape[1] if query.dim() == 5 else 1) * num_kv_heads
+        num_parts = ops.num_score_parts(prompts.max_rated, plan.mean_kernel)
+        size = (query.shape[0], num_streams, num_parts)
+        part_sums = torch.empty(size, dtype=torch.float32, device=query.device)
     scores = ops.window_scores(
         query,
         *pages,
@@ -87,7 +96,9 @@ def planned_scores(
         near_tokens=plan.near_tokens,
         pool_kernel=plan.mean_kernel,
         lse=lse,
-        sinks=None if sinks is None else sinks.flatten(),
+        key_scale=unit_scales,
+        sinks=None if sinks is None else sinks.flatten(-2),
+        part_sums=part_sums,
         key_offsets=None if order is None else order.key_offsets,
         **where,
     )
@@ -98,6 +109,7 @@ def planned_scores(
             pages[0],
             output_root,
             *pages[1:],
+            value_scale=unit_scales,
             value_offsets=None if order is None else order.value_offsets,
             **where,
         )
@@ -115,5 +127,8 @@ def planned_scores(
         span_kernel=plan.span_kernel,
         page_reduce=page_reduce,
         page_size=prompts.pool.shape[1],
+        num_kv_heads=num_kv_heads,
+        part_sums=part_sums,
+        out=out,
         backend=backend,
     )

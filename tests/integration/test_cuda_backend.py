@@ -18,7 +18,7 @@ from gpu.recording import record
 from paged_pool import DEVICE
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from vllm_kvcompress import ops
+from vllm_kvcompress import ops, paged_compaction, score_memory
 from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.staging import Staging
@@ -122,12 +122,35 @@ def test_prompts_are_compacted_in_batches_that_fit_memory(monkeypatch):
 
     monkeypatch.setattr(rig.engine.compactor, "batch", count)
     # Room for two of the short ones, and less than the long one takes.
-    limit = 2 * rig.engine.compactor.score_bytes(rig.geometry(requests[2]))
-    monkeypatch.setattr(engine_cuda, "_MOST_SCORE_BYTES", limit)
+    limit = 2 * rig.engine.compactor.memory.prompt_bytes(rig.geometry(requests[2]))
+    monkeypatch.setattr(score_memory, "MOST_SCORE_BYTES", limit)
     rig.step([(request, request.prompt_len) for request in requests])
     assert sizes == [[150, 160], [155], [230]]
     rig.step([(request, 1) for request in requests])
     assert rig.stats.snapshot()["totals"]["compressed_prompts"] == 4
+
+
+@pytest.mark.parametrize(("method", "flash_attn_version"), [("span", 3), ("snapkv", 4)])
+def test_layers_are_scored_in_groups_that_fit_memory(monkeypatch, method, flash_attn_version):
+    shape = CacheShape(5, 1, 2, 64, 16)
+    config = config_of(method, 16)
+    rig = Rig(monkeypatch, shape, config, DTYPE, "reference", flash_attn_version=flash_attn_version)
+    # Two layers of two prompts: groups of two, two and one.
+    layer_bytes = 2 * WINDOW * 2 * (64 * DTYPE.itemsize + 4)
+    monkeypatch.setattr(score_memory, "MOST_WINDOW_BYTES", 2 * layer_bytes)
+    groups, planned = [], paged_compaction.planned_scores
+
+    def count(plan, prompts, query, *args, layer, **kwargs):
+        groups.append((layer, query.shape[1]))
+        return planned(plan, prompts, query, *args, layer=layer, **kwargs)
+
+    monkeypatch.setattr(paged_compaction, "planned_scores", count)
+    # One's window is cut by a step's end, the other's is not.
+    parts, whole = Request("parts", 150), Request("whole", 170)
+    rig.step([(parts, 147)])
+    rig.step([(parts, 3), (whole, 170)])
+    assert groups == [(0, 2), (2, 2), (4, 1)]
+    assert parts.selection is not None and whole.selection is not None
 
 
 @pytest.mark.parametrize("method", ["snapkv", "h2o"])
@@ -174,7 +197,8 @@ def test_scores_use_what_attention_tells_of_sums(monkeypatch, version, tells, re
     rig.step([(parts, 2)])
     rig.step([(parts, 4), (whole, 150), (staged, 140)])
     rig.step([(parts, 1), (whole, 1), (staged, 1)])
-    assert len(given) == 2 * shape.num_layers
+    # All layers of those in the pool, and each of the staged one.
+    assert len(given) == 1 + shape.num_layers
     assert all((lse is not None) == tells for lse in given)
 
 

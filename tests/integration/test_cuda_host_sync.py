@@ -16,9 +16,9 @@ import torch
 pytest.importorskip("vllm")
 
 from cuda_rig import METHODS, SCALE, make_builder, make_impl
+from device_work import DeviceWork
 from gpu.recording import record
 from reachable import tensors_of
-from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
@@ -132,21 +132,6 @@ def test_no_step_waits_for_the_device(method, granularity):
     assert {"a", "b", "c", "d", "dense"} == set(worker.engine.stats._requests)
     # And none of it stays on the device.
     assert tensors_of(worker.engine.stats) == []
-
-
-class DeviceWork(TorchDispatchMode):
-    """Collects torch's ops that would do something on the device: not views, nor allocations."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        is_view = any(result.alias_info is not None for result in func._schema.returns)
-        is_allocation = func.name().startswith("aten::empty")
-        if func._schema.is_mutable or not (is_view or is_allocation):
-            self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_layers_of_a_decode_step_launch_the_decode_kernel_only():

@@ -127,15 +127,15 @@ class Scoring:
             "pool_kernel": 5,
             "lse": None,
             "sinks": None,
+            "part_sums": None,
         }
+        wanted = self.window_options({**defaults, **options})
+        for name in ("scale", "logits_soft_cap"):
+            wanted[name] = torch.tensor([wanted[name]], dtype=torch.float32)
         # Not by the front door, which keeps to sizes that Triton's kernels have.
         scales = torch.ones(self.batch.shape.num_streams)
         return reference_paged.window_scores(
-            self.query,
-            self.batch.pool,
-            *self.prompts,
-            scales,
-            **self.window_options({**defaults, **options}),
+            self.query[:, None], self.batch.pool, *self.prompts, scales, **wanted
         )
 
     def value_effect(self, pool: torch.Tensor, offsets=None) -> torch.Tensor:
@@ -192,7 +192,7 @@ def test_value_effect_of_any_page(instruction_set, shape, order):
     want = torch.empty_like(got)
     arguments = (*scoring.prompts[:3], torch.ones(shape.num_streams), want)
     reference_paged.value_effect(
-        scoring.batch.pool, scoring.root, *arguments, layer=0, num_layers=shape.num_layers
+        scoring.batch.pool, scoring.root[None], *arguments, layer=0, num_layers=shape.num_layers
     )
     check_rated(got, want, scoring.rated)
 

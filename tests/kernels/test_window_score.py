@@ -106,6 +106,7 @@ CASES = {
     "head size 128, block size 32": (Shape(head_size=128, block_size=32, num_layers=1), 16),
     "head size 256, block size 128": (Shape(head_size=256, block_size=128, num_kv_heads=1), 5),
     "group 16 in several tiles": (Shape(group=16, num_kv_heads=1, num_layers=1), 16),
+    "group 16 of head size 256": (Shape(head_size=256, group=16, num_kv_heads=1, num_layers=1), 9),
     "group 5 in several tiles, window 64": (Shape(group=5, num_kv_heads=1, num_layers=1), 64),
 }
 
@@ -199,6 +200,121 @@ def check_effect(backend: str, shape: Shape, root_dtype: torch.dtype) -> None:
         assert_close(got[r, :, :rated], exact, exact, torch.float32, ulps=64)
 
 
+class Layers:
+    """Layers 1 and 2 of three, which differ in all that layers may differ in."""
+
+    shape = Shape(num_layers=3, num_kv_heads=2, group=3)
+    first, num_layers, window = 1, 2, 12
+    rated, candidates = (138, 73, 28), (128, 64, 16)
+
+    def __init__(self, reduce: str, with_lse: bool) -> None:
+        shape, size = self.shape, (self.num_layers, self.shape.num_heads)
+        self.batch = prompts(shape, (150, 90, 40))
+        # As engines keep them: layers apart, prompts of a layer together.
+        generator = torch.Generator(DEVICE).manual_seed(2)
+        kept = (self.num_layers, 3, self.window, shape.num_heads, shape.head_size)
+        self.query = 2.0 * random_like(kept, shape.dtype, generator).transpose(0, 1)
+        self.scale = torch.tensor([0.1, 0.2], device=DEVICE)
+        self.sinks = torch.linspace(-5.0, 5.0, size[0] * size[1], device=DEVICE).view(size)
+        self.sinks[1, :4] = float("-inf")
+        self.lse, self.soft_cap = None, torch.tensor([0.0, 4.0], device=DEVICE)
+        if with_lse:
+            # The test's own knows of no cap.
+            self.soft_cap = 0.0
+            lses = [
+                window_lse(self.batch, self.query[:, i], 1 + i, float(self.scale[i]), self.sinks[i])
+                for i in range(self.num_layers)
+            ]
+            self.lse = torch.stack(lses).transpose(0, 1)
+        roots = (3, 2, shape.head_size, shape.head_size)
+        self.roots = random_like(roots, shape.dtype, generator)[self.first :]
+        self.key_scale = torch.linspace(0.9, 1.1, shape.num_streams, device=DEVICE)
+        if with_lse:
+            self.key_scale = None
+        self.reduce = reduce
+
+    def scores(self, backend: str, layers: slice, out: torch.Tensor) -> None:
+        """Everything from queries to pages, of some of the two layers."""
+        batch, shape, reduce = self.batch, self.shape, self.reduce
+        num_layers = layers.stop - layers.start
+        prompt = (batch.rows, batch.block_table, int32(*self.rated), max(self.rated))
+        where = {"layer": self.first + layers.start, "num_layers": 3, "backend": backend}
+        soft_cap, part_sums = self.soft_cap, None
+        if reduce == "defensive":
+            num_parts = ops.num_score_parts(max(self.rated), 5)
+            part_sums = torch.empty(3, num_layers * 2, num_parts, device=DEVICE)
+        scores = ops.window_scores(
+            self.query[:, layers],
+            batch.pool,
+            *prompt,
+            **where,
+            num_kv_heads=shape.num_kv_heads,
+            scale=self.scale[layers],
+            logits_soft_cap=soft_cap if isinstance(soft_cap, float) else soft_cap[layers],
+            reduce=reduce,
+            near_tokens=3,
+            lse=None if self.lse is None else self.lse[:, layers],
+            key_scale=self.key_scale,
+            sinks=self.sinks[layers],
+            part_sums=part_sums,
+        )
+        effect = ops.paged_value_effect(batch.pool, self.roots[layers], *prompt, **where)
+        ops.join_scores(
+            scores,
+            int32(*self.rated),
+            int32(*self.candidates),
+            max(self.candidates),
+            group_reduce="max",
+            floor_at_mean=reduce == "defensive",
+            effect=effect,
+            span_kernel=11,
+            page_reduce="mean",
+            num_kv_heads=shape.num_kv_heads,
+            part_sums=part_sums,
+            out=out,
+            backend=backend,
+        )
+
+    def all_scores(self, backend: str, num_together: int) -> list[torch.Tensor]:
+        """Per prompt [4, pages] scores of both layers."""
+        room = torch.full((3, 6, 16), float("nan"), device=DEVICE)
+        for start in range(0, self.num_layers, num_together):
+            end = start + num_together
+            self.scores(backend, slice(start, end), room[:, 2 + 2 * start : 2 + 2 * end, :8])
+        assert room[:, :2].isnan().all() and room[..., 8:].isnan().all()
+        return [room[r, 2:, : n // 16] for r, n in enumerate(self.candidates)]
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize("reduce", ["mean", "defensive"])
+def test_layers_together_get_what_each_gets_alone(reduce, with_lse):
+    layers = Layers(reduce, with_lse)
+    together, alone = layers.all_scores("triton", 2), layers.all_scores("triton", 1)
+    for got, want, exact in zip(together, alone, layers.all_scores("reference", 2), strict=True):
+        assert torch.equal(got, want)
+        assert_close(got, exact, exact, torch.float32, ulps=128)
+
+
+@pytest.mark.parametrize("num_parts", [9, 40])
+def test_part_sums_are_of_all_scores(num_parts):
+    """Whatever the longest prompt is, and however the tiles are shared among programs."""
+    batch = prompts(BASE, (num_parts * 60 + 8, 70))
+    query, rated = window_query(BASE, 2, 8), (num_parts * 60 - 1, 61)
+    part_sums = torch.full((2, 4, num_parts), float("nan"), device=DEVICE)
+    query = torch.stack([query, -query], dim=1)
+    options = {"layer": 0, "num_layers": 2, "num_kv_heads": 2, "scale": 0.125}
+    options |= {"reduce": "defensive", "part_sums": part_sums}
+    arguments = (query, batch.pool, batch.rows, batch.block_table, int32(*rated), rated[0])
+    scores = ops.window_scores(*arguments, **options)
+    for r, n in enumerate(rated):
+        want = scores[r, :, 0, :n].double().sum(dim=1)
+        torch.testing.assert_close(part_sums[r].double().sum(dim=1), want, rtol=1e-5, atol=0)
+        parts = [p.sum(dim=1) for p in scores[r, :, 0, :n].split(60, dim=1)]
+        expected = torch.zeros_like(part_sums[r])
+        expected[:, : len(parts)] = torch.stack(parts, dim=1)
+        torch.testing.assert_close(part_sums[r], expected)
+
+
 def raw_scores(num_requests: int, num_heads: int, num_groups: int, num_tokens: int):
     generator = torch.Generator(DEVICE).manual_seed(4)
     size = (num_requests, num_heads, num_groups, num_tokens)
@@ -213,12 +329,7 @@ JOINS = {
     "KV-Compress": {"pool_kernel": 7, "group_reduce": "sum"},
     "maximum": {"group_reduce": "max", "pool_first": False, "pool_kernel": 3},
     "maximum, mean first": {"group_reduce": "max", "pool_kind": "avg", "pool_kernel": 3},
-    "span": {
-        "group_reduce": "max",
-        "floor_at_mean": True,
-        "span_kernel": 11,
-        "page_reduce": "rms",
-    },
+    "wide span": {"span_kernel": 31, "pool_kernel": 3},
     "best of a page": {"page_reduce": "max", "pool_kernel": 7},
     "mean of a page": {"page_reduce": "mean", "span_kernel": 3},
     "pages of 64": {"page_reduce": "rms", "page_size": 64},
@@ -245,6 +356,31 @@ def test_join_scores(scorer, options, with_effect):
         assert_close(got[r, :, : num_candidates // page], exact, exact, torch.float32, ulps=16)
 
 
+@pytest.mark.parametrize("page_reduce", [None, "rms"])
+@pytest.mark.parametrize("num_parts", [1, 300])
+def test_join_scores_of_span(scorer, page_reduce, num_parts):
+    """The steps behind 'defensive', whose kernel leaves sums by parts."""
+    scores = raw_scores(2, 4, 1, 700) ** 2
+    rated, candidates = (700, 290), (640, 256)
+    part_sums = torch.zeros(2, 4, num_parts, device=DEVICE)
+    for r, num_rated in enumerate(rated):
+        # Whichever parts they are; some are empty.
+        part = torch.arange(num_rated, device=DEVICE) * num_parts // 900
+        part_sums[r].index_add_(1, part, scores[r, :, 0, :num_rated])
+        scores[r, :, :, num_rated:] = float("nan")
+    effect = raw_scores(2, 4, 1, 700)[:, :, 0]
+    # Heads of one layer, but for compiled ops of a CPU, which know no more than one.
+    options = {"group_reduce": "max", "floor_at_mean": True, "span_kernel": 11, "effect": effect}
+    options |= {"page_reduce": page_reduce, "num_kv_heads": 4 if scorer == "native" else 2}
+    arguments = (scores, int32(*rated), int32(*candidates), 640)
+    got = ops.join_scores(*arguments, **options, part_sums=part_sums, backend=scorer)
+    want = ops.join_scores(*arguments, **options, backend="reference")
+    for r, num_candidates in enumerate(candidates):
+        num_entries = num_candidates // (16 if page_reduce else 1)
+        exact = want[r, :, :num_entries]
+        assert_close(got[r, :, :num_entries], exact, exact, torch.float32, ulps=16)
+
+
 def test_small_scores_keep_their_order_as_pages(scorer):
     scores = torch.full((1, 1, 1, 32), 1e-30, device=DEVICE)
     scores[..., 16:] = 2e-30
@@ -266,6 +402,9 @@ def test_same_as_the_policies_steps(scorer):
     shared = {"layer": 0, "num_layers": 2, "backend": scorer}
     num_rated = num_tokens - window
     prompt = (batch.rows, batch.block_table, int32(num_rated), num_rated)
+    part_sums = None
+    if scorer == "triton":
+        part_sums = torch.empty(1, 2, ops.num_score_parts(num_rated, 5), device=DEVICE)
     scores = ops.window_scores(
         query,
         batch.pool,
@@ -275,12 +414,14 @@ def test_same_as_the_policies_steps(scorer):
         scale=0.125,
         reduce="defensive",
         near_tokens=8,
+        part_sums=part_sums,
     )
     got = ops.join_scores(
         scores,
         int32(num_rated),
         int32(num_candidates),
         num_candidates,
+        part_sums=part_sums,
         group_reduce="max",
         floor_at_mean=True,
         effect=ops.paged_value_effect(batch.pool, root, *prompt, **shared),

@@ -18,6 +18,7 @@ from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.score_memory import scoring_bytes
 from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration import validate, worker_cuda
 from vllm_kvcompress.vllm_integration.batch_cuda import EMPTY_SLOT, DeviceRequests, plan_step
@@ -44,6 +45,7 @@ def engine_config(**changes):
             rswa_window=None,
             get_num_layers=lambda parallel: 2,
             get_num_kv_heads=lambda parallel: 2,
+            max_model_len=1000,
         ),
         "parallel_config": SimpleNamespace(
             worker_cls=validate.CUDA_WORKER,
@@ -168,6 +170,12 @@ def test_rows_of_both_model_runners():
 # The worker, vLLM's part of which is not run.
 
 
+class Layer:
+    """As much of an attention layer as the worker reads."""
+
+    num_heads, num_kv_heads = 6, 2
+
+
 def worker_of(config, monkeypatch, **stock):
     """A worker of two layers that nothing has been done to; `stock` are vLLM's methods of it."""
     for name, method in stock.items():
@@ -182,10 +190,7 @@ def worker_of(config, monkeypatch, **stock):
         cache_config__kv_cache_memory_bytes=None,
         scheduler_config__max_num_seqs=8,
         compilation_config=SimpleNamespace(
-            max_cudagraph_capture_size=16,
-            static_forward_context={
-                name: SimpleNamespace(num_heads=6, num_kv_heads=2) for name in "ab"
-            },
+            max_cudagraph_capture_size=16, static_forward_context={"a": Layer(), "b": Layer()}
         ),
     )
     worker.device = torch.device("cpu")
@@ -203,18 +208,20 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
 
     config = KVCompressConfig(method, ratio=0.9, window=16)
     worker = worker_of(config, monkeypatch, determine_available_memory=measure)
-    copied = {"a": 5, "b": 6}
-    monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[name])
-    pages = staging_pages(config, CacheShape(2, 2, 1, 64, 16), 2048, 16)
-    assert pages > 0
-    own = pages * 16 * 2 * 64 * 2 + (11 if method == "ada-criticalkv" else 0)
-    # What an engine of that shape keeps for its steps, with the stand-in's two multiprocessors.
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    copied = dict(zip(layers.values(), (5, 6), strict=True))
+    monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[layer])
     shape = CacheShape(2, 2, 3, 64, 16)
+    pages = staging_pages(config, shape, 2048, 16)
+    scores = scoring_bytes(config, shape, 2, 1000, 8)
+    assert pages > 0 and scores > 0
+    # What an engine of that shape keeps for its steps, with the stand-in's two multiprocessors.
     buffers = StepBuffers(shape, 16, torch.bfloat16, torch.device("cpu"))
-    own += buffers.num_bytes
     # Pieces of the programs that share streams are the most of it.
     most = [2 * 8 * 3, 2 * 2 * 24]
     assert [buffers.work.piece_lse.numel(), buffers.extended_work.piece_lse.numel()] == most
+    own = buffers.num_bytes + pages * 16 * 2 * 64 * 2 + scores
+    own += 11 if method == "ada-criticalkv" else 0
     assert worker.determine_available_memory() == 10**9 - own
     # Which vLLM's advice for the next start is made of.
     assert worker.total_consumed == 3000 + own

@@ -45,8 +45,10 @@ from vllm_kvcompress.ops.selection import (
 from vllm_kvcompress.ops.window import (
     MAX_POOL_KERNEL,
     join_scores,
+    num_score_parts,
     paged_value_effect,
     score_width,
+    token_score_bytes,
     window_scores,
 )
 
@@ -71,6 +73,7 @@ __all__ = [
     "native_problem",
     "new_decode_work",
     "num_multiprocessors",
+    "num_score_parts",
     "pack_pages",
     "page_scores",
     "paged_value_effect",
@@ -85,6 +88,7 @@ __all__ = [
     "select_entries",
     "select_top",
     "store_tokens",
+    "token_score_bytes",
     "token_slots",
     "value_effect",
     "unpack_pages",

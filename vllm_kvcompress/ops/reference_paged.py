@@ -207,49 +207,57 @@ def window_scores(
     layer: int,
     num_layers: int,
     num_kv_heads: int,
-    scale: float,
-    logits_soft_cap: float,
+    scale: torch.Tensor,
+    logits_soft_cap: torch.Tensor | None,
     reduce: str,
     power: int,
     near_tokens: int,
     pool_kernel: int,
     lse: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    part_sums: torch.Tensor | None,
 ) -> torch.Tensor:
     """See `ops.window_scores`; a given lse is not believed but computed."""
-    num_requests, window, num_heads, head_size = query.shape
+    num_requests, num_scored, window, num_heads, head_size = query.shape
     group = num_heads // num_kv_heads
     num_groups = 1 if reduce == "defensive" else group
-    size = (num_requests, num_kv_heads, num_groups, max_rated)
+    size = (num_requests, num_scored * num_kv_heads, num_groups, max_rated)
     scores = torch.full(size, float("nan"), dtype=torch.float64, device=query.device)
+    if part_sums is not None:
+        part_sums.zero_()
     for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
         num_keys, rated = row[0], int(num_rated[r])
-        for head in range(num_kv_heads):
-            stream = layer * num_kv_heads + head
+        for scored_stream in range(num_scored * num_kv_heads):
+            index, head = divmod(scored_stream, num_kv_heads)
+            stream = layer * num_kv_heads + scored_stream
             entries = prompt_entries(pool, row, table, stream, num_layers * num_kv_heads)
             keys = entries[:, :head_size] * key_scale[stream].double()
             worst = torch.zeros(rated, dtype=torch.float64, device=query.device)
             for g in range(group):
-                logits = query[r, :, head * group + g].double() @ keys.T * scale
-                if logits_soft_cap > 0:
-                    logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+                query_head = head * group + g
+                logits = query[r, index, :, query_head].double() @ keys.T * scale[index].double()
+                if logits_soft_cap is not None and logits_soft_cap[index] > 0:
+                    cap = logits_soft_cap[index].double()
+                    logits = cap * torch.tanh(logits / cap)
                 positions = torch.arange(num_keys - window, num_keys, device=query.device)
                 age = positions[:, None] - torch.arange(num_keys, device=query.device)
                 seen = logits.masked_fill(age < 0, float("-inf"))
                 sink = seen.new_full((window, 1), float("-inf"))
                 if sinks is not None:
-                    sink.fill_(sinks[head * group + g])
+                    sink.fill_(sinks[index, query_head])
                 weights = torch.cat([seen, sink], dim=1).softmax(dim=-1)[:, :-1]
                 weights = weights.masked_fill(age < near_tokens, 0.0)[:, :rated] ** power
                 if reduce == "defensive":
                     worst = worst.maximum(_defensive(weights, pool_kernel))
                 elif reduce == "max":
-                    scores[r, head, g, :rated] = weights.amax(dim=0)
+                    scores[r, scored_stream, g, :rated] = weights.amax(dim=0)
                 else:
                     joined = weights.mean(dim=0) if reduce == "mean" else weights.sum(dim=0)
-                    scores[r, head, g, :rated] = joined
+                    scores[r, scored_stream, g, :rated] = joined
             if reduce == "defensive":
-                scores[r, head, 0, :rated] = worst
+                scores[r, scored_stream, 0, :rated] = worst
+                if part_sums is not None:
+                    part_sums[r, scored_stream, 0] = worst.sum()
     return scores.float()
 
 
@@ -278,14 +286,15 @@ def value_effect(
     num_layers: int,
 ) -> None:
     """See `ops.paged_value_effect`."""
-    num_kv_heads, head_size, _ = output_root.shape
+    num_scored, num_kv_heads, head_size, _ = output_root.shape
+    roots = output_root.flatten(0, 1).double()
     for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
-        for head in range(num_kv_heads):
-            stream = layer * num_kv_heads + head
+        for scored_stream in range(num_scored * num_kv_heads):
+            stream = layer * num_kv_heads + scored_stream
             entries = prompt_entries(pool, row, table, stream, num_layers * num_kv_heads)
             values = entries[: int(num_rated[r]), head_size:] * value_scale[stream].double()
-            moved = values @ output_root[head].double()
-            effect[r, head, : len(moved)] = moved.norm(dim=1).float()
+            moved = values @ roots[scored_stream]
+            effect[r, scored_stream, : len(moved)] = moved.norm(dim=1).float()
 
 
 def join_scores(
@@ -295,6 +304,7 @@ def join_scores(
     effect: torch.Tensor | None,
     out: torch.Tensor,
     *,
+    num_kv_heads: int,
     group_reduce: str,
     pool_kernel: int,
     pool_kind: str,
@@ -318,9 +328,9 @@ def join_scores(
         if floor_at_mean:
             joined = joined.maximum(joined.mean(dim=1, keepdim=True))
         if effect is not None:
-            own = effect[r, :, :rated].double()
-            total = own.sum(dim=0).clamp(min=torch.finfo(torch.float32).tiny)
-            joined = joined * (own / total)
+            own = effect[r, :, :rated].double().unflatten(0, (-1, num_kv_heads))
+            total = own.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+            joined = joined * (own / total).flatten(0, 1)
         joined = reference.pool_scores(joined, span_kernel, "max")[:, :candidates]
         if page_reduce != "token":
             joined = reference.page_scores(joined, page_size, page_reduce)

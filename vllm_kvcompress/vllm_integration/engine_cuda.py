@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kvcompress import ops
+from vllm_kvcompress import ops, score_memory
 from vllm_kvcompress.candidates import LayerPages
 from vllm_kvcompress.compaction import CacheShape, LayerParameters, PromptCompaction
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.layer_windows import Window
 from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.ops import MAX_QUERY_LEN
-from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch, Window
+from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch
 from vllm_kvcompress.staging import can_stage, is_joint, staging_pages
 from vllm_kvcompress.transfers import to_device
 from vllm_kvcompress.vllm_integration.batch_cuda import (
@@ -33,8 +34,6 @@ from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
 
 # Kernels are the same for any length.
 _WARM_UP_TOKENS = 1024
-# Scores of prompts that are compacted together, beside what vLLM has measured.
-_MOST_SCORE_BYTES = 256 * 2**20
 
 # Request ids and prompt lengths of a step's rows, told by vLLM's metadata.
 RowNames = Callable[[Any], tuple[Sequence[str], np.ndarray]]
@@ -269,14 +268,18 @@ class CUDAEngine:
         endings = []
         batches = [(False, chunks) for chunks in self._batches(plan)]
         batches.append((True, [c for c in plan.chunks if c.finishes and c.is_one_shot]))
+        num_ending = sum(len(chunks) for _, chunks in batches)
         for is_one_shot, chunks in batches:
             if not chunks:
                 continue
+            # Windows that this step has are copied together.
+            chunks.sort(key=lambda chunk: self._direct_window(chunk) is None)
             index = to_device(np.array([chunk.row for chunk in chunks]), self.pool.device)
             batch = self.compactor.batch(
                 [chunk.request.prompt for chunk in chunks],
                 block_table.index_select(0, index),
                 self._buffer if is_one_shot else None,
+                num_ending,
             )
             endings.append(Ending(chunks, batch))
         return endings
@@ -287,12 +290,13 @@ class CUDAEngine:
         Scores of a batch have room for its longest prompt in all its rows.
         """
         chunks = [c for c in plan.chunks if c.finishes and not c.is_one_shot]
-        sizes = {c.row: self.compactor.score_bytes(c.request.prompt.geometry) for c in chunks}
-        if max(sizes.values(), default=0) * len(chunks) <= _MOST_SCORE_BYTES:
+        memory, most = self.compactor.memory, score_memory.MOST_SCORE_BYTES
+        sizes = {c.row: memory.prompt_bytes(c.request.prompt.geometry) for c in chunks}
+        if max(sizes.values(), default=0) * len(chunks) <= most:
             return [chunks]
         batches: list[list[PromptChunk]] = []
         for chunk in sorted(chunks, key=lambda chunk: sizes[chunk.row]):
-            if batches and sizes[chunk.row] * (len(batches[-1]) + 1) <= _MOST_SCORE_BYTES:
+            if batches and sizes[chunk.row] * (len(batches[-1]) + 1) <= most:
                 batches[-1].append(chunk)
             else:
                 batches.append([chunk])
@@ -399,18 +403,20 @@ class CUDAEngine:
     ) -> None:
         """Score one layer of prompts that end; at the last layer, compact them."""
         chunks, batch = ending.chunks, ending.batch
-        if batch.staging is not None:
-            pages = [batch.staging.pages(i) for i in range(len(chunks))]
-        else:
-            pages = [self._pool_pages(step, chunk, layer) for chunk in chunks]
+        pages: list[LayerPages] = []
         windows: list[Window | None] = []
-        for chunk, own_pages in zip(chunks, pages, strict=True):
+        for i, chunk in enumerate(chunks):
             tokens = self._direct_window(chunk)
-            if tokens is None:
-                self._collect(chunk, layer, query, own_pages, lses)
-                windows.append(None)
-            else:
+            if tokens is not None:
                 windows.append(Window(query[tokens], _lse_of(tokens, lses)))
+                continue
+            if batch.staging is not None:
+                pages.append(batch.staging.pages(i))
+            else:
+                pages.append(self._pool_pages(step, chunk, layer))
+            self._collect(chunk, layer, query, pages[-1], lses)
+            windows.append(None)
+        # Only methods without direct windows read pages here.
         self.compactor.score_layer(batch, layer, windows, pages)
         if layer == self.shape.num_layers - 1:
             self._compact(ending)

@@ -16,6 +16,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.score_memory import scoring_bytes
 from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
@@ -58,7 +59,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         return available - own
 
     def _own_bytes(self) -> int:
-        """Memory for what steps read, one-shot prompts, and copies of output projections."""
+        """Memory for what steps read, one-shot prompts, scores, and copied output projections."""
         all_specs = self.get_kv_cache_spec().items()
         specs = {name: s for name, s in all_specs if isinstance(s, KVCompressSpec)}
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -70,6 +71,13 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         own = StepBuffers(shape, self._max_num_reqs(), spec.dtype, meta, num_sms).num_bytes
         pages = staging_pages(self._config, shape, self._staged_tokens(), self._max_num_reqs())
         own += pages * spec.page_size_bytes // spec.num_kv_heads
+        own += scoring_bytes(
+            self._config,
+            shape,
+            spec.dtype.itemsize,
+            self.vllm_config.model_config.max_model_len,
+            self.vllm_config.scheduler_config.max_num_seqs,
+        )
         if "output_weight" in scorer_class(self._config.recipe.scorer).needs:
             model = self.model_runner.get_model()
             own += sum(output_copy_bytes(model, name, layers[name]) for name in specs)

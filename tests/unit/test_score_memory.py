@@ -1,0 +1,147 @@
+"""What is counted for scores is what scoring takes, and limits keep it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_kvcompress import score_memory
+from vllm_kvcompress.compaction import CacheShape, LayerParameters, PromptCompaction
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.layer_windows import Window
+from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.paged_compaction import PagedCompactor
+from vllm_kvcompress.score_memory import ScoreMemory, scoring_bytes
+
+META = torch.device("meta")
+LONG = 5000
+METHODS = [("span", 16), ("defensivekv", 32), ("snapkv", 32), ("kvc", 8)]
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of float tensors that are allocated for launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (
+            func.name().startswith(("aten::empty", "aten::new_empty"))
+            and result.is_floating_point()
+        ):
+            self.sizes.append(result.numel() * result.element_size())
+        return result
+
+
+def config_of(method, window, **changes):
+    options = (("value_norm", False),) if method == "defensivekv" else ()
+    return KVCompressConfig(method, ratio=0.875, window=window, options=options, **changes)
+
+
+def compactor_of(config, shape):
+    root = torch.empty(shape.num_kv_heads, shape.head_size, shape.head_size, device=META)
+    weight = torch.empty(
+        shape.num_kv_heads, shape.num_queries_per_kv, shape.head_size, 8, device=META
+    )
+    pool = torch.empty(
+        shape.pages_per_block, shape.block_size, 2 * shape.head_size, device=META
+    ).bfloat16()
+    layers = [LayerParameters(0.1, output_weight=weight, output_root=root)] * shape.num_layers
+    return PagedCompactor(config, shape, pool, layers)
+
+
+def end(compactor, lengths, tells_lse):
+    """All layers of prompts that end together; gives the batch and what its scores allocate."""
+    from gpu.recording import record
+
+    shape, config = compactor.shape, compactor.config
+    geometry = Geometry(config, shape.block_size)
+    prompts = [PromptCompaction(geometry.of(n), shape.num_layers) for n in lengths]
+    table = torch.zeros(len(lengths), 2, dtype=torch.int32, device=META)
+    num_heads = shape.num_kv_heads * shape.num_queries_per_kv
+    query = torch.empty(
+        config.window, num_heads, shape.head_size, dtype=torch.bfloat16, device=META
+    )
+    lse = torch.empty(config.window, num_heads, device=META) if tells_lse else None
+    batch = compactor.batch(prompts, table)
+    allocated = Allocated()
+
+    def layers():
+        with allocated:
+            for layer in range(shape.num_layers):
+                compactor.score_layer(batch, layer, [Window(query, lse)] * len(lengths), [])
+
+    record(layers)
+    return batch, allocated.sizes
+
+
+@pytest.mark.parametrize("tells_lse", [False, True])
+@pytest.mark.parametrize(("method", "window"), METHODS)
+@pytest.mark.parametrize("group", [1, 3, 4, 12])
+def test_what_is_counted_is_what_scores_take(method, window, group, tells_lse):
+    shape, config = CacheShape(3, 2, group, 64, 16), config_of(method, window)
+    compactor = compactor_of(config, shape)
+    batch, sizes = end(compactor, (LONG, 2000), tells_lse)
+    assert batch.layers_at_once == 3
+    memory, geometry = compactor.memory, batch.geometries[0]
+    assert batch.first.numel() * 4 == 2 * memory.entry_bytes(geometry)
+    kept = 2 * 3 * window * 2 * group * (64 * 2 + 4 * tells_lse)
+    scores = sum(sizes) - kept
+    counted = 2 * 3 * memory.token_bytes(geometry)
+    # With a given lse sums have two pieces, or are not needed. Rows fill powers of two.
+    assert scores <= counted <= scores * (5 if tells_lse else 1.4)
+
+
+@pytest.mark.parametrize("max_len", [300, 4096, 131072])
+@pytest.mark.parametrize("max_prompts", [1, 8, 256])
+@pytest.mark.parametrize(("method", "window"), METHODS)
+def test_batches_keep_within_what_is_counted(method, window, max_prompts, max_len):
+    """The batches that the engine makes of a step's prompts, at the 8B shape."""
+    shape, config = CacheShape(32, 8, 4, 128, 16), config_of(method, window)
+    plan = score_memory.make_scorer(config).window_plan()
+    memory, geometry = ScoreMemory(config, shape, 2, plan), Geometry(config, 16)
+    most = scoring_bytes(config, shape, 2, max_len, max_prompts)
+    window_bytes = window * 32 * (128 * 2 + 4)
+    for length in (max_len, max_len // 2, 200):
+        longest = geometry.of(length)
+        each = memory.prompt_bytes(longest)
+        num_prompts = min(max_prompts, max(1, score_memory.MOST_SCORE_BYTES // each))
+        at_once = memory.layers_at_once(longest, num_prompts, max_prompts)
+        taken = num_prompts * memory.entry_bytes(longest)
+        taken += at_once * num_prompts * memory.token_bytes(longest)
+        taken += max_prompts * at_once * window_bytes
+        assert taken <= most
+        # As many layers as fit are taken together.
+        if at_once < 32 and -(-32 // at_once) == -(-32 // (at_once + 1)) + 1:
+            more = at_once + 1
+            is_full = num_prompts * more * memory.token_bytes(longest) > 256 * 2**20
+            assert is_full or max_prompts * more * window_bytes > 64 * 2**20
+
+
+def test_what_a_small_server_needs_is_less_than_the_limits():
+    shape = CacheShape(32, 8, 4, 128, 16)
+    small = scoring_bytes(config_of("span", 16), shape, 2, 4096, 4)
+    large = scoring_bytes(config_of("span", 16), shape, 2, 131072, 256)
+    assert small < large < 2 * 256 * 2**20 + 64 * 2**20 + 8 * 2**20
+    # Four prompts of 4,096 tokens: 12 MiB of scores of tokens each, and 4 MiB of windows.
+    assert 4 * 14 * 2**20 < small < 4 * 24 * 2**20
+    # A budget that every prompt fits.
+    whole = KVCompressConfig("span", budget=4096)
+    assert scoring_bytes(whole, shape, 2, 4096, 4) == 0
+    # Torch's own memory is not counted.
+    assert 0 < scoring_bytes(config_of("tova", 16), shape, 2, 4096, 4) < small
+
+
+def test_roots_are_held_once():
+    """One stack in the pool's type, of which every layer has a part."""
+    shape = CacheShape(3, 2, 3, 64, 16)
+    compactor = compactor_of(config_of("span", 16), shape)
+    stacked = compactor._parameters.output_root
+    assert stacked.shape == (3, 2, 64, 64) and stacked.dtype == torch.bfloat16
+    for layer in compactor._general.layers:
+        assert layer.output_root._base is stacked

@@ -1,0 +1,65 @@
+"""What scoring must know of all attention layers, as kernels that score several of them want it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_kvcompress.compaction import LayerParameters
+from vllm_kvcompress.transfers import to_device
+
+
+@dataclass(frozen=True)
+class StackedParameters:
+    """`LayerParameters` of L layers, in their order.
+
+    Attributes:
+        scale: [L] float32.
+        logits_soft_cap: [L] float32, 0 where logits are not capped; 0.0 if they nowhere are.
+        sinks: [L, H, g] float32, -inf where a layer has none; None if no layer has any.
+        output_root: [L, H, d, d] in the pool's type; None if the scorer needs none.
+    """
+
+    scale: torch.Tensor
+    logits_soft_cap: torch.Tensor | float
+    sinks: torch.Tensor | None
+    output_root: torch.Tensor | None
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerParameters], pool: torch.Tensor) -> StackedParameters:
+        """On the pool's device."""
+        numbers = np.array([[x.scale, x.logits_soft_cap] for x in layers], np.float32)
+        scale, soft_cap = to_device(numbers.T.copy(), pool.device)
+        roots = [
+            layer.output_root.to(pool.dtype) for layer in layers if layer.output_root is not None
+        ]
+        assert len(roots) in (0, len(layers))
+        return cls(
+            scale,
+            soft_cap if numbers[:, 1].any() else 0.0,
+            _stacked_sinks(layers),
+            torch.stack(roots) if roots else None,
+        )
+
+    def options(self, first: int, num_layers: int) -> dict[str, Any]:
+        """Arguments of `planned_scores` for some layers one after another."""
+        layers = slice(first, first + num_layers)
+        soft_cap = self.logits_soft_cap
+        return {
+            "scale": self.scale[layers],
+            "logits_soft_cap": soft_cap if isinstance(soft_cap, float) else soft_cap[layers],
+            "sinks": None if self.sinks is None else self.sinks[layers],
+            "output_root": None if self.output_root is None else self.output_root[layers],
+        }
+
+
+def _stacked_sinks(layers: Sequence[LayerParameters]) -> torch.Tensor | None:
+    some = next((layer.sinks for layer in layers if layer.sinks is not None), None)
+    if some is None:
+        return None
+    none = torch.full_like(some, float("-inf"))
+    return torch.stack([none if layer.sinks is None else layer.sinks for layer in layers])

@@ -1,0 +1,116 @@
+"""Memory that scores take on a GPU, and how many prompts and layers are scored at once for it.
+
+Three things lie beside the pool: scores of what is chosen from (pages or tokens), of all layers;
+scores of tokens and what they are made of, of the layers that are scored together; and the windows
+that are kept until these are. Each has a limit, up to which more is done at once.
+"""
+
+from __future__ import annotations
+
+from vllm_kvcompress import ops
+from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.policies import make_scorer
+from vllm_kvcompress.policies.base import WindowPlan
+from vllm_kvcompress.policies.selection import entries_per_page
+
+# Of a batch's prompts, for each of the two kinds of scores; a single prompt may take more.
+MOST_SCORE_BYTES = 256 * 2**20
+# Of all prompts that end in a step.
+MOST_WINDOW_BYTES = 64 * 2**20
+
+
+class ScoreMemory:
+    """Bytes that scores of prompts take.
+
+    Args:
+        config: validated setting.
+        shape: of the paged cache.
+        query_bytes: of one element of a query.
+        plan: how fused kernels make the scores; None = torch makes them, which is not counted.
+    """
+
+    def __init__(
+        self,
+        config: KVCompressConfig,
+        shape: CacheShape,
+        query_bytes: int,
+        plan: WindowPlan | None,
+    ) -> None:
+        self._config, self._shape, self._plan = config, shape, plan
+        num_heads = shape.num_kv_heads * shape.num_queries_per_kv
+        self._window_bytes = config.window * num_heads * (shape.head_size * query_bytes + 4)
+
+    def entry_bytes(self, geometry: RequestGeometry) -> int:
+        """Of one kind of a prompt's scores, in a batch of prompts as long."""
+        per_page = entries_per_page(self._config, self._shape.block_size)
+        num_entries = geometry.first_kept_block * per_page
+        return 4 * self._shape.pages_per_block * ops.score_width(num_entries)
+
+    def token_bytes(self, geometry: RequestGeometry) -> int:
+        """Of one layer of a prompt, in a batch of prompts as long; 0 without a plan."""
+        plan, shape = self._plan, self._shape
+        if plan is None:
+            return 0
+        num_rated = plan.num_rated(
+            geometry.compact_len, geometry.num_candidate_tokens, self._config.window
+        )
+        return shape.num_kv_heads * ops.token_score_bytes(
+            num_rated,
+            window=self._config.window,
+            group=shape.num_queries_per_kv,
+            reduce=plan.reduce,
+            has_effect=plan.uses_value_effect,
+            span_kernel=plan.span_kernel,
+        )
+
+    def prompt_bytes(self, geometry: RequestGeometry) -> int:
+        """What a prompt adds to a batch of prompts as long that is scored layer by layer."""
+        return max(self.entry_bytes(geometry), self.token_bytes(geometry))
+
+    def layers_at_once(self, longest: RequestGeometry, num_prompts: int, num_kept: int) -> int:
+        """Layers of a batch that are scored together, in groups of about the same size.
+
+        Args:
+            longest: prompt of the batch.
+            num_prompts: of the batch.
+            num_kept: prompts whose windows are kept at the same time, those of the batch included.
+        """
+        num_layers = self._shape.num_layers
+        most = min(
+            MOST_SCORE_BYTES // max(1, num_prompts * self.token_bytes(longest)),
+            MOST_WINDOW_BYTES // (num_kept * self._window_bytes),
+        )
+        num_groups = cdiv(num_layers, min(max(most, 1), num_layers))
+        return cdiv(num_layers, num_groups)
+
+    def most_bytes(self, max_len: int, max_prompts: int) -> int:
+        """Most that prompts with blocks take together, whatever they are.
+
+        Args:
+            max_len: tokens of the longest prompt.
+            max_prompts: that end in one step.
+        """
+        geometry = Geometry(self._config, self._shape.block_size).of(max_len)
+        if not geometry.is_compressed:
+            return 0
+        num_layers = self._shape.num_layers
+        entries = self.entry_bytes(geometry)
+        most = max(entries, min(MOST_SCORE_BYTES, max_prompts * entries))
+        if self._plan is None:
+            return most
+        tokens = self.token_bytes(geometry)
+        most += max(tokens, min(MOST_SCORE_BYTES, max_prompts * num_layers * tokens))
+        windows = max_prompts * self._window_bytes
+        most += max(windows, min(MOST_WINDOW_BYTES, num_layers * windows))
+        # Of a prompt whose window is cut by the end of a step.
+        return most + num_layers * self._window_bytes
+
+
+def scoring_bytes(
+    config: KVCompressConfig, shape: CacheShape, query_bytes: int, max_len: int, max_prompts: int
+) -> int:
+    """`ScoreMemory.most_bytes` of a setting."""
+    plan = make_scorer(config).window_plan()
+    return ScoreMemory(config, shape, query_bytes, plan).most_bytes(max_len, max_prompts)
