@@ -14,6 +14,7 @@ from gpu.shapes import ModelShape
 from vllm_kvcompress import ops, triton_kernels
 
 NUM_REQUESTS, NUM_BLOCKS, MAX_TOKENS = 4, 64, 2048
+POOL_KERNEL = 5
 
 Call = Callable[[], Any]
 Calls = Iterator[tuple[str, Call]]
@@ -130,23 +131,30 @@ def store_launches(batch: Batch) -> Calls:
     )
 
 
+def part_sums(shape: ModelShape) -> torch.Tensor:
+    """[requests, H, parts] float32."""
+    num_parts = triton_kernels.num_score_parts(MAX_TOKENS, POOL_KERNEL)
+    return torch.empty(NUM_REQUESTS, shape.num_kv_heads, num_parts)
+
+
 def score_launches(batch: Batch) -> Calls:
     """Scores of keys under the last queries of a prompt."""
     shape = batch.shape
 
     def score(reduce: str, window: int, **options: Any) -> Call:
         query = torch.empty(
-            NUM_REQUESTS, window, shape.num_heads, shape.head_size, dtype=shape.dtype
+            NUM_REQUESTS, 1, window, shape.num_heads, shape.head_size, dtype=shape.dtype
         )
-        num_groups = triton_kernels.num_score_groups(shape.group, window, reduce)
+        num_groups = triton_kernels.num_score_groups(shape.group, reduce)
         scores = torch.empty(NUM_REQUESTS, shape.num_kv_heads, num_groups, MAX_TOKENS)
         usual = {
-            "logits_soft_cap": 0.0,
+            "logits_soft_cap": None,
             "power": 1,
             "near_tokens": 0,
-            "pool_kernel": 5,
+            "pool_kernel": POOL_KERNEL,
             "lse": None,
             "sinks": None,
+            "part_sums": part_sums(shape) if reduce == "defensive" else None,
         }
         return lambda: triton_kernels.window_scores(
             query,
@@ -158,13 +166,13 @@ def score_launches(batch: Batch) -> Calls:
             scores,
             **batch.model,
             num_kv_heads=shape.num_kv_heads,
-            scale=shape.head_size**-0.5,
+            scale=torch.ones(1),
             reduce=reduce,
             **usual | options,
         )
 
     window = 16
-    lse = torch.zeros(NUM_REQUESTS, window, shape.num_heads)
+    lse = torch.zeros(NUM_REQUESTS, 1, window, shape.num_heads)
     sinks = torch.zeros(shape.num_heads)
     yield "defensive", score("defensive", window, near_tokens=8)
     yield "defensive, lse given", score("defensive", window, near_tokens=8, lse=lse)
@@ -177,7 +185,7 @@ def score_launches(batch: Batch) -> Calls:
 def effect_launches(batch: Batch) -> Calls:
     """How much values move a layer's output."""
     shape = batch.shape
-    root = torch.empty(shape.num_kv_heads, shape.head_size, shape.head_size, dtype=shape.dtype)
+    root = torch.empty(1, shape.num_kv_heads, shape.head_size, shape.head_size, dtype=shape.dtype)
     effect = batch.scores(shape.num_kv_heads)
     yield (
         "",
@@ -207,6 +215,9 @@ def join_launches(batch: Batch) -> Calls:
             batch.lens,
             effect if with_effect else None,
             effect,
+            max_candidates=MAX_TOKENS,
+            num_kv_heads=shape.num_kv_heads,
+            part_sums=part_sums(shape) if options["floor_at_mean"] else None,
             page_size=shape.block_size,
             pool_kind="max",
             pool_first=True,

@@ -13,7 +13,7 @@ from vllm_kvcompress import ops
 
 # Rows of the compiled ops.
 NATIVE = "vllm-kvcompress C++"
-WINDOW = 16
+WINDOW, POOL_KERNEL = 16, 5
 
 
 class Prompt:
@@ -36,11 +36,17 @@ class Prompt:
         self.pool = new_pool(shape, num_blocks, device)
         self.table = shuffled_table(1, num_blocks, device)
         self.rows = self.ints([[prompt_len, self.region, prompt_blocks, 0]])
-        query = (1, WINDOW, shape.num_heads, d)
+        num_layers = shape.num_layers
+        query = (1, num_layers, WINDOW, shape.num_heads, d)
         self.query = normal(*query, device=device, dtype=shape.dtype)
-        self.lse = torch.full((1, WINDOW, shape.num_heads), 10.0, device=device)
-        self.root = normal(num_kv_heads, d, d, device=device, dtype=shape.dtype)
+        self.lse = torch.full(query[:-1], 10.0, device=device)
+        self.root = normal(num_layers, num_kv_heads, d, d, device=device, dtype=shape.dtype)
+        # The engine keeps these; made in a call they would be launches.
+        self.scale = torch.full((num_layers,), d**-0.5, device=device)
+        self.stored_scale = torch.ones(shape.num_streams, device=device)
         self.num_rated = prompt_len - WINDOW
+        num_parts = ops.num_score_parts(self.num_rated, POOL_KERNEL)
+        self.part_sums = torch.zeros(1, shape.num_streams, num_parts, device=device)
         self.num_candidates = self.num_rated // b * b
         self.num_entries = self.num_candidates // b
         self.rated = self.ints([self.num_rated])
@@ -66,11 +72,11 @@ class Prompt:
 
     @property
     def key_bytes(self) -> int:
-        """One layer's keys, or values."""
-        return self.shape.num_kv_heads * self.prompt_len * self.shape.token_bytes // 2
+        """All layers' keys, or values."""
+        return self.shape.num_streams * self.prompt_len * self.shape.token_bytes // 2
 
-    def score(self, layer: int, with_lse: bool) -> torch.Tensor:
-        """One layer's scores of keys."""
+    def score(self, with_lse: bool) -> torch.Tensor:
+        """All layers' scores of keys."""
         return ops.window_scores(
             self.query,
             self.pool,
@@ -78,23 +84,34 @@ class Prompt:
             self.table,
             self.rated,
             self.num_rated,
-            layer=layer,
+            layer=0,
             num_layers=self.shape.num_layers,
             num_kv_heads=self.shape.num_kv_heads,
-            scale=self.shape.head_size**-0.5,
+            scale=self.scale,
+            key_scale=self.stored_scale,
             reduce="defensive",
             near_tokens=8,
+            pool_kernel=POOL_KERNEL,
             lse=self.lse if with_lse else None,
+            part_sums=self.part_sums,
         )
 
-    def effect(self, layer: int) -> torch.Tensor:
-        """How much one layer's values move its output."""
-        prompt = (self.rows, self.table, self.rated, self.num_rated)
-        model = {"layer": layer, "num_layers": self.shape.num_layers}
-        return ops.paged_value_effect(self.pool, self.root, *prompt, **model)
+    def effect(self) -> torch.Tensor:
+        """How much values move the outputs of all layers."""
+        return ops.paged_value_effect(
+            self.pool,
+            self.root,
+            self.rows,
+            self.table,
+            self.rated,
+            self.num_rated,
+            layer=0,
+            num_layers=self.shape.num_layers,
+            value_scale=self.stored_scale,
+        )
 
     def join(self, scores: torch.Tensor, effect: torch.Tensor) -> torch.Tensor:
-        """One layer's scores of pages."""
+        """All layers' scores of pages."""
         return ops.join_scores(
             scores,
             self.rated,
@@ -106,6 +123,8 @@ class Prompt:
             span_kernel=11,
             page_reduce="mean",
             page_size=self.shape.block_size,
+            num_kv_heads=self.shape.num_kv_heads,
+            part_sums=self.part_sums,
         )
 
     def select(self, with_native: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -158,27 +177,20 @@ def prompt_cases(
 
 
 def _score_cases(prompt: Prompt) -> Iterator[Case]:
-    """All layers each: one may find the last one's keys in the cache."""
     num_layers = prompt.shape.num_layers
     for with_lse in (True, False):
         yield Case(
             "window_scores",
             f"lse {'given' if with_lse else 'computed'}",
-            lambda with_lse=with_lse: [prompt.score(n, with_lse) for n in range(num_layers)],
-            num_layers * prompt.key_bytes * (1 if with_lse else 2),
+            lambda with_lse=with_lse: prompt.score(with_lse),
+            prompt.key_bytes * (1 if with_lse else 2),
             num_layers,
         )
-    yield Case(
-        "paged_value_effect",
-        "",
-        lambda: [prompt.effect(layer) for layer in range(num_layers)],
-        num_layers * prompt.key_bytes,
-        num_layers,
-    )
-    scores = prepare(lambda: prompt.score(0, True), prompt.device)
-    effect = prepare(lambda: prompt.effect(0), prompt.device)
-    score_bytes = 4 * (scores.numel() + effect.numel())
-    yield Case("join_scores", "", lambda: prompt.join(scores, effect), score_bytes)
+    yield Case("paged_value_effect", "", prompt.effect, prompt.key_bytes, num_layers)
+    scores = prepare(lambda: prompt.score(True), prompt.device)
+    effect = prepare(prompt.effect, prompt.device)
+    num_bytes = 4 * (scores.numel() + effect.numel())
+    yield Case("join_scores", "", lambda: prompt.join(scores, effect), num_bytes, num_layers)
 
 
 def _select_cases(prompt: Prompt, with_native: bool) -> Iterator[Case]:
@@ -224,12 +236,9 @@ def _move_cases(prompt: Prompt, with_native: bool) -> Iterator[Case]:
 
 def _whole_case(prompt: Prompt) -> Case:
     """Compaction of a prompt in one graph, as the engine does it."""
-    num_layers = prompt.shape.num_layers
 
     def compress() -> None:
-        for layer in range(num_layers):
-            prompt.join(prompt.score(layer, True), prompt.effect(layer))
+        prompt.join(prompt.score(True), prompt.effect())
         prompt.compact(prompt.select())
 
-    num_bytes = num_layers * 2 * prompt.key_bytes + 2 * prompt.kept_bytes
-    return Case("compress a prompt", "", compress, num_bytes)
+    return Case("compress a prompt", "", compress, 2 * prompt.key_bytes + 2 * prompt.kept_bytes)

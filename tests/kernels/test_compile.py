@@ -14,10 +14,9 @@ ROOT = Path(__file__).parents[2]
 KERNELS = {
     "compact_kernel",
     "decode_work_kernel",
+    "defensive_scores_kernel",
     "join_scores_kernel",
     "joint_digit_kernel",
-    "mean_scores_kernel",
-    "merge_sums_kernel",
     "move_entries_kernel",
     "ragged_decode_kernel",
     "select_kernel",
@@ -25,7 +24,6 @@ KERNELS = {
     "store_tokens_kernel",
     "token_slots_kernel",
     "value_effect_kernel",
-    "widen_kernel",
     "window_scores_kernel",
     "window_sums_kernel",
 }
