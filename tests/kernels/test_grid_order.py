@@ -151,19 +151,23 @@ def store() -> Run:
 
 
 def prompts():
-    """Two dense prompts, one with a region in its row, and their window queries."""
+    """Two dense prompts, one with a region in its row, and window queries of two layers."""
     boundary = 100 // BASE.block_size
     requests = [Request(190), Request(100, num_region_blocks=2, boundary_block=boundary)]
     batch = make_batch(BASE, requests, "cpu")
     generator = torch.Generator().manual_seed(9)
-    query = 2 * random_like((2, 12, BASE.num_heads, BASE.head_size), BASE.dtype, generator)
+    query = 2 * random_like((2, 2, 12, BASE.num_heads, 64), BASE.dtype, generator)
     return batch, query
 
 
 def score(with_lse: bool = False, **options) -> Run:
     batch, query = prompts()
     # Whether it fits these queries does not matter here.
-    lse = torch.linspace(2.0, 9.0, 2 * 12 * BASE.num_heads).view(2, 12, -1) if with_lse else None
+    lse = (
+        torch.linspace(2.0, 9.0, 2 * 2 * 12 * BASE.num_heads).view(2, 2, 12, -1)
+        if with_lse
+        else None
+    )
     return lambda: (
         ops.window_scores(
             query,
@@ -172,7 +176,7 @@ def score(with_lse: bool = False, **options) -> Run:
             batch.block_table,
             int32([178, 88]),
             178,
-            layer=1,
+            layer=0,
             num_layers=2,
             num_kv_heads=2,
             scale=0.125,
@@ -184,7 +188,7 @@ def score(with_lse: bool = False, **options) -> Run:
 
 def effect() -> Run:
     batch, _ = prompts()
-    root = random_like((2, 64, 64), BASE.dtype, torch.Generator().manual_seed(3))
+    root = random_like((2, 2, 64, 64), BASE.dtype, torch.Generator().manual_seed(3))
     return lambda: (
         ops.paged_value_effect(
             batch.pool,
@@ -193,18 +197,23 @@ def effect() -> Run:
             batch.block_table,
             int32([178, 88]),
             178,
-            layer=1,
+            layer=0,
             num_layers=2,
         ),
     )
 
 
-def join(**options) -> Run:
+def join(num_groups: int = 3, **options) -> Run:
+    """Of two layers of one head."""
     generator = torch.Generator().manual_seed(4)
-    scores = random_like((2, 2, 3, 1100), torch.float32, generator).abs()
+    scores = random_like((2, 2, num_groups, 1100), torch.float32, generator).abs()
     values = random_like((2, 2, 1100), torch.float32, generator).abs()
     rated, candidates = int32([1100, 290]), int32([1088, 256])
-    return lambda: (ops.join_scores(scores, rated, candidates, 1088, effect=values, **options),)
+    if options.get("floor_at_mean"):
+        size = (2, 2, ops.num_score_parts(1100, 5))
+        options["part_sums"] = random_like(size, torch.float32, generator).abs()
+    options |= {"effect": values, "num_kv_heads": 1}
+    return lambda: (ops.join_scores(scores, rated, candidates, 1088, **options),)
 
 
 def tied_scores() -> torch.Tensor:
@@ -286,7 +295,7 @@ CASES: dict[str, Callable[[], Run]] = {
     "value_effect": effect,
     "join_scores, SnapKV": lambda: join(pool_kernel=7, page_reduce="max"),
     "join_scores, span": lambda: join(
-        group_reduce="max", floor_at_mean=True, span_kernel=11, page_reduce="rms"
+        1, group_reduce="max", floor_at_mean=True, span_kernel=11, page_reduce="rms"
     ),
     "joint_page_counts": lambda: counts([[300], [90]]),
     "joint_page_counts, two groups": lambda: counts([[300, 20], [90, 90]]),

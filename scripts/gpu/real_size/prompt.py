@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.ops import native
 
 WINDOW, NEAR_TOKENS, POOL_KERNEL, SPAN_KERNEL = 16, 8, 5, 11
+NEAR = {"reduce": "defensive", "near_tokens": NEAR_TOKENS, "pool_kernel": POOL_KERNEL}
 # Of the prompt's pages, those that are kept, and what each stream is sure of.
 KEPT, GUARANTEED = 0.125, 2
 # float32 roundings of the largest score allowed on top of twice torch's own error in float32: a
@@ -89,7 +90,6 @@ class PromptCases:
     shape: ModelShape
     pool: torch.Tensor
     prompt_len: int
-    scores_of: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def run(self) -> Iterator[tuple[str, Callable[[], Verdict]]]:
         """(name, what to run) of each case, in order."""
@@ -135,19 +135,21 @@ class PromptCases:
         self.entries = int32(self.num_candidates // b)
         self.totals, self.sure = int32(self.total)[None], int32(GUARANTEED)[None]
         on_device = torch.Generator(device).manual_seed(4)
-        size = (shape.num_layers, 1, WINDOW, shape.num_heads, shape.head_size)
+        size = (1, shape.num_layers, WINDOW, shape.num_heads, shape.head_size)
         self.query = torch.randn(size, generator=on_device, device=device).mul_(1.5).to(shape.dtype)
-        size = (shape.num_kv_heads, shape.head_size, shape.head_size)
+        size = (shape.num_layers, shape.num_kv_heads, shape.head_size, shape.head_size)
         self.root = torch.randn(size, generator=on_device, device=device).to(shape.dtype)
         size = (1, shape.num_streams, ops.score_width(self.num_candidates // b))
         self.page_scores = torch.full(size, float("nan"), device=device)
         layers = (0, shape.num_layers // 2, shape.num_layers - 1)
         self.sampled = list(dict.fromkeys(layers))
 
-    def window_scores(self, layer: int, **options: Any) -> torch.Tensor:
-        """[1, H, G, rated] of one layer."""
+    def window_scores(
+        self, query: torch.Tensor, layer: int, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """Scores of the layers that the queries are of, from `layer` on."""
         return ops.window_scores(
-            self.query[layer],
+            query,
             self.pool,
             self.rows.rows,
             self.rows.block_table,
@@ -160,43 +162,49 @@ class PromptCases:
             **options,
         )
 
-    def score(self, layer: int) -> None:
-        """Page scores of one layer; what they were made of is kept where it is sampled."""
-        scores = self.window_scores(layer, reduce="defensive", near_tokens=NEAR_TOKENS)
-        effect = ops.paged_value_effect(
+    def score(self) -> None:
+        """Page scores of all layers, and what they are made of."""
+        num_parts = ops.num_score_parts(self.num_rated, POOL_KERNEL)
+        size = (1, self.shape.num_streams, num_parts)
+        part_sums = torch.empty(size, dtype=torch.float32, device=self.pool.device)
+        self.window = self.window_scores(self.query, 0, {**NEAR, "part_sums": part_sums})
+        self.effect = ops.paged_value_effect(
             self.pool,
             self.root,
             self.rows.rows,
             self.rows.block_table,
             self.rated,
             self.num_rated,
-            layer=layer,
+            layer=0,
             num_layers=self.shape.num_layers,
         )
         pages = ops.join_scores(
-            scores,
+            self.window,
             self.rated,
             self.candidates,
             self.num_candidates,
             group_reduce="max",
             floor_at_mean=True,
-            effect=effect,
+            effect=self.effect,
             span_kernel=SPAN_KERNEL,
             page_reduce="rms",
             page_size=self.shape.block_size,
+            num_kv_heads=self.shape.num_kv_heads,
+            part_sums=part_sums,
         )
-        first = layer * self.shape.num_kv_heads
-        self.page_scores[:, first : first + pages.shape[1], : pages.shape[2]] = pages
-        if layer in self.sampled:
-            self.scores_of[layer] = {"scores": scores, "effect": effect, "pages": pages}
+        self.page_scores[..., : pages.shape[2]] = pages
+
+    def of_layer(self, streams: torch.Tensor, layer: int) -> torch.Tensor:
+        """[H, ...] of one layer, of [1, S, ...]."""
+        num_heads = self.shape.num_kv_heads
+        return streams[0, layer * num_heads : (layer + 1) * num_heads]
 
     def compressed(self) -> Verdict:
         """All steps on the device; copies are compared to the bit with where they came from."""
         self.prepare()
         before = block_sums(self.pool, self.shape.num_streams)
         with no_host_sync(self.pool.device):
-            for layer in range(self.shape.num_layers):
-                self.score(layer)
+            self.score()
             self.counts = ops.joint_page_counts(
                 self.page_scores, self.entries, self.totals, self.sure
             )
@@ -280,20 +288,19 @@ class PromptCases:
         shape, d = self.shape, self.shape.head_size
         for layer in self.sampled:
             entries = self.entries_of(layer)
-            query = self.query[layer, 0].unflatten(1, (shape.num_kv_heads, shape.group))
+            query = self.query[0, layer].unflatten(1, (shape.num_kv_heads, shape.group))
             query = query.permute(1, 2, 0, 3)
             want: dict[str, list[torch.Tensor]] = {}
             for wide in (torch.float64, torch.float32):
                 key, value = entries[..., :d].to(wide), entries[..., d:].to(wide)
                 arguments = (query.to(wide), key, d**-0.5, self.num_rated)
                 weights, lse = window_weights(*arguments, NEAR_TOKENS)
-                effect = (value[:, : self.num_rated] @ self.root.to(wide)).norm(dim=2)
+                effect = (value[:, : self.num_rated] @ self.root[layer].to(wide)).norm(dim=2)
                 steps = {"defensive": defensive(weights), "effect": effect, "lse": lse}
                 del weights
                 weights, _ = window_weights(*arguments, 0)
                 steps |= {"mean": weights.mean(dim=2), "max": weights.amax(dim=2)}
-                kept = self.scores_of[layer]
-                mine = (kept["scores"][0].to(wide), kept["effect"][0].to(wide))
+                mine = (self.of_layer(x, layer).to(wide) for x in (self.window, self.effect))
                 steps["pages"] = joined_pages(*mine, self.num_candidates, shape.block_size)
                 for name, tensor in steps.items():
                     want.setdefault(name, []).append(tensor)
@@ -306,15 +313,20 @@ class PromptCases:
     ) -> None:
         """What the kernels make of one layer, beside [in float64, in float32] of each name."""
         lse = want["lse"][0].permute(2, 0, 1).flatten(1)[None].float().contiguous()
-        kept = self.scores_of[layer]
-        near = {"reduce": "defensive", "near_tokens": NEAR_TOKENS}
+        query, window = self.query[:, layer], self.of_layer(self.window, layer)
+
+        def alone(**options: Any) -> torch.Tensor:
+            return self.window_scores(query, layer, options)[0]
+
+        verdict.expect_equal(alone(**NEAR), window, f"layer {layer}, scored alone")
+        num_pages = self.num_candidates // self.shape.block_size
         got = {
-            "defensive": kept["scores"][0].amax(dim=1),
-            "defensive, lse given": self.window_scores(layer, **near, lse=lse)[0].amax(dim=1),
-            "mean": self.window_scores(layer, reduce="mean")[0],
-            "max, lse given": self.window_scores(layer, reduce="max", lse=lse)[0],
-            "effect": kept["effect"][0],
-            "pages": kept["pages"][0],
+            "defensive": window.amax(dim=1),
+            "defensive, lse given": alone(**NEAR, lse=lse).amax(dim=1),
+            "mean": alone(reduce="mean"),
+            "max, lse given": alone(reduce="max", lse=lse),
+            "effect": self.of_layer(self.effect, layer),
+            "pages": self.of_layer(self.page_scores, layer)[:, :num_pages],
         }
         for name, scores in got.items():
             exact, same = want[name.partition(",")[0]]
