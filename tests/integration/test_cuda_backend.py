@@ -23,6 +23,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.staging import Staging
 from vllm_kvcompress.vllm_integration import backend_cuda, engine_cuda
 
+pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
 SHAPES = {
     "gqa_3_to_1": CacheShape(2, 2, 3, 64, 16),
@@ -101,7 +102,7 @@ def test_new_weights_serve_a_prompt_that_has_begun(monkeypatch, method):
     rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of(method, 16), DTYPE, "reference")
     request = Request("a", 150)
     rig.step([(request, 100)])
-    rig.parameters = [rig._layer_parameters() for _ in rig.parameters]
+    rig.parameters = [rig.random_parameters() for _ in rig.parameters]
     rig.engine.use_parameters(rig.parameters)
     # Compared with what the policy chooses by the rig's parameters.
     rig.step([(request, 50)])
@@ -135,10 +136,10 @@ def test_chunks_of_a_prompt_select_what_a_single_step_does(monkeypatch, method, 
     selections = []
     for chunks in ((205,), (70, 33, 2, 96, 4)):
         rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), DTYPE, "reference")
-        whole = rig._tokens(205)
+        whole = rig.random_tokens(205)
         request, start = Request("a", 205), 0
         for count in chunks:
-            part = [x[:, start : start + count] for x in whole]
+            part = [tuple(x[start : start + count] for x in layer) for layer in whole]
             rig.step([(request, count)], given={"a": part})
             start += count
         rig.step([(request, 1)])
@@ -194,11 +195,10 @@ def test_a_suffix_attends_to_what_was_kept(monkeypatch, granularity):
 
 @pytest.mark.parametrize(("backend", "num_steps"), [("triton", 2), ("reference", 18)])
 def test_a_captured_decode_step_serves_later_rows(monkeypatch, backend, num_steps):
-    """Metadata of a captured graph is replayed: later steps only change what it points at."""
+    """On a GPU a CUDA graph is; later steps only change what it points at."""
     shape = SHAPES["gqa_8_to_1"]
     rig = Rig(monkeypatch, shape, config_of("snapkv", 16), DTYPE, backend)
-    captured = rig.metadata([], num_padded_rows=4, is_step=False)
-    assert not captured.runs and captured.step.num_single == 4
+    captured = rig.capture(num_rows=4)
     long, short = Request("long", 180), Request("short", 20)
     rig.step([(short, 20), (long, 180)])
     rig.step([(short, 1), (long, 1)], captured=captured)
