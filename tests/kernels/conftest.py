@@ -9,12 +9,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 from compiled_ops import INSTRUCTION_SETS, need_compiled_ops, using
+from device_labels import labelled_device
 from paged_pool import DEVICE
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def labels() -> Iterator[None]:
+    """Without a GPU, ops and kernels that mix the device with the host raise."""
+    if DEVICE.type == "cuda":
+        yield
+        return
+    with labelled_device():
+        yield
 
 
 @pytest.fixture(scope="module", params=["triton", *INSTRUCTION_SETS])
