@@ -58,6 +58,8 @@ SOMETIMES = {"_dcp_context_kv_lens", "scheduler_metadata"}
 
 def reads(function: Callable, *names: str) -> dict[str, set[str]]:
     """Attributes that a function reads of variables with these names."""
+    # Not of something that stands in for it.
+    assert function.__module__.startswith(("vllm.", "vllm_kvcompress.")), function
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     found: dict[str, set[str]] = {name: set() for name in names}
     for node in ast.walk(tree):

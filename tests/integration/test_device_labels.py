@@ -23,6 +23,10 @@ def on_device(*size):
     return torch.ones(size, device=LABELLED)
 
 
+def generator(x):
+    return torch.Generator(x.device).manual_seed(1)
+
+
 MIXING = {
     "sum": lambda x, host: x + host,
     "in_place": lambda x, host: x.add_(host),
@@ -68,6 +72,7 @@ STAYING = {
     "numbers": lambda x: x * torch.tensor(2.0) + 1,
     "new": lambda x: x + x.new_zeros(4) + torch.zeros_like(x) + torch.zeros(4, device=x.device),
     "new_on_device": lambda x: x + torch.ones(4).new_zeros(4, device=x.device),
+    "generated": lambda x: x + torch.randn(4, generator=(g := generator(x)), device=g.device),
     "moved": lambda x: x + torch.ones(4).to(x.device) + torch.ones(4).to(x),
     "type": lambda x: x.double().to(torch.float32),
     "list_index": lambda x: x[[3, 2, 1, 0]],

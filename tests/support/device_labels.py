@@ -246,6 +246,19 @@ def _index(index: Any) -> Any:
     return index
 
 
+class _Generator(torch.Generator):
+    """Tells the device that it was made for, as one for a GPU does."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> _Generator:
+        generator = super().__new__(cls, torch.device(device))
+        generator._device = torch.device(device)
+        return generator
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
 @contextmanager
 def labelled_device() -> Iterator[None]:
     """Labels count inside; memory made on `LABELLED` before counts as the host's."""
@@ -260,6 +273,7 @@ def labelled_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         assert host_device is None, "labels count already"
         patch.setattr(torch.Tensor, "device", property(device), raising=False)
+        patch.setattr(torch, "Generator", _Generator)
         _guard_launches(patch)
         with calls, _Ops(calls):
             yield
