@@ -18,6 +18,7 @@ pytest.importorskip("vllm")
 
 from cuda_rig import METHODS, Request, Rig
 from cuda_stand_ins import SCALE, make_builder, make_layers, make_vllm_config
+from device_labels import no_waiting
 from gpu.recording import record
 from paged_pool import DEVICE
 from plain_flash_attention import use_plain_attention
@@ -28,7 +29,8 @@ from vllm.v1.attention.backends import flash_attn
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.policies.base import Rotary
+from vllm_kvcompress.policies import make_scorer
+from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
@@ -167,12 +169,49 @@ def test_no_step_waits_for_a_gpu(monkeypatch, method, granularity):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the GPU's own mode tells")
-@pytest.mark.parametrize(("method", "granularity"), [("span", "page"), ("h2o", "token")])
+@pytest.mark.parametrize(
+    ("method", "granularity"), [("span", "page"), ("h2o", "token"), ("random", "page")]
+)
 def test_no_step_waits_for_a_device_with_contents(monkeypatch, labels, method, granularity):
     monkeypatch.undo()
     options = (("granularity", granularity),)
     config = KVCompressConfig(method, budget=48, window=WINDOW, options=options)
     serve_for_real(Rig(monkeypatch, CacheShape(1, 1, 2, 64, 16), config, may_wait=False))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_policy_waits_for_the_device(labels, method):
+    """Those that kernels cannot score are run on the device as they are."""
+    num_tokens, hidden = 100, 24
+    heads, group, size = SHAPE.num_kv_heads, SHAPE.num_queries_per_kv, SHAPE.head_size
+
+    def random(*size):
+        return torch.rand(size, generator=generator, device=DEVICE)
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    scorer = make_scorer(KVCompressConfig(method, budget=64, window=WINDOW))
+    query, key = random(heads, group, num_tokens, size), random(heads, num_tokens, size)
+    weight = random(heads, group, size, hidden)
+    common = {"scale": SCALE, "rotary": Rotary(random(600, size))}
+    root = ops.output_root(weight)
+    with no_waiting(DEVICE):
+        observed = None
+        if "all_queries" in scorer.needs:
+            chunk = ChunkInputs(query=query, key=key, first=0, logits_soft_cap=0.0, **common)
+            observed = scorer.observe(chunk, None)
+        inputs = ScoreInputs(
+            key=key,
+            num_candidates=num_tokens - WINDOW,
+            budget_tokens=64,
+            window_query=query[:, :, -WINDOW:],
+            value=random(heads, num_tokens, size),
+            output_weight=weight,
+            output_root=root,
+            observed=observed,
+            **common,
+        )
+        scores = scorer.score(inputs)
+    assert scores.first.device == key.device and not scores.first.isnan().any()
 
 
 class DeviceWork(TorchDispatchMode):

@@ -128,6 +128,12 @@ WAITING = {
     "equal": lambda x: torch.equal(x, x),
     "copy": lambda x: torch.zeros(4).copy_(x),
     "repeat": lambda x: torch.repeat_interleave(x, x.long()),
+    # Copies of what the host has wait for what was launched before.
+    "to_device": lambda x: torch.ones(4).to(x.device),
+    "made_there": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "copied_there": lambda x: x.copy_(torch.ones(4)),
+    "item_set": lambda x: x.__setitem__(1, 2.0),
+    "list_index": lambda x: x[[0, 1]],
     "slice": lambda x: x[: x.sum().long()],
 }
 
@@ -141,10 +147,12 @@ def test_waiting_for_the_device_is_noticed(name):
     WAITING[name](x)
 
 
-def test_copies_to_the_device_make_nobody_wait():
+def test_copies_that_do_not_block_make_nobody_wait():
     with no_waiting(LABELLED):
         x = torch.from_numpy(np.ones(4)).to(LABELLED, non_blocking=True, copy=True)
-        x[1:] = x[:-1] * 2 + torch.tensor([1.0, 2.0, 3.0], device=LABELLED)
+        x[1:] = x[:-1] * 2 + x.new_ones(3)
+        x[1:3] = 5.0
+        x.copy_(torch.ones(4), non_blocking=True)
 
 
 @triton.jit

@@ -6,6 +6,9 @@ there has a label, `tensor.device` tells it, and an op that is given memory with
 raises `MixedDevices`. As with CUDA, numbers of dimension 0 may come from the host, and `to`, `cpu`
 and `copy_` go from one to the other. Stricter than CUDA, indices have to be on the device too.
 
+Inside `no_waiting` an op also raises where it makes the host wait: for a number, or for a copy in
+either direction that is not said to be `non_blocking`.
+
 Triton's interpreter runs without all this, once the arguments of a launch have been looked at.
 """
 
@@ -160,8 +163,9 @@ class _Ops(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if name == "copy_":
-            # From the device to the host it waits, unless told otherwise.
-            if _LABELS.has(args[1]) and not _LABELS.has(args[0]):
+            # Either way it waits, unless told otherwise.
+            non_blocking = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+            if _LABELS.has(args[1]) != _LABELS.has(args[0]) and not non_blocking:
                 _LABELS.wait(func)
             return func(*args, **kwargs)
         is_on_device = check_together(func, args, kwargs)
@@ -193,7 +197,7 @@ def _make(func: Callable[..., torch.Tensor], args: Any, kwargs: dict[str, Any]) 
     if isinstance(data, torch.Tensor):
         data = data if device is None else _move(data, torch.device(device))
         return data if kwargs.get("dtype") is None else data.to(kwargs["dtype"])
-    if any(_LABELS.has(x) for x in _tensors(data)):
+    if _is_labelled(device) or any(_LABELS.has(x) for x in _tensors(data)):
         _LABELS.wait(func)
     if device is not None and not _is_labelled(device):
         return func(*args, device=device, **kwargs)
@@ -228,7 +232,7 @@ def _move(
         return tensor.to(device=device, dtype=dtype, copy=copy, **rest)
     else:
         is_on_device = _is_labelled(device)
-    if was_on_device and not is_on_device and not non_blocking:
+    if was_on_device != is_on_device and not non_blocking:
         _LABELS.wait("Tensor.to")
     # Not an op of the modes: they would see memory of the host made of the device's.
     with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -241,6 +245,7 @@ def _index(index: Any) -> Any:
     if isinstance(index, tuple):
         return tuple(_index(x) for x in index)
     if isinstance(index, (list, range, np.ndarray)) and not _holds_tensors(index):
+        _LABELS.wait("an index that the host has")
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             return _LABELS.put(torch.as_tensor(np.array(index)))
     return index
