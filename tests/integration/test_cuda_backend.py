@@ -97,6 +97,18 @@ def test_every_kind_of_method_keeps_what_its_policy_chooses(monkeypatch, method,
     assert first.selection is not None and second.selection is not None
 
 
+@pytest.mark.parametrize("method", ["span", "ada-criticalkv", "h2o"])
+def test_half_precision_keeps_what_the_policy_chooses(monkeypatch, method, granularity):
+    """As on a GPU, whose FlashAttention takes nothing else."""
+    shape = SHAPES["gqa_3_to_1"]
+    rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), torch.bfloat16, "reference")
+    first, second = Request("first", 12 * 16 + 9), Request("second", 9 * 16)
+    rig.step([(second, 50), (first, 150)])
+    rig.step([(first, 12 * 16 + 9 - 150), (second, 9 * 16 - 50)])
+    rig.step([(first, 1), (second, 1)])
+    assert first.selection is not None and second.selection is not None
+
+
 @pytest.mark.parametrize("method", ["span", "ada-criticalkv"])
 def test_new_weights_serve_a_prompt_that_has_begun(monkeypatch, method):
     rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of(method, 16), DTYPE, "reference")
