@@ -45,7 +45,6 @@ STREAMS = {
 NO_STREAMS = {
     "join_scores_kernel": "sums of parts of a head's scores, a turn for 256 of them",
     "decode_work_kernel": "a few words per stream, once per step",
-    "mean_scores_kernel": "a 64th of what scoring reads, cut into 32 chunks per head",
     "move_entries_kernel": "one turn, a few where an entry is larger than a tile",
 }
 # Blocks per multiprocessor of every other kernel.

@@ -68,7 +68,7 @@ class Steps:
         rig = self.rig
         self.work.names.clear()
         metadata = rig.metadata(chunks)
-        tokens = rig._tokens(sum(count for _, count in chunks))
+        tokens = rig.random_tokens(sum(count for _, count in chunks))
 
         def layers():
             for i, (name, view) in enumerate(rig.views.items()):

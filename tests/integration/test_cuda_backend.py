@@ -24,6 +24,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.staging import Staging
 from vllm_kvcompress.vllm_integration import backend_cuda, engine_cuda
 
+pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
 SHAPES = {
     "gqa_3_to_1": CacheShape(2, 2, 3, 64, 16),
@@ -97,12 +98,24 @@ def test_every_kind_of_method_keeps_what_its_policy_chooses(monkeypatch, method,
     assert first.selection is not None and second.selection is not None
 
 
+@pytest.mark.parametrize("method", ["span", "ada-criticalkv", "h2o"])
+def test_half_precision_keeps_what_the_policy_chooses(monkeypatch, method, granularity):
+    """As on a GPU, whose FlashAttention takes nothing else."""
+    shape = SHAPES["gqa_3_to_1"]
+    rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), torch.bfloat16, "reference")
+    first, second = Request("first", 12 * 16 + 9), Request("second", 9 * 16)
+    rig.step([(second, 50), (first, 150)])
+    rig.step([(first, 12 * 16 + 9 - 150), (second, 9 * 16 - 50)])
+    rig.step([(first, 1), (second, 1)])
+    assert first.selection is not None and second.selection is not None
+
+
 @pytest.mark.parametrize("method", ["span", "ada-criticalkv"])
 def test_new_weights_serve_a_prompt_that_has_begun(monkeypatch, method):
     rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of(method, 16), DTYPE, "reference")
     request = Request("a", 150)
     rig.step([(request, 100)])
-    rig.parameters = [rig._layer_parameters() for _ in rig.parameters]
+    rig.parameters = [rig.random_parameters() for _ in rig.parameters]
     rig.engine.use_parameters(rig.parameters)
     # Compared with what the policy chooses by the rig's parameters.
     rig.step([(request, 50)])
@@ -159,10 +172,10 @@ def test_chunks_of_a_prompt_select_what_a_single_step_does(monkeypatch, method, 
     selections = []
     for chunks in ((205,), (70, 33, 2, 96, 4)):
         rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), DTYPE, "reference")
-        whole = rig._tokens(205)
+        whole = rig.random_tokens(205)
         request, start = Request("a", 205), 0
         for count in chunks:
-            part = [x[:, start : start + count] for x in whole]
+            part = [tuple(x[start : start + count] for x in layer) for layer in whole]
             rig.step([(request, count)], given={"a": part})
             start += count
         rig.step([(request, 1)])
@@ -259,11 +272,10 @@ def test_compressed_rows_of_several_tokens_are_not_the_stock_backends(monkeypatc
 
 @pytest.mark.parametrize(("backend", "num_steps"), [("triton", 2), ("reference", 18)])
 def test_a_captured_decode_step_serves_later_rows(monkeypatch, backend, num_steps):
-    """Metadata of a captured graph is replayed: later steps only change what it points at."""
+    """On a GPU a CUDA graph is; later steps only change what it points at."""
     shape = SHAPES["gqa_8_to_1"]
     rig = Rig(monkeypatch, shape, config_of("snapkv", 16), DTYPE, backend)
-    captured = rig.metadata([], num_padded_rows=4, is_step=False)
-    assert not captured.runs and captured.step.num_single == 4
+    captured = rig.capture(num_rows=4)
     long, short = Request("long", 180), Request("short", 20)
     rig.step([(short, 20), (long, 180)])
     rig.step([(short, 1), (long, 1)], captured=captured)

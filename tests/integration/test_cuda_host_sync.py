@@ -7,7 +7,8 @@ tensors of the host.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,18 +16,22 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cuda_rig import METHODS, SCALE, make_builder, make_impl
+from cuda_rig import METHODS, Request, Rig
+from cuda_stand_ins import SCALE, make_builder, make_layers, make_vllm_config
+from device_labels import no_waiting
 from device_work import DeviceWork
 from gpu.recording import record
+from paged_pool import DEVICE
+from plain_flash_attention import use_plain_attention
 from reachable import tensors_of
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
+from vllm.v1.attention.backends import flash_attn
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.policies.base import Rotary
-from vllm_kvcompress.vllm_integration import backend_cuda
+from vllm_kvcompress.policies import make_scorer
+from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
@@ -61,7 +66,9 @@ class Worker:
             CompressionStats(log=False),
             1024,
         )
-        self.builder, self.impl = make_builder(self.engine), make_impl(SHAPE)
+        vllm_config = make_vllm_config(torch.float32, 3)
+        self.layers = make_layers(vllm_config, SHAPE, list(self.views), META)
+        self.builder = make_builder(vllm_config, SHAPE, self.engine, META)
 
     def step(self, rows, one_shot_ids=()):
         """Rows of (request, prompt length, tokens before this step, tokens of this step)."""
@@ -92,8 +99,8 @@ class Worker:
         query = empty(num_tokens, NUM_HEADS, SHAPE.head_size)
         key = empty(num_tokens, SHAPE.num_kv_heads, SHAPE.head_size)
         for name, view in self.views.items():
-            layer = SimpleNamespace(layer_name=name)
-            self.impl.forward(layer, query, key, key, view, metadata, torch.empty_like(query))
+            layer = self.layers[name]
+            layer.impl.forward(layer, query, key, key, view, metadata, torch.empty_like(query))
 
 
 def serve(worker):
@@ -109,14 +116,17 @@ def serve(worker):
 
 @pytest.fixture(autouse=True)
 def flash_attention(monkeypatch):
-    """vLLM's own part, which does nothing here."""
+    """What vLLM's FlashAttention backend launches, which does nothing here."""
 
-    def attend_with_lse(impl, query, *args):
-        return empty(NUM_HEADS, len(query))
+    def attend(q, *, return_softmax_lse=False, **rest):
+        return (rest["out"], empty(NUM_HEADS, len(q))) if return_softmax_lse else rest["out"]
 
-    monkeypatch.setattr(FlashAttentionImpl, "forward", lambda *args: None)
-    monkeypatch.setattr(FlashAttentionImpl, "do_kv_cache_update", lambda *args: None)
-    monkeypatch.setattr(backend_cuda, "attend_with_lse", attend_with_lse)
+    use_plain_attention(monkeypatch)
+    monkeypatch.setattr(flash_attn, "flash_attn_varlen_func", attend)
+    monkeypatch.setattr(flash_attn, "reshape_and_cache_flash", lambda *args: None)
+    module = ModuleType("vllm.vllm_flash_attn")
+    module.flash_attn_varlen_func = attend
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
 
 
 @pytest.mark.parametrize("granularity", ["page", "token"])
@@ -132,6 +142,79 @@ def test_no_step_waits_for_the_device(method, granularity):
     assert {"a", "b", "c", "d", "dense"} == set(worker.engine.stats._requests)
     # And none of it stays on the device.
     assert tensors_of(worker.engine.stats) == []
+
+
+def serve_for_real(rig):
+    """As `serve`, with numbers in the tensors and every result checked."""
+    block = rig.shape.block_size
+    first, dense, second = (
+        Request("a", 7 * block + 5),
+        Request("dense", block + 3),
+        Request("b", 6 * block),
+    )
+    staged = [Request(f"s{n}", n, is_one_shot=True) for n in (6 * block + 3, 5 * block + 9)]
+    rig.step([(first, 2 * block), (dense, block + 3)])
+    rig.step([(dense, 1), (first, 5 * block + 1), (second, 6 * block)])
+    rig.step([(second, 1), (first, 4), *((r, r.prompt_len) for r in staged)])
+    rig.step([(first, 1), (staged[0], 1), (second, 19)])
+    assert all(r.selection is not None for r in (first, second, *staged))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("granularity", ["page", "token"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_step_waits_for_a_gpu(monkeypatch, method, granularity):
+    """Preparing, attending, scoring and compacting, in CUDA's own mode that forbids it."""
+    monkeypatch.undo()
+    options = (("granularity", granularity),)
+    config = KVCompressConfig(method, budget=64, window=WINDOW, options=options)
+    serve_for_real(Rig(monkeypatch, SHAPE, config, torch.bfloat16, may_wait=False))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the GPU's own mode tells")
+@pytest.mark.parametrize(
+    ("method", "granularity"), [("span", "page"), ("h2o", "token"), ("random", "page")]
+)
+def test_no_step_waits_for_a_device_with_contents(monkeypatch, labels, method, granularity):
+    monkeypatch.undo()
+    options = (("granularity", granularity),)
+    config = KVCompressConfig(method, budget=48, window=WINDOW, options=options)
+    serve_for_real(Rig(monkeypatch, CacheShape(1, 1, 2, 64, 16), config, may_wait=False))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_policy_waits_for_the_device(labels, method):
+    """Those that kernels cannot score are run on the device as they are."""
+    num_tokens, hidden = 100, 24
+    heads, group, size = SHAPE.num_kv_heads, SHAPE.num_queries_per_kv, SHAPE.head_size
+
+    def random(*size):
+        return torch.rand(size, generator=generator, device=DEVICE)
+
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    scorer = make_scorer(KVCompressConfig(method, budget=64, window=WINDOW))
+    query, key = random(heads, group, num_tokens, size), random(heads, num_tokens, size)
+    weight = random(heads, group, size, hidden)
+    common = {"scale": SCALE, "rotary": Rotary(random(600, size))}
+    root = ops.output_root(weight)
+    with no_waiting(DEVICE):
+        observed = None
+        if "all_queries" in scorer.needs:
+            chunk = ChunkInputs(query=query, key=key, first=0, logits_soft_cap=0.0, **common)
+            observed = scorer.observe(chunk, None)
+        inputs = ScoreInputs(
+            key=key,
+            num_candidates=num_tokens - WINDOW,
+            budget_tokens=64,
+            window_query=query[:, :, -WINDOW:],
+            value=random(heads, num_tokens, size),
+            output_weight=weight,
+            output_root=root,
+            observed=observed,
+            **common,
+        )
+        scores = scorer.score(inputs)
+    assert scores.first.device == key.device and not scores.first.isnan().any()
 
 
 def test_layers_of_a_decode_step_launch_the_decode_kernel_only():

@@ -20,6 +20,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.staging import Staging, can_stage, most_share, staging_pages
 
+pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
 DEEP = CacheShape(6, 2, 2, 64, 16)
 FLAT = CacheShape(2, 2, 3, 64, 16)

@@ -11,6 +11,7 @@ import csrc_on_host
 import pytest
 import torch
 from compiled_ops import INSTRUCTION_SETS, need_compiled_ops, using
+from device_labels import labelled_device
 from gpu import native
 from paged_pool import DEVICE
 
@@ -22,6 +23,16 @@ needs_compiler = pytest.mark.skipif(csrc_on_host.COMPILER is None, reason="needs
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def labels() -> Iterator[None]:
+    """Without a GPU, ops and kernels that mix the device with the host raise."""
+    if DEVICE.type == "cuda":
+        yield
+        return
+    with labelled_device():
+        yield
 
 
 @pytest.fixture(scope="module", params=["triton", *INSTRUCTION_SETS])

@@ -1,8 +1,9 @@
 """The CUDA side of the seam inside a real engine on a CPU, on either of vLLM's model runners.
 
 vLLM's own CPU worker, model runner, scheduler and block pool, with our CUDA engine, builder and
-impl in place of the CPU ones. References stand in for our kernels and plain attention for
-FlashAttention; Model Runner V2 has its Triton kernels run in Triton's interpreter.
+impl in place of the CPU ones. References stand in for our kernels and plain torch for vLLM's
+compiled ops, while its FlashAttention builder and impl run. Model Runner V2 has its Triton kernels
+run in Triton's interpreter.
 
 As a script it reads a run from standard input as JSON and prints what came out; see `main`.
 """
@@ -32,13 +33,12 @@ def use_cuda_side(patch: Any) -> None:
     As on a GPU, layers with a sliding window get the stock FlashAttention backend. Engines without
     compression stay what they are.
     """
-    from cuda_rig import attend, attend_with_lse, store
+    from plain_flash_attention import use_plain_attention
     from vllm.config import get_current_vllm_config
     from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.attention.backends import flash_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_kvcompress.vllm_integration import backend_cuda, validate
+    from vllm_kvcompress.vllm_integration import validate
 
     stock_choice = CpuPlatform.get_attn_backend_cls
 
@@ -57,12 +57,7 @@ def use_cuda_side(patch: Any) -> None:
     patch.setattr(CpuPlatform, "get_attn_backend_cls", staticmethod(choose))
     patch.setattr(validate, "CPU_WORKER", "cuda_path_worker.CUDAPathWorker")
     patch.setattr(validate, "_cpu", check)
-    patch.setattr(flash_attn.FlashAttentionImpl, "forward", attend)
-    patch.setattr(flash_attn.FlashAttentionImpl, "do_kv_cache_update", store)
-    patch.setattr(flash_attn, "get_flash_attn_version", lambda *args, **kwargs: 3)
-    patch.setattr(flash_attn, "get_scheduler_metadata", lambda **kwargs: None, raising=False)
-    patch.setattr(flash_attn, "flash_attn_supports_sinks", lambda: True, raising=False)
-    patch.setattr(backend_cuda, "attend_with_lse", attend_with_lse)
+    use_plain_attention(patch)
 
 
 def main() -> None:

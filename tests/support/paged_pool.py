@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from device_labels import LABELLED
 
 from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.ops.reference_paged import stream_tokens
 
-# The GPU if there is one; else kernels run in Triton's interpreter.
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The GPU if there is one; else kernels run in Triton's interpreter, on memory with a label.
+DEVICE = torch.device("cuda") if torch.cuda.is_available() else LABELLED
 
 
 @dataclass(frozen=True)

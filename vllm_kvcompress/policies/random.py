@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.transfers import to_device
 
 
 class Random(Scorer):
@@ -24,4 +25,4 @@ class Random(Scorer):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + inputs.layer)
         num_heads = inputs.key.shape[0]
         scores = torch.rand(num_heads, inputs.num_candidates, generator=generator)
-        return LayerScores(scores.to(inputs.key.device))
+        return LayerScores(to_device(scores.numpy(), inputs.key.device))

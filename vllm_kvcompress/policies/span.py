@@ -61,8 +61,10 @@ class Span(Scorer):
         attention = ops.window_attention(
             inputs.window_query, inputs.key, inputs.scale, inputs.logits_soft_cap, inputs.sinks
         )[..., :num_rated]
-        age = torch.arange(num_keys - window, num_keys)[:, None] - torch.arange(num_rated)
-        attention = attention.masked_fill((age < self.near_tokens).to(attention.device), 0.0)
+        device = attention.device
+        queries = torch.arange(num_keys - window, num_keys, device=device)
+        age = queries[:, None] - torch.arange(num_rated, device=device)
+        attention = attention.masked_fill(age < self.near_tokens, 0.0)
         scores = worst_case(attention, self.pool_kernel)
         if self.value_norm:
             effect = ops.value_effect(inputs.value[:, :num_rated], inputs.output_root)

@@ -1,0 +1,35 @@
+"""Tests of the CUDA side run on a GPU if there is one, else on a labelled part of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from device_labels import labelled_device
+from paged_pool import DEVICE
+from plain_flash_attention import chosen_attention, describe_attention
+
+
+@pytest.fixture
+def labels() -> Iterator[None]:
+    """Without a GPU, ops that mix the device with the host raise."""
+    if DEVICE.type == "cuda":
+        yield
+        return
+    with labelled_device():
+        yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say on what the tests ran."""
+    terminalreporter.write_line(f"CUDA rig on {DEVICE}: {describe_attention(chosen_attention())}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

@@ -1,0 +1,173 @@
+"""What a CUDA rig's requests must have come to: attention in float64 and the policies' choice.
+
+All of it is computed on the host, from copies of what the rig has on its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from cuda_stand_ins import SCALE
+
+from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import RequestGeometry
+from vllm_kvcompress.policies import make_scorer
+from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs
+from vllm_kvcompress.policies.selection import Selection, select
+
+# Of float64 attention; the last two are roundings of the output and of the weights.
+TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@dataclass
+class Request:
+    """A request's tokens, and its row as the manager has it.
+
+    Attributes:
+        name: its id.
+        prompt_len: tokens.
+        num_computed: tokens that the rig's steps have computed.
+        is_one_shot: whether it begins with no blocks for what it evicts.
+        row: block ids.
+        keys, values, queries: per step [L, n, heads, d] on the host.
+        selection: what is kept of it, once that is known.
+    """
+
+    name: str
+    prompt_len: int
+    num_computed: int = 0
+    is_one_shot: bool = False
+    row: list[int] = field(default_factory=list)
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+    queries: list[torch.Tensor] = field(default_factory=list)
+    selection: Selection | None = None
+
+    def entries(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[n, H, d] keys and values of one layer so far."""
+        keys, values = (
+            torch.cat([part[layer] for part in parts]) for parts in (self.keys, self.values)
+        )
+        return keys, values
+
+
+def reference_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, is_read: torch.Tensor
+) -> torch.Tensor:
+    """[m, Hq, d] float64 attention of queries to [n, H, d] keys, where is_read [H or 1, m, n]."""
+    heads = query.double().unflatten(1, (keys.shape[1], -1))
+    logits = torch.einsum("mhgd,nhd->hgmn", heads, keys.double()) * SCALE
+    weights = logits.masked_fill(~is_read[:, None], -torch.inf).softmax(dim=-1)
+    return torch.einsum("hgmn,nhd->mhgd", weights, values.double()).flatten(1, 2)
+
+
+def kept_tokens(selection: Selection, shape: CacheShape, layer: int) -> list[torch.Tensor]:
+    """Positions that each head of a layer keeps in the region."""
+    size = shape.block_size
+    unit = 1 if selection.granularity == "page" else size
+    parts = selection.indices.split((selection.num_pages.flatten() * unit).tolist())
+    heads = parts[layer * shape.num_kv_heads : (layer + 1) * shape.num_kv_heads]
+    if unit == 1:
+        slots = torch.arange(size, device=selection.indices.device)
+        return [(pages[:, None] * size + slots).flatten() for pages in heads]
+    return list(heads)
+
+
+def check_output(
+    request: Request,
+    shape: CacheShape,
+    geometry: RequestGeometry,
+    layer: int,
+    output: torch.Tensor,
+    is_compacted: bool,
+) -> None:
+    """One row's [m, Hq, d] output against attention to all tokens, or to kept ones and tail."""
+    keys, values = request.entries(layer)
+    num_new, num_tokens = len(output), len(keys)
+    is_read = torch.ones(num_new, num_tokens, dtype=torch.bool).tril(num_tokens - num_new)
+    is_read = is_read.repeat(shape.num_kv_heads, 1, 1)
+    if is_compacted and request.selection is not None:
+        tail = geometry.num_candidate_tokens
+        for head, kept in enumerate(kept_tokens(request.selection, shape, layer)):
+            is_evicted = torch.ones(tail, dtype=torch.bool)
+            is_evicted[kept] = False
+            is_read[head, :, :tail] &= ~is_evicted
+    want = reference_attention(request.queries[-1][layer], keys, values, is_read)
+    tolerance = TOLERANCES[output.dtype]
+    torch.testing.assert_close(output.double(), want, atol=tolerance, rtol=tolerance)
+
+
+def check_region(
+    request: Request, shape: CacheShape, page_offsets: torch.Tensor, pages: torch.Tensor
+) -> None:
+    """A region that has just been filled against `request.selection`.
+
+    Args:
+        request: with its selection.
+        shape: of the cache.
+        page_offsets: [S + 1] int32 of its streams.
+        pages: [n, b, 2 d], the region's.
+    """
+    assert request.selection is not None
+    assert torch.equal(page_offsets.long(), request.selection.page_offsets)
+    page = 0
+    for layer in range(shape.num_layers):
+        entries = torch.cat(request.entries(layer), dim=-1)
+        for head, kept in enumerate(kept_tokens(request.selection, shape, layer)):
+            num_pages = len(kept) // shape.block_size
+            found = pages[page : page + num_pages].flatten(0, 1)
+            assert torch.equal(found, entries[kept, head])
+            page += num_pages
+
+
+def _on_host(parameters: LayerParameters) -> LayerParameters:
+    moved = {
+        name: value.cpu() for name, value in vars(parameters).items() if torch.is_tensor(value)
+    }
+    if parameters.rotary is not None:
+        rotary = parameters.rotary
+        moved["rotary"] = replace(rotary, cos_sin=rotary.cos_sin.cpu())
+    return replace(parameters, **moved)
+
+
+def expected_selection(
+    request: Request,
+    config: KVCompressConfig,
+    shape: CacheShape,
+    geometry: RequestGeometry,
+    layers: Sequence[LayerParameters],
+) -> Selection:
+    """What the policy keeps of a prompt's plain tensors, without pool or kernels."""
+    num_tokens, window = geometry.compact_len, config.window
+    scorer, scores = make_scorer(config), list[LayerScores]()
+    for layer, parameters in enumerate(map(_on_host, layers)):
+        keys, values, queries = (
+            torch.cat([part[layer] for part in parts])[:num_tokens].transpose(0, 1)
+            for parts in (request.keys, request.values, request.queries)
+        )
+        queries = queries.unflatten(0, (shape.num_kv_heads, -1))
+        common = {"scale": SCALE, "logits_soft_cap": 0.0, "rotary": parameters.rotary}
+        observed = None
+        if "all_queries" in scorer.needs:
+            chunk = ChunkInputs(query=queries, key=keys, first=0, **common)
+            observed = scorer.observe(chunk, None)
+        inputs = ScoreInputs(
+            key=keys,
+            num_candidates=geometry.num_candidate_tokens,
+            budget_tokens=geometry.num_region_blocks * shape.block_size,
+            layer=layer,
+            earlier_scores=scores,
+            window_query=queries[:, :, num_tokens - window :],
+            value=values,
+            output_weight=parameters.output_weight,
+            output_root=parameters.output_root,
+            observed=observed,
+            **common,
+        )
+        scores.append(scorer.score(inputs))
+    return select(
+        scores, config, geometry.num_region_blocks, shape.block_size, geometry.num_tail_tokens
+    )
