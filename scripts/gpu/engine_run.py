@@ -247,7 +247,9 @@ def compare(texts: Any, stock: Any) -> dict[str, float]:
     """
     differences, first = [], []
     for ours, theirs in zip(texts, stock, strict=True):
-        for place, ((token, logprob), (other, expected)) in enumerate(zip(ours, theirs, strict=True)):
+        for place, ((token, logprob), (other, expected)) in enumerate(
+            zip(ours, theirs, strict=True)
+        ):
             differences.append(abs(logprob - expected))
             if place == 0:
                 first.append(differences[-1])
@@ -338,7 +340,9 @@ def report_difference(report: Report, plan: Plan, found: dict[str, dict[Load, An
             if load not in found.get(label, {}):
                 continue
 
-            def work(row: dict[str, Any], label: str = label, load: Load = load, stock: Any = stock):
+            def work(
+                row: dict[str, Any], label: str = label, load: Load = load, stock: Any = stock
+            ):
                 row.update(compare(found[label][load], stock))
                 if label == "nothing removed" and not row["first_difference"] < TOLERANCE:
                     raise ValueError(f"first tokens differ by {row['first_difference']:.3f}")

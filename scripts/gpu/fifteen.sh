@@ -14,7 +14,8 @@
 # folder of `prepare.sh --dry-run`, with the vLLM that is installed.
 #
 # PYTHON (default: python3) has torch, Triton, transformers and pytest. KVC_UNPACKED is where the
-# archives are unpacked (default: under $TMPDIR); the second part finds them there.
+# archives are unpacked (default: under $TMPDIR); the second part finds them there. KVC_STEPS names the
+# steps to run (default: all).
 set -uo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -30,8 +31,8 @@ esac
 python="${PYTHON:-python3}"
 mkdir -p "$out" || exit 64
 out="$(cd "$out" && pwd)"
-rm -f "$out"/{summary.txt,part1.json,part1.log}
-[[ "${parts[*]}" == part1 ]] || rm -f "$out"/part2.{json,log}
+# Of an earlier run; the other part's stay.
+for part in "${parts[@]}"; do rm -f "$out/$part".{json,log}; done
 id="$(sha256sum "$here/manifest.json" | cut -c1-16)" || exit 1
 unpacked="${KVC_UNPACKED:-${TMPDIR:-/tmp}/kvcompress-$id}"
 work="$unpacked/work"
@@ -92,6 +93,7 @@ fi
 step() {
   local name="$1" kind="$2" limit="$3" left=$((deadline - SECONDS))
   shift 3
+  is_wanted "$name" || return 0
   [[ $limit -le $left ]] || limit=$left
   if [[ $limit -lt 5 ]]; then
     left_out "$name" "$kind" "no time left in this part"
@@ -101,7 +103,11 @@ step() {
     --limit "$limit" "$name" -- "$@"
 }
 
+# is_wanted NAME: whether $KVC_STEPS, if given, has it.
+is_wanted() { [[ -z "${KVC_STEPS:-}" || " $KVC_STEPS " == *" $1 "* ]]; }
+
 left_out() {
+  is_wanted "$1" || return 0
   "$python" -P "$tools/run_step.py" --part "$out/$part.json" --work "$work" --kind "$2" --limit 0 \
     --left-out "$3" "$1"
 }

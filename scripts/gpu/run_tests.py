@@ -1,6 +1,6 @@
 """Run pytest in this process, and write a small JSON of it (see `test_report`) however it ends.
 
-    KVC_RESULT=tests.json python scripts/gpu/run_tests.py PYTEST_ARGUMENT...
+KVC_RESULT=tests.json python scripts/gpu/run_tests.py PYTEST_ARGUMENT...
 """
 
 from __future__ import annotations
