@@ -2,9 +2,9 @@
 
     python scripts/gpu/as_if_gpu.py scripts/bench_kernels.py ARGUMENT...
 
-Tensors for 'cuda' go to the CPU, Triton's kernels run in its interpreter, a captured graph runs when
-it is captured and not when it is replayed, and timings are of one call. Tensors that measure a GPU's
-rates are made small.
+Tensors for 'cuda' go to the CPU, Triton's kernels run in its interpreter, a captured graph runs
+when it is captured and not when it is replayed, and timings are of one call. Tensors that measure a
+GPU's rates are made small.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_map
 
 def on_cpu(value: Any) -> Any:
     """A device argument, which is the CPU instead of a GPU."""
-    is_cuda = isinstance(value, torch.device) and value.type == "cuda"
-    return torch.device("cpu") if is_cuda or value == "cuda" and isinstance(value, str) else value
+    is_cuda = value.type == "cuda" if isinstance(value, torch.device) else False
+    return torch.device("cpu") if is_cuda or (isinstance(value, str) and value == "cuda") else value
 
 
 # Elements; what kernels are tried on is smaller.

@@ -1,4 +1,4 @@
-"""vLLM's engine with and without compression, in this process, with random weights of a model's shape.
+"""vLLM's engine with and without compression, in this process, with random weights.
 
     KVC_RESULT=engine.json python scripts/gpu/engine_run.py [--graphs] [--dry-run]
 
@@ -158,7 +158,7 @@ def start_engine(plan: Plan, is_stock: bool) -> Any:
 
 
 def seed_weights(model: Any) -> int:
-    """Fill a model's weights in place, so that its layers have something to say; returns their number.
+    """Fill a model's weights in place, so that its layers have something to say; returns how many.
 
     vLLM's own dummy weights are so small that every token is about equally likely.
     """
@@ -179,15 +179,10 @@ def seed_weights(model: Any) -> int:
     return len(parameters)
 
 
-def stop_engine(engine: Any) -> None:
-    """Shut an engine down, and leave a process that can start another."""
-    import gc
-
+def release() -> None:
+    """Give back what an engine that is shut down and forgotten took; another one can start then."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    engine.llm_engine.engine_core.shutdown()
-    del engine
-    gc.collect()
     cleanup_dist_env_and_memory()
 
 
@@ -352,34 +347,48 @@ def report_difference(report: Report, plan: Plan, found: dict[str, dict[Load, An
             attempt(report, "against stock", work, engine=label, batch=load.batch)
 
 
+def run_ours(plan: Plan, report: Report, found: dict[str, dict[Load, Any]]) -> None:
+    """One engine, with most of every prompt removed, then with nothing; adds what they chose."""
+    label = f"{REMOVED} removed"
+    engine = attempt(report, "start", lambda row: start_engine(plan, False), engine=label)
+    if engine is None:
+        return
+    found[label] = run_loads(engine, plan, report, label)
+    check_kept(engine, report)
+    if not plan.has_graphs:
+
+        def count(row: dict[str, Any]) -> None:
+            row.update(count_kernels(engine, plan, plan.loads[0]))
+
+        attempt(report, "kernels", count, engine=label)
+
+    def reconfigure(row: dict[str, Any]) -> bool:
+        engine.kv_compress_reconfigure(method=METHOD, ratio=0.0)
+        return True
+
+    if attempt(report, "reconfigure", reconfigure):
+        found["nothing removed"] = run_loads(engine, plan, report, "nothing removed")
+    shut_down = engine.llm_engine.engine_core.shutdown
+    attempt(report, "stop", lambda row: shut_down(), engine=label)
+
+
+def run_stock(plan: Plan, report: Report, found: dict[str, dict[Load, Any]]) -> None:
+    """The same loads without compression; adds what it chose."""
+    engine = attempt(report, "start", lambda row: start_engine(plan, True), engine="stock")
+    if engine is None:
+        return
+    found["stock"] = run_loads(engine, plan, report, "stock")
+    shut_down = engine.llm_engine.engine_core.shutdown
+    attempt(report, "stop", lambda row: shut_down(), engine="stock")
+
+
 def run(plan: Plan, report: Report) -> None:
     """Both engines, and what came of them side by side."""
     found: dict[str, dict[Load, Any]] = {}
-    label = f"{REMOVED} removed"
-    ours = attempt(report, "start", lambda row: start_engine(plan, False), engine=label)
-    if ours is not None:
-        found[label] = run_loads(ours, plan, report, label)
-        check_kept(ours, report)
-        if not plan.has_graphs:
-
-            def count(row: dict[str, Any]) -> None:
-                row.update(count_kernels(ours, plan, plan.loads[0]))
-
-            attempt(report, "kernels", count, engine=label)
-        reconfigured = attempt(
-            report,
-            "reconfigure",
-            lambda row: ours.kv_compress_reconfigure(method=METHOD, ratio=0.0) or True,
-        )
-        if reconfigured:
-            found["nothing removed"] = run_loads(ours, plan, report, "nothing removed")
-        attempt(report, "stop", lambda row: stop_engine(ours), engine=label)
-    del ours
-    stock = attempt(report, "start", lambda row: start_engine(plan, True), engine="stock")
-    if stock is not None:
-        found["stock"] = run_loads(stock, plan, report, "stock")
-        report_difference(report, plan, found)
-        attempt(report, "stop", lambda row: stop_engine(stock), engine="stock")
+    for one in (run_ours, run_stock):
+        one(plan, report, found)
+        attempt(report, "release", lambda row: release())
+    report_difference(report, plan, found)
 
 
 def on_a_cpu(stack: ExitStack) -> None:

@@ -1,6 +1,6 @@
 """Compile what a script launches into Triton's cache, for a GPU that need not be there.
 
-    TRITON_CACHE_DIR=CACHE python scripts/gpu/fill_triton_cache.py scripts/bench_kernels.py --count ...
+    TRITON_CACHE_DIR=DIR python scripts/gpu/fill_triton_cache.py scripts/bench_kernels.py --count
 
 The script records launches instead of making them (`recording.record`). Each one goes through
 Triton's own launch as far as the compiled kernel, so that its entry in the cache is found under the
@@ -12,6 +12,7 @@ again by the same version of Python on the same processor.
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import subprocess
 import sys
@@ -58,11 +59,9 @@ class NoGPU:
 def compile_launch(launch: recording.Launch) -> Any:
     """The compiled kernel of a launch, and its launcher, both from now on in the cache."""
     compiled = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
-    try:
+    # It is compiled and kept; loading it needs the driver's library.
+    with contextlib.suppress(ImportError):
         nvidia.CudaLauncher(compiled.src, compiled.metadata)
-    except ImportError:
-        # It was compiled and kept; loading it needs the driver's library.
-        pass
     return compiled
 
 
@@ -104,11 +103,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         make_library(Path(name))
         nvidia.libcuda_dirs = lambda: [name]
-        try:
-            # What every process compiles first.
+        # What every process compiles first.
+        with contextlib.suppress(ImportError):
             nvidia.CudaUtils()
-        except ImportError:
-            pass
         runpy.run_path(script, run_name="__main__")
     print(f"{len(done)} kernels are in the cache")
 

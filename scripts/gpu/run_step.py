@@ -1,10 +1,12 @@
-"""Run one step of fifteen.sh: in a process of its own, for a limited time, with what came of it kept.
+"""Run one step of fifteen.sh: in a process of its own, for a limited time; keep what comes of it.
 
-    python scripts/gpu/run_step.py --part OUT/part1.json --kind numbers --limit 80 NAME -- COMMAND...
+    python scripts/gpu/run_step.py --part OUT/part1.json --work DIR --kind numbers --limit 80 \\
+      NAME -- COMMAND...
 
-What the command writes to $KVC_RESULT (JSON, as often as it likes) and prints goes into the part's
-JSON and log, every other second and at the end, whether the command passes, fails, crashes, hangs or
-runs out of memory. The exit status is 0 in all these cases: the next step does not depend on it.
+What the command writes to $KVC_RESULT (JSON, as often as it likes) goes into the part's JSON every
+other second and at the end, and what it prints into the part's log, whether it passes, fails,
+crashes, hangs or runs out of memory. The exit status is 0 in all these cases: the next step does not
+depend on it.
 
 KVC_FAULT=NAME:crash or NAME:hang, for tests, lets the step die or hang once it has done its work;
 NAME:hang:SECONDS gives it another limit.

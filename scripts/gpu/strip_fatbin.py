@@ -3,9 +3,9 @@
     python scripts/gpu/strip_fatbin.py IN.so OUT.so --arch 90
 
 CUDA libraries hold their kernels in the ELF section `.nv_fatbin`: one container per source file,
-each with an entry per architecture (machine code or PTX). What a GPU of `--arch` takes of a container
-moves to its front, the rest becomes zeros, and the container's size says what is left. The file
-keeps its size, and all that lies outside the containers stays as it was.
+each with an entry per architecture (machine code or PTX). What a GPU of `--arch` takes of a
+container moves to its front, the rest becomes zeros, and the container's size says what is left.
+The file keeps its size, and all that lies outside the containers stays as it was.
 
 Of a container without machine code for the architecture small PTX stays, which the driver can
 compile. What has neither gets a copy of the smallest code there is, whose GPU is another one: to
@@ -185,8 +185,8 @@ def main() -> None:
     left = [kept(container, arguments.arch) for container in containers(library)]
     num_entries = sum(len(container.entries) for container in containers(library))
     print(
-        f"{arguments.source.name}: {sum(map(len, left))} of {num_entries} pieces of GPU code are left, "
-        f"{left.count([])} of {len(left)} containers have none for sm_{arguments.arch}"
+        f"{arguments.source.name}: {sum(map(len, left))} of {num_entries} pieces of GPU code are "
+        f"left, {left.count([])} of {len(left)} containers have none for sm_{arguments.arch}"
     )
 
 

@@ -2,8 +2,8 @@
 
     python scripts/gpu/summary.py OUT
 
-The exit status is a sum: 1 if a step of set-up did not pass, 2 for correctness, 4 for numbers, 8 for
-engines. A step that was left out for want of something did not pass.
+The exit status is a sum: 1 if a step of set-up did not pass, 2 for correctness, 4 for numbers, 8
+for engines. A step that was left out for want of something did not pass.
 """
 
 from __future__ import annotations
