@@ -80,6 +80,8 @@ export TRITON_DEFAULT_FP_FUSION=1
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT="$unpacked/vllm_cache"
 KVC_COMMIT="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["commit"])' "$here/manifest.json")"
 export KVC_COMMIT
+# One process talks to itself, on a machine that may have no other interface.
+export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
 if [[ -z "$is_dry" ]]; then
   export TRITON_CACHE_DIR="$unpacked/project/triton_cache"
   # A container without code for this GPU is then not looked at before somebody calls it.

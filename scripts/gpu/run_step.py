@@ -5,8 +5,8 @@
 
 What the command writes to $KVC_RESULT (JSON, as often as it likes) goes into the part's JSON every
 other second and at the end, and what it prints into the part's log, whether it passes, fails,
-crashes, hangs or runs out of memory. The exit status is 0 in all these cases: the next step does not
-depend on it.
+crashes, hangs or runs out of memory. The exit status is 0 in all these cases: the next step does
+not depend on it.
 
 KVC_FAULT=NAME:crash or NAME:hang, for tests, lets the step die or hang once it has done its work;
 NAME:hang:SECONDS gives it another limit.
