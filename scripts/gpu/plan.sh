@@ -7,4 +7,7 @@ TIMINGS=(--shapes Llama-3.1-8B --batches 1 32 256 --kept 1024 4096 --prompts 327
 TUNING=(--shape Llama-3.1-8B --batches 1 32 --kept 1024)
 # Scripts that record their launches, for fill_triton_cache.py.
 # shellcheck disable=SC2034
-FILL_CACHE=("scripts/bench_kernels.py --count ${TIMINGS[*]} --peers")
+FILL_CACHE=(
+  "scripts/gpu/warm_up_launches.py"
+  "scripts/bench_kernels.py --count ${TIMINGS[*]} --peers"
+)

@@ -114,12 +114,12 @@ pack.archive(Path(sys.argv[2]), Path(sys.argv[3]))' "$root/scripts" "$cache/site
 
 fill_cache() {
   local arguments
-  # The same cases as fifteen.sh times, and all launches of the shape.
+  # What the engine warms up, and the cases that fifteen.sh times.
   source "$root/scripts/gpu/plan.sh"
   for arguments in "${FILL_CACHE[@]}"; do
     # shellcheck disable=SC2086
     (cd "$stage/project/repo" && env -u TRITON_INTERPRET TRITON_CACHE_DIR="$stage/project/triton_cache" \
-      TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH="$stage/project/site" "$cache/env/bin/python" -P \
+      TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH="$stage/project/site:$cache/site" "$cache/env/bin/python" -P \
       scripts/gpu/fill_triton_cache.py $arguments) >"$stage/fill.log" 2>&1 ||
       { tail -n 20 "$stage/fill.log" >&2; return 1; }
     tail -n 1 "$stage/fill.log"
