@@ -144,7 +144,7 @@ part1() {
   export KVC_RIG_ATTENTION=torch
   [[ "$(said flash_attention)" != loads ]] || KVC_RIG_ATTENTION=vllm
   run real_size correctness 80 "$tools/check_real_size.py" --out "$(result real_size)" --limit 65
-  tests csrc_tests 25 tests/kernels/test_csrc_cuda.py -m "not emulated and not slow" -n 8
+  tests csrc_tests 25 tests/kernels/test_csrc_cuda.py -m "not emulated and not slow" -n 4
   tests triton_tests 50 tests/kernels -m "not emulated and not slow" -n 8 \
     --ignore tests/kernels/test_csrc_cuda.py --ignore tests/kernels/test_compile.py \
     --ignore tests/kernels/test_csrc_build.py
