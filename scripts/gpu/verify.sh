@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# GPU verification in one command: tests and timings of kernels, then of engines.
+# GPU verification for people with time: tests and timings of kernels, then of engines. For a quarter of
+# an hour, or a machine without network, there is fifteen.sh.
 #
 #   scripts/gpu/verify.sh [OUT [STEP...]]    OUT: folder for the JSON (default: benchmarks/results/gpu)
 #

@@ -6,6 +6,8 @@ import re
 
 import machine
 import pytest
+from gpu.run_step import Step
+from gpu.summary import exit_status, summary
 from gpu.test_report import report
 
 
@@ -45,3 +47,86 @@ def test_a_report_counts_tests_and_names_the_failed(monkeypatch, tmp_path, is_pa
     assert (found["device"], found["driver"], found["seconds"]) == ("a GPU", "580", 1.5)
     assert found["tests"] == len(cases)
     assert found["failed"] == ([] if is_passed else ["tests.a::wrong", "tests.b::broken"])
+
+
+def step(name, kind, status="passed", error=None):
+    return vars(Step(name, kind, status, 0, 20.0, 3.0, 2, error))
+
+
+ENGINE_ROWS = [
+    {"what": "start", "engine": "stock", "seconds": 40.0},
+    {
+        "what": "decode",
+        "engine": "stock",
+        "batch": 8,
+        "prompt_len": 4096,
+        "prefill_s": 1.5,
+        "ms_per_output_token": 7.25,
+        "output_tokens_per_s": 1103.4,
+    },
+    {"what": "kernels", "engine": "0.875 removed", "launches_per_step": 333.0},
+    {"what": "kept", "kept_tokens": 512.0, "prompt_len": 4096},
+    {"what": "reconfigure", "error": "ValueError: no room"},
+    {
+        "what": "against stock",
+        "engine": "nothing removed",
+        "batch": 8,
+        "compared": 99,
+        "max_difference": 0.02,
+        "first_difference": 0.01,
+    },
+]
+RESULTS = {
+    "machine": {"device": "a GPU", "copy_gb_per_s": 3000.0, "library": "loads"},
+    "rig": {
+        **{"tests": 9, "failures": 1, "errors": 0, "skipped": 2, "seconds": 7.0},
+        "failed": ["tests.a::wrong"],
+    },
+    "timings": {
+        "rows": [
+            {"op": "decode", "case": "batch 1", "by": "us", "p50_us": 10.0, "of_copy": 0.85},
+            {"op": "compress", "case": "32768", "by": "us", "p50_us": 9.0, "of_prefill": 0.004},
+        ]
+    },
+    "tuning": {"rows": [{"batch": 1, "kept_tokens": 64, "tiles": None, "p50_us": 5.0}]},
+    "real_size": {"rows": [{"case": "a", "ok": True}, {"case": "b", "ok": False}]},
+    "engine": {"rows": ENGINE_ROWS},
+}
+
+
+def test_a_summary_has_the_key_numbers_and_every_failure():
+    steps = [step("machine", "setup"), step("rig", "correctness", "failed", "AssertionError: it")]
+    text = summary({"part1": {"steps": steps, "results": RESULTS}})
+    for wanted in (
+        "failed         3 of 20 s, 2 entries new in Triton's cache",
+        "    AssertionError: it",
+        "device a GPU",
+        "copy_gb_per_s 3000",
+        "rig: 9 tests, 1 failures, 0 errors, 2 skipped, 7 s",
+        "    tests.a::wrong",
+        "timings: decode batch 1 us: 10.0 us, 85% of copy",
+        "timings: compress 32768 us: 9.0 us, 0.40% of prefill",
+        "tuning: batch 1, 64 kept, None: 5.0 us",
+        "real_size: 2 rows, 1 wrong",
+        "engine: stock start: 40 s",
+        "engine: stock decode, batch 8 x 4096: 7.25 ms per token, 1103 tokens/s, prefill 1.50 s",
+        "engine: 0.875 removed kernels: 333 launches per step",
+        "engine:  kept: 512 of 4096 tokens per head",
+        "engine:  reconfigure: ValueError: no room",
+        "99 log-probabilities, largest difference 0.0200, of first tokens 0.0100",
+    ):
+        assert wanted in text, (wanted, text)
+
+
+def test_the_exit_status_says_what_failed():
+    fine = [step("machine", "setup"), step("timings", "numbers")]
+    assert exit_status(fine) == 0
+    wrong = [
+        *fine,
+        step("rig", "correctness", "failed"),
+        step("csrc", "correctness", "stopped"),
+        step("engine", "engine", "left out"),
+    ]
+    assert exit_status(wrong) == 2 + 8
+    # Nothing ran.
+    assert exit_status([]) == 1

@@ -1,0 +1,199 @@
+#!/usr/bin/env bash
+# A GPU for fifteen minutes, without network: what is most worth knowing first. From a folder that
+# prepare.sh made, wherever it lies:
+#
+#   bash .gpu/fifteen.sh [--dry-run] OUT [part1|part2]     default: both, at most 430 and 240 seconds
+#
+# Every step has a process and a limit of its own; whatever becomes of it, the next one runs. OUT gets
+# part1.json and part2.json (steps and results, written anew every two seconds), part1.log, part2.log
+# (the end of every step's output) and summary.txt. The exit status is a sum of what did not pass:
+# 1 set-up, 2 correctness, 4 numbers, 8 engines.
+#
+# It takes what it finds: without vLLM's compiled parts the tests of the engine's side attend by torch;
+# a CUDA library that does not load is built with nvcc. --dry-run runs every step on a CPU, tiny, from a
+# folder of `prepare.sh --dry-run`, with the vLLM that is installed.
+#
+# PYTHON (default: python3) has torch, Triton, transformers and pytest. KVC_UNPACKED is where the
+# archives are unpacked (default: under $TMPDIR); the second part finds them there. KVC_STEPS names the
+# steps to run (default: all).
+set -uo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+is_dry=
+[[ "${1:-}" != --dry-run ]] || { is_dry=1; shift; }
+[[ $# -ge 1 ]] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d' >&2; exit 64; }
+out="$1"
+case "${2:-both}" in
+  both) parts=(part1 part2) ;;
+  part1 | part2) parts=("$2") ;;
+  *) echo "no such part: $2" >&2; exit 64 ;;
+esac
+python="${PYTHON:-python3}"
+mkdir -p "$out" || exit 64
+out="$(cd "$out" && pwd)"
+# Of an earlier run; the other part's stay.
+for part in "${parts[@]}"; do rm -f "$out/$part".{json,log}; done
+id="$(sha256sum "$here/manifest.json" | cut -c1-16)" || exit 1
+unpacked="${KVC_UNPACKED:-${TMPDIR:-/tmp}/kvcompress-$id}"
+work="$unpacked/work"
+start=$SECONDS
+
+# All archives of the folder, checked and unpacked side by side, once.
+unpack() {
+  [[ ! -f "$unpacked/is_complete" ]] || return 0
+  mkdir -p "$unpacked" && "$python" -P - "$here" "$unpacked" <<'PY' && touch "$unpacked/is_complete"
+import hashlib, json, sys, tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+here, target = map(Path, sys.argv[1:])
+files = json.loads((here / "manifest.json").read_text())["files"]
+
+def unpack(name):
+    content = (here / name).read_bytes()
+    if hashlib.sha256(content).hexdigest() != files[name]["sha256"]:
+        raise SystemExit(f"{name} is not what manifest.json says")
+    with tarfile.open(here / name) as archive:
+        archive.extractall(target / name.partition(".")[0], filter="data")
+
+with ThreadPoolExecutor() as pool:
+    list(pool.map(unpack, [name for name in files if name.endswith(".tar.xz")]))
+PY
+}
+
+if ! unpack; then
+  echo "setup: the archives of $here could not be unpacked" | tee "$out/summary.txt"
+  exit 1
+fi
+repo="$unpacked/project/repo"
+site="$unpacked/project/site"
+tools="$repo/scripts/gpu"
+mkdir -p "$work"
+cd "$repo" || exit 1
+# shellcheck source=scripts/gpu/plan.sh
+source "$tools/plan.sh"
+
+# The package before any other of its name, and no folder of the project itself.
+export PYTHONPATH="$site:$unpacked/vllm"
+export PYTHONDONTWRITEBYTECODE=1
+export TRITON_DEFAULT_FP_FUSION=1
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT="$unpacked/vllm_cache"
+KVC_COMMIT="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["commit"])' "$here/manifest.json")"
+export KVC_COMMIT
+# One process talks to itself, on a machine that may have no other interface.
+export VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo
+if [[ -z "$is_dry" ]]; then
+  export TRITON_CACHE_DIR="$unpacked/project/triton_cache"
+  # A container without code for this GPU is then not looked at before somebody calls it.
+  export CUDA_MODULE_LOADING=LAZY
+  unset TRITON_INTERPRET
+else
+  export OMP_NUM_THREADS=1
+fi
+
+# step NAME KIND LIMIT COMMAND...: see run_step.py. No step goes past the part's end.
+step() {
+  local name="$1" kind="$2" limit="$3" left=$((deadline - SECONDS))
+  shift 3
+  is_wanted "$name" || return 0
+  [[ $limit -le $left ]] || limit=$left
+  if [[ $limit -lt 5 ]]; then
+    left_out "$name" "$kind" "no time left in this part"
+    return
+  fi
+  "$python" -P "$tools/run_step.py" --part "$out/$part.json" --work "$work" --kind "$kind" \
+    --limit "$limit" "$name" -- "$@"
+}
+
+# is_wanted NAME: whether $KVC_STEPS, if given, has it.
+is_wanted() { [[ -z "${KVC_STEPS:-}" || " $KVC_STEPS " == *" $1 "* ]]; }
+
+left_out() {
+  is_wanted "$1" || return 0
+  "$python" -P "$tools/run_step.py" --part "$out/$part.json" --work "$work" --kind "$2" --limit 0 \
+    --left-out "$3" "$1"
+}
+
+# run NAME KIND LIMIT SCRIPT ARGUMENT...: a step that is a script of this folder.
+run() { step "$1" "$2" "$3" "$python" -P "${@:4}"; }
+
+# tests NAME LIMIT ARGUMENT...: a step that is a run of pytest.
+tests() { run "$1" correctness "$2" "$tools/run_tests.py" "${@:3}"; }
+
+# said KEY: what first_look.py found; 'loads' means that it can be used.
+said() {
+  "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], ""))' \
+    "$work/machine.json" "$1" 2>/dev/null
+}
+
+result() { echo "$work/$1.json"; }
+
+engine() {
+  local name="$1" limit="$2"
+  shift 2
+  if [[ "$(said vllm_imports)" != loads ]]; then
+    left_out "$name" engine "vLLM does not import: $(said vllm_imports)"
+  else
+    run "$name" engine "$limit" "$tools/engine_run.py" "$@"
+  fi
+}
+
+# The numbers behind the names are seconds. They come to 430, with 115 for the engine, and to 240.
+part1() {
+  run machine setup $((40 - (SECONDS - start))) "$tools/first_look.py" --site "$site"
+  export KVC_RIG_ATTENTION=torch
+  [[ "$(said flash_attention)" != loads ]] || KVC_RIG_ATTENTION=vllm
+  run real_size correctness 80 "$tools/check_real_size.py" --out "$(result real_size)" --limit 65
+  tests csrc_tests 25 tests/kernels/test_csrc_cuda.py -m "not emulated and not slow" -n 4
+  tests triton_tests 50 tests/kernels -m "not emulated and not slow" -n 8 \
+    --ignore tests/kernels/test_csrc_cuda.py --ignore tests/kernels/test_compile.py \
+    --ignore tests/kernels/test_csrc_build.py
+  run timings numbers 50 scripts/bench_kernels.py --out "$(result timings)" --native \
+    "${TIMINGS[@]}" --peers "FlashAttention (vLLM)"
+  run tuning numbers 25 "$tools/tune_decode.py" --out "$(result tuning)" "${TUNING[@]}"
+  tests rig 45 tests/integration/test_cuda_backend.py tests/integration/test_cuda_one_shot.py \
+    tests/integration/test_cuda_host_sync.py -n 8
+  # At least 115, and what the others have left.
+  engine engine $((deadline - SECONDS))
+}
+
+part2() {
+  engine engine_graphs 170 --graphs
+  if command -v compute-sanitizer >/dev/null; then
+    step sanitizer correctness 70 compute-sanitizer --error-exitcode 9 "$python" -P \
+      "$tools/run_tests.py" tests/kernels/test_csrc_cuda.py -m "not emulated and not slow" -x
+  else
+    left_out sanitizer correctness "no compute-sanitizer"
+  fi
+}
+
+# The same steps, each with something that a CPU does in seconds.
+dry_part1() {
+  run machine setup 60 "$tools/first_look.py" --dry-run --site "$site"
+  export KVC_RIG_ATTENTION=torch
+  run real_size correctness 60 "$tools/check_real_size.py" --dry-run --out "$(result real_size)" --limit 20
+  tests csrc_tests 60 tests/kernels/test_csrc_build.py -m "not slow"
+  tests triton_tests 60 tests/kernels/test_store.py -m "not slow"
+  run timings numbers 90 "$tools/as_if_gpu.py" scripts/bench_kernels.py --out "$(result timings)" \
+    --shapes "Llama-3.1-70B TP8" --layers 1 --batches 1 --kept 16 --prompts 64 --peers
+  tests tuning 60 tests/kernels/test_tune_decode.py
+  tests rig 90 tests/integration/test_cuda_host_sync.py
+  engine engine 180 --dry-run
+}
+
+dry_part2() {
+  engine engine_graphs 180 --dry-run --graphs
+  tests sanitizer 30 tests/unit/test_gpu_reports.py
+}
+
+for part in "${parts[@]}"; do
+  if [[ -n "$is_dry" ]]; then
+    deadline=$((SECONDS + 900))
+    "dry_$part"
+  else
+    # Unpacking is part of the first one's time.
+    [[ "$part" == part1 ]] && deadline=$((start + 430)) || deadline=$((SECONDS + 240))
+    "$part"
+  fi
+done
+"$python" -P "$tools/summary.py" "$out"

@@ -1,0 +1,71 @@
+"""Record what the engine of `engine_run.py` warms up before it serves; for fill_triton_cache.py.
+
+Its worker's engine and attention run their warm-up on torch's device 'meta', which has no contents.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+
+import torch
+from gpu import engine_run, recording
+from gpu.check_site import load_driver
+from gpu.shapes import read_shapes
+
+SHAPE, BLOCK_SIZE = "Llama-3.1-8B", 16
+# As vLLM takes them for an offline engine of this shape, and as `gpu_plan` has them.
+STEP_TOKENS = 16384
+NUM_BLOCKS = 8192
+
+
+def warm_up(has_graphs: bool) -> None:
+    """What `CompressionWorker.compile_or_warm_up_model` launches of ours."""
+    from cuda_rig import make_impl
+
+    from vllm_kvcompress.compaction import CacheShape, LayerParameters
+    from vllm_kvcompress.config import KVCompressConfig
+    from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
+    from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+
+    model = read_shapes()[SHAPE]
+    settings = engine_run.gpu_plan(has_graphs).settings
+    shape = CacheShape(
+        model.num_layers, model.num_kv_heads, model.group, model.head_size, BLOCK_SIZE
+    )
+    size = (NUM_BLOCKS, model.num_layers, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_size)
+    pool = torch.empty(size, dtype=model.pool_dtype, device="meta")
+    d = model.head_size
+    root = torch.empty(model.num_kv_heads, d, d, dtype=model.dtype, device="meta")
+    parameters = LayerParameters(d**-0.5, 0.0, None, root, None)
+    engine = CUDAEngine(
+        KVCompressConfig.from_dict({"method": engine_run.METHOD, "ratio": engine_run.REMOVED}),
+        shape,
+        {f"layers.{i}": pool[:, i] for i in range(model.num_layers)},
+        [parameters] * model.num_layers,
+        lambda common: SimpleNamespace(),
+        settings["max_num_seqs"],
+        CompressionStats(log=False),
+        STEP_TOKENS,
+    )
+    impl = make_impl(shape)
+    impl.warm_up(engine)
+    engine.warm_up(settings["max_model_len"], impl.tells_lse)
+
+
+def main() -> None:
+    """See the module."""
+    with tempfile.TemporaryDirectory() as name:
+        load_driver(Path(name))
+    for has_graphs in (False, True):
+        launches = recording.record(lambda has_graphs=has_graphs: warm_up(has_graphs))
+        print(f"{len({launch.variant for launch in launches})} kernels to warm up")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The GPU run of fifteen minutes on a CPU: every step, and what becomes of those that go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REPO = Path(__file__).parents[2]
+GPU_SCRIPTS = REPO / "scripts" / "gpu"
+# Of part 1 and part 2, in their order.
+STEPS = [
+    ["machine", "real_size", "csrc_tests", "triton_tests", "timings", "tuning", "rig", "engine"],
+    ["engine_graphs", "sanitizer"],
+]
+
+
+def environment(**changes):
+    """Without what would let the run find this repository, or change its plan."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("KVC_", "PYTHON"))}
+    return {**inherited, "PYTHON": sys.executable, **changes}
+
+
+def prepare(out, **changes):
+    command = ["bash", str(GPU_SCRIPTS / "prepare.sh"), "--dry-run", str(out)]
+    return subprocess.run(command, env=environment(**changes), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A prepared folder, moved to where no repository is."""
+    made = tmp_path_factory.mktemp("made") / "gpu"
+    done = prepare(made)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return shutil.move(made, tmp_path_factory.mktemp("elsewhere") / "folder")
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    return tmp_path_factory.mktemp("unpacked")
+
+
+def fifteen(prepared, unpacked, out, *arguments, **changes):
+    """(exit status, what was printed) of a dry run."""
+    command = ["bash", str(prepared / "fifteen.sh"), "--dry-run", str(out), *arguments]
+    done = subprocess.run(
+        command,
+        env=environment(KVC_UNPACKED=str(unpacked), **changes),
+        cwd=prepared,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def read(out, part="part1"):
+    found = json.loads((out / f"{part}.json").read_text())
+    return {step["name"]: step for step in found["steps"]}, found["results"]
+
+
+def test_every_step_runs_and_reports(prepared, unpacked, tmp_path):
+    out = tmp_path / "out"
+    status, said = fifteen(prepared, unpacked, out)
+    assert status == 0, said
+    for part, names in zip(("part1", "part2"), STEPS, strict=True):
+        steps, results = read(out, part)
+        assert list(steps) == names
+        assert set(results) == set(names)
+    files = sorted(path.name for path in out.iterdir())
+    assert files == ["part1.json", "part1.log", "part2.json", "part2.log", "summary.txt"]
+    assert all(path.stat().st_size < 16 << 20 for path in out.iterdir())
+    # The package is the folder's, not this repository's.
+    machine = read(out)[1]["machine"]
+    assert Path(machine["package"]).is_relative_to(unpacked)
+    summary = (out / "summary.txt").read_text()
+    assert len(summary.splitlines()) < 120
+    for wanted in ("copy_gb_per_s", "ragged_decode", "ms per token", "launches per step"):
+        assert wanted in summary
+    for engine in ("stock", "nothing removed", "0.875 removed"):
+        assert f"{engine} decode, batch 3" in summary
+
+
+def test_a_step_that_crashes_is_reported_and_the_next_one_runs(prepared, unpacked, tmp_path):
+    status, said = fifteen(
+        prepared,
+        unpacked,
+        tmp_path,
+        "part1",
+        KVC_STEPS="csrc_tests tuning",
+        KVC_FAULT="csrc_tests:crash",
+    )
+    # Correctness, as summary.py says.
+    assert status == 2, said
+    steps, results = read(tmp_path)
+    assert (steps["csrc_tests"]["status"], steps["csrc_tests"]["exit_status"]) == ("failed", -11)
+    assert steps["tuning"]["status"] == "passed"
+    # It had done its work before.
+    assert results["csrc_tests"]["failures"] == 0
+    assert "csrc_tests     failed" in (tmp_path / "summary.txt").read_text()
+
+
+def test_a_damaged_archive_is_refused(prepared, tmp_path):
+    folder = shutil.copytree(prepared, tmp_path / "folder")
+    archive = folder / "project.tar.xz"
+    archive.write_bytes(archive.read_bytes()[:-100] + bytes(100))
+    status, said = fifteen(folder, tmp_path / "unpacked", tmp_path / "out")
+    assert status == 1
+    assert "project.tar.xz is not what manifest.json says" in said
+
+
+def test_a_folder_over_its_limit_is_not_made(tmp_path):
+    done = prepare(tmp_path / "gpu", KVC_LIMIT_MIB="0.1")
+    assert done.returncode == 1
+    assert "larger than 0.1 MiB" in done.stderr
+
+
+def run_step(folder, limit, code, **changes):
+    """One step that is a Python program; (step, result, log)."""
+    (folder / "work").mkdir()
+    command = [sys.executable, "-P", str(GPU_SCRIPTS / "run_step.py"), "--kind", "numbers"]
+    command += ["--part", str(folder / "part1.json"), "--work", str(folder / "work")]
+    command += ["--limit", str(limit), "name", "--", sys.executable, "-c", code]
+    subprocess.run(command, env=environment(**changes), check=True)
+    steps, results = read(folder)
+    return steps["name"], results.get("name"), (folder / "part1.log").read_text()
+
+
+WRITE_ROWS = """
+import json, os, sys, time
+print("ready", flush=True)
+for n in (1, 2):
+    open(os.environ["KVC_RESULT"], "w").write(json.dumps({"rows": list(range(n))}))
+"""
+
+
+def test_rows_so_far_are_kept_when_a_step_is_stopped(tmp_path):
+    start = time.monotonic()
+    step, result, log = run_step(tmp_path, 4, WRITE_ROWS + "time.sleep(600)")
+    assert time.monotonic() - start < 60
+    assert step["status"] == "stopped"
+    assert step["error"] == "KeyboardInterrupt"
+    assert result == {"rows": [0, 1]}
+    assert "ready" in log and "KeyboardInterrupt" in log
+
+
+def test_a_step_that_does_not_listen_is_killed_with_its_children(tmp_path):
+    deaf = (
+        "import signal, subprocess; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "child = subprocess.Popen(['sleep', '600']); print('child', child.pid, flush=True)\n"
+    )
+    step, result, log = run_step(tmp_path, 2, deaf + WRITE_ROWS + "time.sleep(600)")
+    assert (step["status"], step["exit_status"]) == ("stopped", -9)
+    assert result == {"rows": [0, 1]}
+    child = int(log.split("child ")[1].split()[0])
+    state = Path(f"/proc/{child}/stat")
+    # Gone, or waiting for a parent to take note.
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_planted_hang_comes_after_the_work(tmp_path):
+    step, result, _ = run_step(tmp_path, 600, WRITE_ROWS, KVC_FAULT="name:hang:3")
+    assert step["status"] == "stopped"
+    assert result == {"rows": [0, 1]}
+
+
+def test_a_half_written_result_does_not_replace_a_whole_one(tmp_path):
+    half = "time.sleep(3); open(os.environ['KVC_RESULT'], 'w').write('{\"rows\": [')"
+    step, result, _ = run_step(tmp_path, 60, WRITE_ROWS + half)
+    assert step["status"] == "passed"
+    assert result == {"rows": [0, 1]}
+
+
+def test_the_first_error_is_named(tmp_path):
+    step, _, _ = run_step(tmp_path, 60, "print('fine'); raise ValueError('this is it')")
+    assert (step["status"], step["exit_status"]) == ("failed", 1)
+    assert step["error"] == "ValueError: this is it"
