@@ -48,10 +48,10 @@ def _start_copy(values: torch.Tensor) -> tuple[torch.Tensor | None, torch.cuda.E
     """Host memory, and the event after which the contents are there; None if they are already."""
     if values.is_meta:
         return None, None
-    if not values.is_cuda:
-        return values.clone(), None
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
     host.copy_(values, non_blocking=True)
+    if not values.is_cuda:
+        return host, None
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(values.device))
     return host, event

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,14 +69,10 @@ class Steps:
         metadata = rig.metadata(chunks)
         tokens = rig.random_tokens(sum(count for _, count in chunks))
 
-        def layers():
-            for i, (name, view) in enumerate(rig.views.items()):
-                key, value, query = (part[i] for part in tokens)
-                layer = SimpleNamespace(layer_name=name)
-                output = torch.empty_like(query)
-                rig.impl.forward(layer, query, key, value, view, metadata, output)
-
-        names = [launch.name for launch in record(layers)]
+        outputs = [torch.empty_like(query) for _, _, query in tokens]
+        names = [
+            launch.name for launch in record(lambda: rig.run_layers(metadata, tokens, outputs))
+        ]
         for request, count in chunks:
             request.num_computed += count
         return names

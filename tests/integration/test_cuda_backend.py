@@ -80,9 +80,10 @@ def test_all_kinds_of_steps(monkeypatch, name, backend, granularity):
     for _ in range(block + 2):
         rig.step([(even, 1), (late, 1), (long, 1)])
     records = rig.stats.snapshot()["requests"]
-    assert [r["request_id"] for r in records] == ["short", "long", "even", "late"]
+    # The step in which two end has the whole window of `even` only, which therefore comes first.
+    assert [r["request_id"] for r in records] == ["short", "even", "long", "late"]
     assert [r["compressed"] for r in records] == [False, True, True, True]
-    kept = sum(sum(heads) for heads in records[1]["kept_per_head"])
+    kept = sum(sum(heads) for heads in records[2]["kept_per_head"])
     streams = shape.pages_per_block
     assert kept / streams == rig.geometry(long).num_kept_tokens
 
