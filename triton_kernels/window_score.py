@@ -244,8 +244,7 @@ def window_scores(
         "TILE_W": tiles.tile_w,
         "TILE_D": triton.next_power_of_2(head_size),
         "num_warps": tiles.num_warps,
-        # With eight warps more stages take so many registers that fewer programs fit an SM.
-        "num_stages": num_stages(tile_bytes) if tiles.num_warps == 4 else 3,
+        "num_stages": num_stages(tile_bytes),
     }
     sums = scale
     if lse is None or is_defensive:
@@ -255,6 +254,9 @@ def window_scores(
     if is_defensive:
         defensive_scores(leading, part_sums, arguments, shape)
         return
+    if tiles.num_warps == 8:
+        # Two programs per multiprocessor of sm_90, without a stack.
+        shape["maxnreg"] = 128
     num_tiles = triton.cdiv(max_rated, TILE_N)
     per_program = tiles_per_program(num_tiles * tiles.num_m_tiles * num_streams * num_requests)
     num_programs = triton.cdiv(num_tiles, per_program) * tiles.num_m_tiles

@@ -2,6 +2,7 @@
 
     python scripts/gpu/check_real_size.py --out real_size.json
     python scripts/gpu/check_real_size.py --dry-run --out tiny.json     (anywhere)
+    python scripts/gpu/check_real_size.py --count                       (anywhere)
 
 The pool has the shape of Llama-3.1-8B and tens of GiB, so that offsets of elements pass 2^31, and
 is NaN wherever nobody may read. Decode: batches of 1, 32 and 256 ragged rows, all layers; sampled
@@ -13,6 +14,7 @@ device.
 
 The JSON is written anew after every case; `ok` is null for cases that were not started in time.
 `--dry-run` runs all of it in Triton's interpreter, tiny, with plain calls for captured graphs.
+`--count` launches nothing: it lists the kernels that all of this would launch.
 
 Exit status: 0 if all is as it should be, plus 1 if a number is wrong, plus 4 if a case could not
 run.
@@ -21,7 +23,9 @@ run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import io
 import json
 import os
 import platform
@@ -36,12 +40,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # Before triton is imported: its kernels then load without a GPU.
-if "--dry-run" in sys.argv:
+if {"--count", "--dry-run"} & set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
 
 import machine
 import torch
 import triton
+from gpu import recording
 from gpu.real_size.decode import DecodeCases
 from gpu.real_size.judge import Verdict
 from gpu.real_size.prompt import PromptCases
@@ -90,6 +95,11 @@ def tiny_sizes() -> Sizes:
     """For the interpreter; of the same kinds."""
     shape = replace(read_shapes()[SHAPE], num_layers=2, num_kv_heads=2, head_size=64)
     return Sizes(shape, 80, 40, (5, 1), 2, 6, 293)
+
+
+def few_sizes() -> Sizes:
+    """For the launches alone: as many layers and heads as on a GPU, and few tokens."""
+    return replace(tiny_sizes(), shape=read_shapes()[SHAPE])
 
 
 def new_pool(shape: ModelShape, num_blocks: int, dtype: torch.dtype, device: torch.device):
@@ -216,6 +226,20 @@ def check_all(arguments: argparse.Namespace, sizes: Sizes, device: torch.device)
     return exit_status(rows)
 
 
+def count() -> int:
+    """List what is launched, by kernel; nothing is, so that no result means anything."""
+    launches = []
+    for _, check in cases(few_sizes(), torch.device("cpu")):
+        # What a kernel would have written may be no index.
+        with contextlib.redirect_stderr(io.StringIO()):
+            launches += recording.record(lambda check=check: row_of("", check, torch.device("cpu")))
+        del check
+    for kernel in sorted({launch.name for launch in launches}):
+        variants = {launch.variant for launch in launches if launch.name == kernel}
+        print(f"{kernel}: {len(variants)} compiled variants")
+    return 0
+
+
 def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(
@@ -223,9 +247,12 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, help="JSON of all rows")
     parser.add_argument("--dry-run", action="store_true", help="tiny, in the interpreter, on a CPU")
+    parser.add_argument("--count", action="store_true", help="list launches, and launch nothing")
     parser.add_argument("--limit", type=float, help="seconds after which no case is started")
     parser.add_argument("--pool-gib", type=float, default=40.0, help="size of the pool")
     arguments = parser.parse_args()
+    if arguments.count:
+        return count()
     if arguments.dry_run:
         return check_all(arguments, tiny_sizes(), torch.device("cpu"))
     if not torch.cuda.is_available():

@@ -138,19 +138,24 @@ engine() {
   fi
 }
 
+# What of csrc/cuda runs on a GPU; the rest of these files emulates one.
+CSRC_TESTS=(tests/kernels/test_csrc_cuda.py tests/kernels/test_csrc_copies.py
+  tests/kernels/test_csrc_gpu.py -m "not emulated and not slow")
+
 # The numbers behind the names are seconds. They come to 430, with 115 for the engine, and to 240.
 part1() {
   run machine setup $((40 - (SECONDS - start))) "$tools/first_look.py" --site "$site"
   export KVC_RIG_ATTENTION=torch
   [[ "$(said flash_attention)" != loads ]] || KVC_RIG_ATTENTION=vllm
   run real_size correctness 80 "$tools/check_real_size.py" --out "$(result real_size)" --limit 65
-  tests csrc_tests 25 tests/kernels/test_csrc_cuda.py -m "not emulated and not slow" -n 4
+  tests csrc_tests 25 "${CSRC_TESTS[@]}" -n 4
+  # The real-size step has done what test_real_size.py does.
   tests triton_tests 50 tests/kernels -m "not emulated and not slow" -n 8 \
-    --ignore tests/kernels/test_csrc_cuda.py --ignore tests/kernels/test_compile.py \
-    --ignore tests/kernels/test_csrc_build.py
-  run timings numbers 50 scripts/bench_kernels.py --out "$(result timings)" --native \
+    --ignore-glob "*/test_csrc_*.py" --ignore tests/kernels/test_compile.py \
+    --ignore tests/kernels/test_real_size.py
+  run timings numbers 50 scripts/bench_kernels.py --out "$(result timings)" --native --limit 40 \
     "${TIMINGS[@]}" --peers "FlashAttention (vLLM)"
-  run tuning numbers 25 "$tools/tune_decode.py" --out "$(result tuning)" "${TUNING[@]}"
+  run tuning numbers 25 "$tools/tune_decode.py" --out "$(result tuning)" --limit 18 "${TUNING[@]}"
   tests rig 45 tests/integration/test_cuda_backend.py tests/integration/test_cuda_one_shot.py \
     tests/integration/test_cuda_host_sync.py -n 8
   # At least 115, and what the others have left.
@@ -161,7 +166,7 @@ part2() {
   engine engine_graphs 170 --graphs
   if command -v compute-sanitizer >/dev/null; then
     step sanitizer correctness 70 compute-sanitizer --error-exitcode 9 "$python" -P \
-      "$tools/run_tests.py" tests/kernels/test_csrc_cuda.py -m "not emulated and not slow" -x
+      "$tools/run_tests.py" "${CSRC_TESTS[@]}" -x
   else
     left_out sanitizer correctness "no compute-sanitizer"
   fi
@@ -176,7 +181,7 @@ dry_part1() {
   tests triton_tests 60 tests/kernels/test_store.py -m "not slow"
   run timings numbers 90 "$tools/as_if_gpu.py" scripts/bench_kernels.py --out "$(result timings)" \
     --shapes "Llama-3.1-70B TP8" --layers 1 --batches 1 --kept 16 --prompts 64 --peers
-  tests tuning 60 tests/kernels/test_tune_decode.py
+  run tuning numbers 90 "$tools/tune_decode.py" --dry-run --settings 2 --out "$(result tuning)"
   tests rig 90 tests/integration/test_cuda_host_sync.py
   engine engine 180 --dry-run
 }

@@ -9,5 +9,7 @@ TUNING=(--shape Llama-3.1-8B --batches 1 32 --kept 1024)
 # shellcheck disable=SC2034
 FILL_CACHE=(
   "scripts/gpu/warm_up_launches.py"
+  "scripts/gpu/check_real_size.py --count"
+  "scripts/gpu/tune_decode.py --count"
   "scripts/bench_kernels.py --count ${TIMINGS[*]} --peers"
 )

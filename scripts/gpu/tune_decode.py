@@ -2,12 +2,14 @@
 
     python scripts/gpu/tune_decode.py --out decode_tuning.json
     python scripts/gpu/tune_decode.py --dry-run --out decode_tuning.json     (anywhere)
+    python scripts/gpu/tune_decode.py --count                                (anywhere)
 
 What is timed is a whole step, as in bench_kernels. For every batch and kept length each of
 `SETTINGS` is tried, then other numbers of programs and of least tiles with the best of them. A
 setting that needs more than the GPU has is left out, and one whose result is another than the
 default's is an error. The JSON is written anew after every row; past `--limit` nothing is started.
-`--dry-run` tries some on a CPU, in Triton's interpreter; its times say nothing.
+`--dry-run` tries some on a CPU, in Triton's interpreter; its times say nothing. `--count` launches
+nothing: it says how many kernels would be compiled, as far as that is known before.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-if "--dry-run" in sys.argv:
+if {"--count", "--dry-run"} & set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from gpu.shapes import DRY_SHAPE, read_shapes
+from gpu import recording
+from gpu.shapes import DRY_SHAPE, ModelShape, read_shapes
 from kernel_bench.report import Report, Timer
 from kernel_bench.step_cases import DecodeStep, decode_step
 from vllm_kvcompress.triton_kernels import DecodeTiles
@@ -111,6 +114,17 @@ def tune(
             yield from measured(tiles)
 
 
+def count(shape: ModelShape) -> None:
+    """Launch nothing; the settings, and the least tiles of the first, which may be the best."""
+    step = decode_step(shape, 2, 64, torch.device("meta"))
+    out = torch.empty_like(step.query)
+    settings = [None, *SETTINGS, *(replace(SETTINGS[0], least_tiles=n) for n in LEAST_TILES)]
+    launches = []
+    for tiles in settings:
+        launches += recording.record(lambda tiles=tiles: step.run(work_of(step, tiles), out))
+    print(f"{len({launch.variant for launch in launches})} compiled variants")
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
@@ -123,8 +137,12 @@ def main() -> None:
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of them")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no try after that")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, not a measurement")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", action="store_true", help="launch nothing")
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.count:
+        count(shapes[arguments.shape])
+        return
     if not (arguments.dry_run or torch.cuda.is_available()):
         parser.error("needs a CUDA device (or --dry-run)")
     device = torch.device("cpu" if arguments.dry_run else "cuda")

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 
 import torch
 from gpu import engine_run, recording
@@ -26,10 +25,9 @@ NUM_BLOCKS = 8192
 
 def warm_up(has_graphs: bool) -> None:
     """What `CompressionWorker.compile_or_warm_up_model` launches of ours."""
-    from cuda_rig import make_impl
-
     from vllm_kvcompress.compaction import CacheShape, LayerParameters
     from vllm_kvcompress.config import KVCompressConfig
+    from vllm_kvcompress.vllm_integration.backend_cuda import KVCompressCUDAImpl
     from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
     from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
@@ -53,7 +51,17 @@ def warm_up(has_graphs: bool) -> None:
         CompressionStats(log=False),
         STEP_TOKENS,
     )
-    impl = make_impl(shape)
+    # As much of it as its warm-up reads; stock constructors want a GPU.
+    impl = object.__new__(KVCompressCUDAImpl)
+    vars(impl).update(
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_size=d,
+        scale=d**-0.5,
+        logits_soft_cap=0,
+        sinks=None,
+        vllm_flash_attn_version=3,
+    )
     impl.warm_up(engine)
     engine.warm_up(settings["max_model_len"], impl.tells_lse)
 
