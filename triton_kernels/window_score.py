@@ -246,17 +246,18 @@ def window_scores(
         "num_warps": tiles.num_warps,
         "num_stages": num_stages(tile_bytes),
     }
+    # Two programs of eight warps fit a multiprocessor of sm_90, without a stack.
+    is_limited = tiles.num_warps == 8 and shape["TILE_D"] <= 128
+    limited = shape | {"maxnreg": 128} if is_limited else shape
     sums = scale
     if lse is None or is_defensive:
-        sums = window_sums((num_streams, num_requests), tiles.num_rows, arguments, shape)
+        sums = window_sums((num_streams, num_requests), tiles.num_rows, arguments, limited)
     leading = (scores, sums, scale if sinks is None else sinks)
-    shape["HAS_SINKS"] = sinks is not None
+    has_sinks = {"HAS_SINKS": sinks is not None}
     if is_defensive:
-        defensive_scores(leading, part_sums, arguments, shape)
+        # Bound by arithmetic where there are many query rows; fewer registers would not do.
+        defensive_scores(leading, part_sums, arguments, shape | has_sinks)
         return
-    if tiles.num_warps == 8:
-        # Two programs per multiprocessor of sm_90, without a stack.
-        shape["maxnreg"] = 128
     num_tiles = triton.cdiv(max_rated, TILE_N)
     per_program = tiles_per_program(num_tiles * tiles.num_m_tiles * num_streams * num_requests)
     num_programs = triton.cdiv(num_tiles, per_program) * tiles.num_m_tiles
@@ -267,5 +268,6 @@ def window_scores(
         *scores.stride()[:3],
         REDUCTION=_REDUCE[reduce],
         POWER=power,
-        **shape,
+        **limited,
+        **has_sinks,
     )

@@ -163,6 +163,7 @@ def checked(row: Compiled, arch: int, shape: ModelShape) -> Compiled:
         found += kernel_check.faults(
             row.kernel,
             row.launch,
+            row.num_warps,
             row.loads,
             row.blocks,
             row.stack_bytes,

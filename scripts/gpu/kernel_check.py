@@ -54,6 +54,9 @@ MIN_BLOCKS_OF = {"compact_kernel": 4, "move_entries_kernel": 4}
 # Launches that may do with one block and half the bytes, by what they are asked for: rows of
 # several queries are rare, and take more registers.
 RELAXED = {("ragged_decode_kernel", "as many queries as it takes")}
+# The same by warps. Eight mean 128 query rows: with the pooling some 320 operations per byte of a
+# key, more than memory can keep waiting (an H100 does 295).
+RELAXED_WARPS = {"defensive_scores_kernel": 8}
 # A few registers kept elsewhere while a loop runs cost nothing; in the loop none may be.
 MAX_STACK_BYTES = 16
 # Elements that a thread copies at once of a pipelined stream, 16 bytes at most.
@@ -63,6 +66,7 @@ COPY_ELEMENTS = 8
 def faults(
     kernel: str,
     launch: str,
+    num_warps: int,
     loads: Sequence[LoopLoad],
     blocks: int,
     stack_bytes: int,
@@ -74,6 +78,7 @@ def faults(
     Args:
         kernel: its name.
         launch: what it is asked for.
+        num_warps: of a block.
         loads: of its innermost loops.
         blocks: that one multiprocessor holds.
         stack_bytes: per thread.
@@ -81,7 +86,7 @@ def faults(
         narrow_loads: instructions that load one or two bytes.
     """
     stream = STREAMS.get(kernel)
-    is_relaxed = (kernel, launch) in RELAXED
+    is_relaxed = (kernel, launch) in RELAXED or RELAXED_WARPS.get(kernel) == num_warps
     if stream is not None:
         yield from _stream_faults(stream, loads, blocks, is_relaxed)
     elif kernel not in NO_STREAMS:

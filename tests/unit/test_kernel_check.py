@@ -110,16 +110,20 @@ def load(**fields) -> LoopLoad:
     return LoopLoad(**usual | fields)
 
 
-def faults_of(kernel="ragged_decode_kernel", launch="", loads=None, blocks=3, **others):
+def faults_of(
+    kernel="ragged_decode_kernel", launch="", num_warps=4, loads=None, blocks=3, **others
+):
     usual = {"stack_bytes": 0, "loop_stack_accesses": 0, "narrow_loads": 0}
     loads = [load()] if loads is None else loads
-    return list(faults(kernel, launch, loads, blocks, **usual | others))
+    return list(faults(kernel, launch, num_warps, loads, blocks, **usual | others))
 
 
 def test_a_kernel_that_overlaps_has_no_fault():
     assert faults_of() == []
     assert faults_of(stack_bytes=8) == []
     assert faults_of(launch="as many queries as it takes", blocks=1) == []
+    assert faults_of("defensive_scores_kernel", num_warps=8, blocks=1) == []
+    assert faults_of("defensive_scores_kernel", num_warps=4, blocks=1) != []
     scores = load(source="scores_ptr", num_bytes=4096, num_buffers=0, num_ahead=0, copy_bytes=0)
     assert faults_of("select_kernel", loads=[scores], blocks=6) == []
     assert faults_of("decode_work_kernel", loads=[scores]) == []
