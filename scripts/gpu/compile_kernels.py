@@ -260,13 +260,12 @@ def main() -> int:
         f"{num_spilling} use the stack, {num_narrow} have narrow loads"
     )
     if arguments.out:
-        result = {
-            "arch": arguments.arch,
-            "triton": triton.__version__,
-            "settings": dict(arguments.set),
-            "kernels": [asdict(row) for row in rows],
-        }
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        settings = {"arch": arguments.arch, "triton": triton.__version__}
+        head = json.dumps(settings | {"settings": dict(arguments.set)})[:-1]
+        # A line per launch, to be read and compared as such.
+        lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+        text = f'{head}, "kernels": [\n{lines}\n]}}\n'
+        arguments.out.write_text(text, encoding="utf-8")
     return 1 if num_failed or not rows else 0
 
 
