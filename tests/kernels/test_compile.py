@@ -102,5 +102,7 @@ def test_most_shared_memory_fits_a_small_gpu(tmp_path):
     )
     assert status == 0, output
     assert {row["kernel"] for row in content["kernels"]} == KERNELS
-    assert sum(row["stack_bytes"] > 0 for row in content["kernels"]) <= 1
+    # The widest accumulators: 16 heads of size 256 times 8 tokens, and a root of 256 x 256.
+    spilling = {row["kernel"] for row in content["kernels"] if row["stack_bytes"]}
+    assert spilling <= {"ragged_decode_kernel", "value_effect_kernel"}
     assert ", 0 have narrow loads" in output
