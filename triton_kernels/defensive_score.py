@@ -55,6 +55,7 @@ def _query_rows(
     lse_ptr,
     request,
     scored_stream,
+    num_rated,
     query_stride_token,
     query_stride_head,
     NUM_KV_HEADS: tl.constexpr,
@@ -107,7 +108,10 @@ def _query_rows(
         NUM_SPLITS,
         NUM_M_TILES * TILE_M,
     )
-    return place, row_mask, query, lse, gain / POOL_KERNEL
+    # Pooling keeps this part of any key's weight at least. Where nearly all attention is on keys
+    # that are not rated, sums by the lse are differences of rounded numbers, and say anything.
+    least_kept = tl.minimum(POOL_KERNEL // 2 + 1, num_rated).to(tl.float32)
+    return place, row_mask, query, lse, tl.minimum(gain / POOL_KERNEL, 1 / least_kept)
 
 
 @triton.jit
@@ -233,6 +237,7 @@ def _defensive_scores_kernel(
             lse_ptr,
             request,
             scored_stream,
+            num_rated,
             query_stride_token,
             query_stride_head,
             NUM_KV_HEADS,
@@ -293,6 +298,7 @@ def _defensive_scores_kernel(
                     lse_ptr,
                     request,
                     scored_stream,
+                    num_rated,
                     query_stride_token,
                     query_stride_head,
                     NUM_KV_HEADS,

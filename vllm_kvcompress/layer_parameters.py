@@ -34,15 +34,11 @@ class StackedParameters:
         """On the pool's device."""
         numbers = np.array([[x.scale, x.logits_soft_cap] for x in layers], np.float32)
         scale, soft_cap = to_device(numbers.T.copy(), pool.device)
-        roots = [
-            layer.output_root.to(pool.dtype) for layer in layers if layer.output_root is not None
-        ]
-        assert len(roots) in (0, len(layers))
         return cls(
             scale,
             soft_cap if numbers[:, 1].any() else 0.0,
             _stacked_sinks(layers),
-            torch.stack(roots) if roots else None,
+            _stacked_roots(layers, pool),
         )
 
     def options(self, first: int, num_layers: int) -> dict[str, Any]:
@@ -55,6 +51,18 @@ class StackedParameters:
             "sinks": None if self.sinks is None else self.sinks[layers],
             "output_root": None if self.output_root is None else self.output_root[layers],
         }
+
+
+def _stacked_roots(layers: Sequence[LayerParameters], pool: torch.Tensor) -> torch.Tensor | None:
+    roots = [layer.output_root for layer in layers if layer.output_root is not None]
+    if not roots:
+        return None
+    assert len(roots) == len(layers)
+    stacked = torch.empty((len(roots), *roots[0].shape), dtype=pool.dtype, device=roots[0].device)
+    # One by one: there are no copies of all of them beside each other.
+    for own, root in zip(stacked, roots, strict=True):
+        own.copy_(root)
+    return stacked
 
 
 def _stacked_sinks(layers: Sequence[LayerParameters]) -> torch.Tensor | None:

@@ -136,7 +136,7 @@ def ragged_decode(
     kernels = triton_kernels(query, pool, *indices)
     if work is None:
         work = _own_work(query, pool, *indices, num_kv_heads, max_query_len)
-    _check_work(work, query, num_layers, num_kv_heads, max_query_len)
+    _check_work(work, query, num_rows, num_layers, num_kv_heads, max_query_len)
     kernels.ragged_decode(
         *tensors,
         tile_starts=work.tile_starts,
@@ -184,8 +184,17 @@ def _own_work(
 
 
 def _check_work(
-    work: DecodeWork, query: torch.Tensor, num_layers: int, num_kv_heads: int, max_query_len: int
+    work: DecodeWork,
+    query: torch.Tensor,
+    num_rows: int,
+    num_layers: int,
+    num_kv_heads: int,
+    max_query_len: int,
 ) -> None:
+    check(
+        num_rows * num_kv_heads < work.tile_starts.shape[1],
+        f"{num_rows} rows do not fit work of {work.tile_starts.shape[1] - 1} streams",
+    )
     piece_rows = query.shape[1] // num_kv_heads * max_query_len
     check(
         work.num_tiles.shape == (num_layers,)

@@ -37,7 +37,8 @@ class DecodeWork:
         first_streams: [L, P] int32, the stream that a program's first tile belongs to.
         pieces: [2 P, M, d] float32, results of streams that programs share, M query rows.
         piece_lse: [2 P, M] float32, base-2 logarithms of their sums.
-        tickets: [P] int32, zeros between launches: pieces left of the stream that program p begins.
+        tickets: [P] int32, how many pieces there are already of the stream that program p begins;
+            zeros between launches.
         tiles: `triton_kernels.DecodeTiles`, how a program works.
     """
 
@@ -57,7 +58,7 @@ class DecodeWork:
         return sum(tensor.numel() * tensor.element_size() for tensor in lists + shared)
 
     def for_rows(self, num_rows: int, num_kv_heads: int) -> DecodeWork:
-        """New lists for so many rows, and the same room for pieces: not to be used at once."""
+        """New lists for so many rows; the room for pieces is shared, so launch one after the other."""
         size = (self.tile_starts.shape[0], num_rows * num_kv_heads + 1)
         return replace(
             self,

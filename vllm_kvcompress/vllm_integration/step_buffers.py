@@ -42,9 +42,10 @@ class StepBuffers:
         self.page_offsets = torch.zeros(max_num_reqs + 1, width, **ints)
         self.rows = torch.zeros(max_num_reqs, 4, **ints)
         self.row_offsets = torch.zeros(max_num_reqs, width, **ints)
+        # Pieces of longer rows get lists of their own in every step.
         self.work, self.extended_work = (
             ops.new_decode_work(
-                max_num_reqs,
+                num_rows,
                 num_layers=shape.num_layers,
                 num_kv_heads=shape.num_kv_heads,
                 group=shape.num_queries_per_kv,
@@ -54,7 +55,7 @@ class StepBuffers:
                 max_query_len=max_query_len,
                 num_sms=num_sms,
             )
-            for max_query_len in (1, ops.MAX_QUERY_LEN)
+            for num_rows, max_query_len in ((max_num_reqs, 1), (1, ops.MAX_QUERY_LEN))
         )
 
     @property
