@@ -69,7 +69,8 @@ def _window_sums_kernel(
     """Per query row and split of the keys: greatest logit, and three sums of exponentials.
 
     Without a given lse, relative to the greatest logit: over all keys, over the rated ones, and
-    over these as a mean pooling of POOL_KERNEL weighs them (what it adds up outside is lost).
+    over these as they count after a mean pooling of POOL_KERNEL. Of a key near an end, pooling
+    spreads a part to places outside, and that part counts for nothing.
     With it, relative to the lse: over keys that are not rated, and what the pooling loses; only
     the first and the last keys are read, since no others contribute.
     """

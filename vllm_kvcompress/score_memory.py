@@ -2,7 +2,9 @@
 
 Three things lie beside the pool: scores of what is chosen from (pages or tokens), of all layers;
 scores of tokens and what they are made of, of the layers that are scored together; and the windows
-that are kept until these are. Each has a limit, up to which more is done at once.
+that are kept until these are. The last two have limits, up to which more is done at once. The first
+has none in a step: all prompts that end in it have theirs until its last layer. But they are a part
+of what the prompts' blocks take, which is set aside (`entry_share`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class ScoreMemory:
     Args:
         config: validated setting.
         shape: of the paged cache.
-        query_bytes: of one element of a query.
+        element_bytes: of one element of a query, a key or a value.
         plan: how fused kernels make the scores; None = torch makes them, which is not counted.
     """
 
@@ -35,12 +37,13 @@ class ScoreMemory:
         self,
         config: KVCompressConfig,
         shape: CacheShape,
-        query_bytes: int,
+        element_bytes: int,
         plan: WindowPlan | None,
     ) -> None:
         self._config, self._shape, self._plan = config, shape, plan
         num_heads = shape.num_kv_heads * shape.num_queries_per_kv
-        self._window_bytes = config.window * num_heads * (shape.head_size * query_bytes + 4)
+        self._element_bytes = element_bytes
+        self._window_bytes = config.window * num_heads * (shape.head_size * element_bytes + 4)
 
     def entry_bytes(self, geometry: RequestGeometry) -> int:
         """Of one kind of a prompt's scores, in a batch of prompts as long."""
@@ -66,8 +69,19 @@ class ScoreMemory:
         )
 
     def prompt_bytes(self, geometry: RequestGeometry) -> int:
-        """What a prompt adds to a batch of prompts as long that is scored layer by layer."""
+        """The larger of a prompt's two kinds of scores, if layers are scored one by one."""
         return max(self.entry_bytes(geometry), self.token_bytes(geometry))
+
+    def entry_share(self) -> float:
+        """What scores of all that is chosen from take, as a part of the blocks that hold it.
+
+        With what is made of them: the entries that are chosen, and where there are two kinds of
+        scores the second, which is raised and has places of its own.
+        """
+        per_page = entries_per_page(self._config, self._shape.block_size)
+        num_kinds = 5 if "first_stage" in dict(self._config.options) else 2
+        page_bytes = 2 * self._shape.block_size * self._shape.head_size * self._element_bytes
+        return 4 * num_kinds * per_page / page_bytes
 
     def layers_at_once(self, longest: RequestGeometry, num_prompts: int, num_kept: int) -> int:
         """Layers of a batch that are scored together, in groups of about the same size.
@@ -85,6 +99,13 @@ class ScoreMemory:
         num_groups = cdiv(num_layers, min(max(most, 1), num_layers))
         return cdiv(num_layers, num_groups)
 
+    def staged_entry_bytes(self, num_tokens: int) -> int:
+        """Of prompts without blocks for what they evict, so many tokens together."""
+        shape = self._shape
+        page_bytes = 2 * shape.block_size * shape.head_size * self._element_bytes
+        block_bytes = shape.pages_per_block * page_bytes
+        return int(self.entry_share() * block_bytes) * cdiv(num_tokens, shape.block_size)
+
     def most_bytes(self, max_len: int, max_prompts: int) -> int:
         """Most that prompts with blocks take together, whatever they are.
 
@@ -97,6 +118,7 @@ class ScoreMemory:
             return 0
         num_layers = self._shape.num_layers
         entries = self.entry_bytes(geometry)
+        # A batch's rows are as wide as its longest prompt's.
         most = max(entries, min(MOST_SCORE_BYTES, max_prompts * entries))
         if self._plan is None:
             return most
@@ -108,9 +130,6 @@ class ScoreMemory:
         return most + num_layers * self._window_bytes
 
 
-def scoring_bytes(
-    config: KVCompressConfig, shape: CacheShape, query_bytes: int, max_len: int, max_prompts: int
-) -> int:
-    """`ScoreMemory.most_bytes` of a setting."""
-    plan = make_scorer(config).window_plan()
-    return ScoreMemory(config, shape, query_bytes, plan).most_bytes(max_len, max_prompts)
+def score_memory_of(config: KVCompressConfig, shape: CacheShape, element_bytes: int) -> ScoreMemory:
+    """That of a setting."""
+    return ScoreMemory(config, shape, element_bytes, make_scorer(config).window_plan())

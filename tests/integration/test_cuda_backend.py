@@ -412,3 +412,28 @@ def test_as_many_layers_as_happen_to_be_known_compile_nothing(monkeypatch, granu
 
     compiled_by(serve, lambda: (rig.impl.warm_up(rig.engine), rig.engine.warm_up(1000, True)))
     assert len(set(known_layers)) > 1
+
+
+@pytest.mark.parametrize(
+    ("method", "flash_attn_version"), [("snapkv", 3), ("snapkv", 4), ("span", 3), ("span", 4)]
+)
+def test_layers_that_are_scored_in_groups_compile_nothing(monkeypatch, method, flash_attn_version):
+    # What is known of the layers begins in the middle for all groups but the first.
+    shape = CacheShape(5, 1, 1, 64, 16)
+    rig = Rig(
+        monkeypatch, shape, config_of(method, 16), DTYPE, flash_attn_version=flash_attn_version
+    )
+    rig.buffer[0] = 0
+
+    def warm_up():
+        rig.layers["layers.0"].impl.warm_up(rig.engine)
+        rig.engine.warm_up(300, flash_attn_version == 3)
+
+    def serve():
+        monkeypatch.setattr(score_memory, "MOST_WINDOW_BYTES", 2 * 8 * (64 * DTYPE.itemsize + 4))
+        request = Request("a", 150)
+        rig.step([(request, 150)])
+        assert request.selection is not None
+
+    met = compiled_by(serve, warm_up)
+    assert "join_scores_kernel" in {variant[0] for variant in met}

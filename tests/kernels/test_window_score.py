@@ -120,6 +120,39 @@ def test_matches_reference(scorer, shape, window, reduce):
     )
 
 
+@pytest.mark.parametrize("loudness", [14, 16, 18])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_keys_that_hardly_anybody_looks_at_do_not_win(scorer, with_lse, loudness):
+    # All but a millionth of the attention is on keys that are not rated, and what is left on the
+    # last rated one. In float32 the others' sum does not tell what it has, nor what pooling takes.
+    shape, window, num_rated = Shape(group=8, dtype=torch.float32, num_layers=1), 16, 100
+    batch = prompts(shape, (300,))
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    direction = random_like((shape.head_size,), torch.float32, generator)
+    query = 0.3 * random_like((1, window, shape.num_heads, shape.head_size), shape.dtype, generator)
+    query += direction
+    scale = shape.head_size**-0.5
+    key = direction * loudness / (direction.square().sum() * scale)
+    for position in range(300):
+        block = int(batch.block_table[0, position // shape.block_size])
+        pages = slice(block * shape.num_streams, (block + 1) * shape.num_streams)
+        keys = batch.pool[pages, position % shape.block_size, : shape.head_size]
+        if position < num_rated - 1:
+            keys *= 0.1
+        else:
+            keys[:] = key if position >= num_rated else 0.45 * key
+    arguments = (query, batch.pool, batch.rows, batch.block_table, int32(num_rated), num_rated)
+    options = {"layer": 0, "num_layers": 1, "num_kv_heads": shape.num_kv_heads, "scale": scale}
+    options |= {"reduce": "defensive", "pool_kernel": 5}
+    if with_lse:
+        options["lse"] = window_lse(batch, query, 0, scale)
+    want = ops.window_scores(*arguments, **options, backend="reference").amax(dim=2)
+    got = ops.window_scores(*arguments, **options, backend=scorer).amax(dim=2)
+    assert (got.amax(dim=2) <= 2 * want.amax(dim=2)).all()
+    if not with_lse:
+        torch.testing.assert_close(got, want.float(), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("with_lse", [False, True])
 @pytest.mark.parametrize(
     "options",

@@ -18,7 +18,7 @@ from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.score_memory import scoring_bytes
+from vllm_kvcompress.score_memory import score_memory_of
 from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration import validate, worker_cuda
 from vllm_kvcompress.vllm_integration.batch_cuda import EMPTY_SLOT, DeviceRequests, plan_step
@@ -213,7 +213,8 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
     monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[layer])
     shape = CacheShape(2, 2, 3, 64, 16)
     pages = staging_pages(config, shape, 2048, 16)
-    scores = scoring_bytes(config, shape, 2, 1000, 8)
+    memory = score_memory_of(config, shape, 2)
+    scores = memory.most_bytes(1000, 8) + memory.staged_entry_bytes(2048)
     assert pages > 0 and scores > 0
     # What an engine of that shape keeps for its steps, with the stand-in's two multiprocessors.
     buffers = StepBuffers(shape, 16, torch.bfloat16, torch.device("cpu"))
@@ -222,6 +223,9 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
     assert [buffers.work.piece_lse.numel(), buffers.extended_work.piece_lse.numel()] == most
     own = buffers.num_bytes + pages * 16 * 2 * 64 * 2 + scores
     own += 11 if method == "ada-criticalkv" else 0
+    # Of the rest each block leaves room for the scores of what it holds.
+    share = 4 * (5 if method == "ada-criticalkv" else 2) / (2 * 16 * 64 * 2)
+    own += int((10**9 - own) * share / (1 + share))
     assert worker.determine_available_memory() == 10**9 - own
     # Which vLLM's advice for the next start is made of.
     assert worker.total_consumed == 3000 + own

@@ -14,7 +14,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.layer_windows import Window
 from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.paged_compaction import PagedCompactor
-from vllm_kvcompress.score_memory import ScoreMemory, scoring_bytes
+from vllm_kvcompress.score_memory import ScoreMemory, score_memory_of
 
 META = torch.device("meta")
 LONG = 5000
@@ -105,7 +105,7 @@ def test_batches_keep_within_what_is_counted(method, window, max_prompts, max_le
     shape, config = CacheShape(32, 8, 4, 128, 16), config_of(method, window)
     plan = score_memory.make_scorer(config).window_plan()
     memory, geometry = ScoreMemory(config, shape, 2, plan), Geometry(config, 16)
-    most = scoring_bytes(config, shape, 2, max_len, max_prompts)
+    most = score_memory_of(config, shape, 2).most_bytes(max_len, max_prompts)
     window_bytes = window * 32 * (128 * 2 + 4)
     for length in (max_len, max_len // 2, 200):
         longest = geometry.of(length)
@@ -125,16 +125,16 @@ def test_batches_keep_within_what_is_counted(method, window, max_prompts, max_le
 
 def test_what_a_small_server_needs_is_less_than_the_limits():
     shape = CacheShape(32, 8, 4, 128, 16)
-    small = scoring_bytes(config_of("span", 16), shape, 2, 4096, 4)
-    large = scoring_bytes(config_of("span", 16), shape, 2, 131072, 256)
+    small = score_memory_of(config_of("span", 16), shape, 2).most_bytes(4096, 4)
+    large = score_memory_of(config_of("span", 16), shape, 2).most_bytes(131072, 256)
     assert small < large < 2 * 256 * 2**20 + 64 * 2**20 + 8 * 2**20
     # Four prompts of 4,096 tokens: 12 MiB of scores of tokens each, and 4 MiB of windows.
     assert 4 * 14 * 2**20 < small < 4 * 24 * 2**20
     # A budget that every prompt fits.
     whole = KVCompressConfig("span", budget=4096)
-    assert scoring_bytes(whole, shape, 2, 4096, 4) == 0
+    assert score_memory_of(whole, shape, 2).most_bytes(4096, 4) == 0
     # Torch's own memory is not counted.
-    assert 0 < scoring_bytes(config_of("tova", 16), shape, 2, 4096, 4) < small
+    assert 0 < score_memory_of(config_of("tova", 16), shape, 2).most_bytes(4096, 4) < small
 
 
 def test_roots_are_held_once():
@@ -145,3 +145,21 @@ def test_roots_are_held_once():
     assert stacked.shape == (3, 2, 64, 64) and stacked.dtype == torch.bfloat16
     for layer in compactor._general.layers:
         assert layer.output_root._base is stacked
+
+
+@pytest.mark.parametrize("granularity", ["page", "token"])
+@pytest.mark.parametrize("method", ["snapkv", "span", "ada-criticalkv"])
+def test_scores_of_all_prompts_of_a_step_fit_what_their_blocks_leave(method, granularity):
+    # All of them are there until the step's last layer, however many batches they are cut into.
+    shape = CacheShape(32, 8, 4, 128, 16)
+    options = (("granularity", granularity),)
+    config = KVCompressConfig(method, budget=1024, window=16, options=options)
+    memory, geometry = score_memory_of(config, shape, 2), Geometry(config, 16)
+    block_bytes = 32 * 8 * 2 * 16 * 128 * 2
+    for lengths in ([32768] * 64, [2048] * 3, [131072, 4096]):
+        longest = [geometry.of(n) for n in lengths]
+        taken = sum(memory.entry_bytes(g) for g in longest)
+        blocks = sum(g.first_kept_block for g in longest)
+        # Scores, and what is chosen; rows are rounded up to 16 entries.
+        kinds = 5 if method == "ada-criticalkv" else 2
+        assert taken <= blocks * block_bytes * memory.entry_share() / kinds + len(lengths) * 16384

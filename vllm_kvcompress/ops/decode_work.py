@@ -58,7 +58,7 @@ class DecodeWork:
         return sum(tensor.numel() * tensor.element_size() for tensor in lists + shared)
 
     def for_rows(self, num_rows: int, num_kv_heads: int) -> DecodeWork:
-        """New lists for so many rows; the room for pieces is shared, so launch one after the other."""
+        """New lists for so many rows. The room for pieces is shared: never launch both at once."""
         size = (self.tile_starts.shape[0], num_rows * num_kv_heads + 1)
         return replace(
             self,

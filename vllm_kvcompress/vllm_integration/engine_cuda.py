@@ -126,6 +126,7 @@ class CUDAEngine:
             evict; 0 = there are no such prompts.
         backend: of the ops, 'triton' or 'reference'.
         select_backend: of those that select and copy, 'native' too; None = `backend`.
+        tells_lse: whether attention can tell its queries' sums in every layer.
 
     Raises:
         RuntimeError: if the views are not slices of one [block, layer, head, ...] buffer.
@@ -143,8 +144,10 @@ class CUDAEngine:
         one_shot_tokens: int = 0,
         backend: str = "triton",
         select_backend: str | None = None,
+        tells_lse: bool = True,
     ) -> None:
         self.shape = shape
+        self._tells_lse = tells_lse
         self.ops_name = backend
         if select_backend is not None:
             self.ops_name += f", {select_backend} selection"
@@ -366,8 +369,10 @@ class CUDAEngine:
 
     def wants_lse(self, step: DeviceStep, tokens: slice) -> bool:
         """Whether scores are made of what attention to a run of tokens can tell."""
-        return self.compactor.is_fused and any(
-            tokens.start <= chunk.token_start < tokens.stop for chunk in step.chunks
+        return (
+            self._tells_lse
+            and self.compactor.is_fused
+            and any(tokens.start <= chunk.token_start < tokens.stop for chunk in step.chunks)
         )
 
     def after_attention(

@@ -16,7 +16,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.score_memory import scoring_bytes
+from vllm_kvcompress.score_memory import score_memory_of
 from vllm_kvcompress.staging import staging_pages
 from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
@@ -53,28 +53,40 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         if self.vllm_config.cache_config.kv_cache_memory_bytes:
             # Somebody chose the pool's size; or an earlier start did, which counted ours.
             return available
-        own = self._own_bytes()
+        specs = self._compressed_specs()
+        spec = next(iter(specs.values()))
+        shape = self._cache_shape(specs)
+        own = self._own_bytes(specs, shape)
+        # And a part of what is left, as large a pool as that may be.
+        share = score_memory_of(self._config, shape, spec.dtype.itemsize).entry_share()
+        own += int(max(0, available - own) * share / (1 + share))
         # So that it is part of what vLLM advises, and saves for another start.
         self.total_consumed += own
         return available - own
 
-    def _own_bytes(self) -> int:
-        """Memory for what steps read, one-shot prompts, scores, and copied output projections."""
+    def _compressed_specs(self) -> dict[str, KVCompressSpec]:
+        """By layer name."""
         all_specs = self.get_kv_cache_spec().items()
-        specs = {name: s for name, s in all_specs if isinstance(s, KVCompressSpec)}
+        return {name: spec for name, spec in all_specs if isinstance(spec, KVCompressSpec)}
+
+    def _cache_shape(self, specs: dict[str, KVCompressSpec]) -> CacheShape:
         layers = self.vllm_config.compilation_config.static_forward_context
         name, spec = next(iter(specs.items()))
         group = layers[name].num_heads // layers[name].num_kv_heads
         _check_group(group)
-        shape = CacheShape(len(specs), spec.num_kv_heads, group, spec.head_size, spec.block_size)
+        return CacheShape(len(specs), spec.num_kv_heads, group, spec.head_size, spec.block_size)
+
+    def _own_bytes(self, specs: dict[str, KVCompressSpec], shape: CacheShape) -> int:
+        """Memory for what steps read, one-shot prompts, scores, and copied output projections."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        spec = next(iter(specs.values()))
         meta, num_sms = torch.device("meta"), ops.num_multiprocessors(self.device)
         own = StepBuffers(shape, self._max_num_reqs(), spec.dtype, meta, num_sms).num_bytes
         pages = staging_pages(self._config, shape, self._staged_tokens(), self._max_num_reqs())
         own += pages * spec.page_size_bytes // spec.num_kv_heads
-        own += scoring_bytes(
-            self._config,
-            shape,
-            spec.dtype.itemsize,
+        scores = score_memory_of(self._config, shape, spec.dtype.itemsize)
+        own += scores.staged_entry_bytes(self._staged_tokens())
+        own += scores.most_bytes(
             self.vllm_config.model_config.max_model_len,
             self.vllm_config.scheduler_config.max_num_seqs,
         )
@@ -109,7 +121,10 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         if missing and self.rank == 0:
             logger.info("kv-compress: no compiled selection, Triton's instead: %s", missing)
         names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
-        self._impl = next(iter(attention.values())).impl
+        impls = [layer.impl for layer in attention.values()]
+        self._impl = impls[0]
+        # Layers are scored together: all of them tell their sums, or nobody is asked.
+        self._tells_lse = all(impl.tells_lse for impl in impls)
         return CUDAEngine(
             config=self._config,
             shape=shape,
@@ -120,6 +135,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
             stats=self._stats,
             one_shot_tokens=self._staged_tokens(),
             select_backend=None if missing else "native",
+            tells_lse=self._tells_lse,
         )
 
     def compile_or_warm_up_model(self) -> Any:
@@ -127,7 +143,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         max_len = self.vllm_config.model_config.max_model_len
         # Layers differ in weights only.
         self._impl.warm_up(self._engine)
-        self._engine.warm_up(max_len, self._impl.tells_lse)
+        self._engine.warm_up(max_len, self._tells_lse)
         self._is_warming_up = True
         try:
             return super().compile_or_warm_up_model()
