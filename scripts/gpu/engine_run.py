@@ -279,13 +279,18 @@ def count_kernels(engine: Any, plan: Plan, load: Load) -> dict[str, Any]:
 
 
 def attempt(report: Report, what: str, work: Any, **row: Any) -> Any:
-    """What `work(row)` returns; None if it fails, which the row says."""
+    """What `work(row)` returns; None if it fails, which the row says.
+
+    An interrupt, as at a step's limit, is said too, and goes on.
+    """
     start = time.perf_counter()
     try:
         return work(row)
-    except Exception as error:
+    except BaseException as error:
         traceback.print_exc()
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        if not isinstance(error, Exception):
+            raise
         return None
     finally:
         row["seconds"] = time.perf_counter() - start

@@ -6,6 +6,7 @@ import re
 
 import machine
 import pytest
+from gpu import engine_run
 from gpu.run_step import Step
 from gpu.summary import exit_status, summary
 from gpu.test_report import report
@@ -77,7 +78,7 @@ ENGINE_ROWS = [
     },
 ]
 RESULTS = {
-    "machine": {"device": "a GPU", "copy_gb_per_s": 3000.0, "library": "loads"},
+    "machine": {"python": "3.12", "device": "a GPU", "copy_gb_per_s": 3000.0, "library": "loads"},
     "rig": {
         **{"tests": 9, "failures": 1, "errors": 0, "skipped": 2, "seconds": 7.0},
         "failed": ["tests.a::wrong"],
@@ -100,7 +101,7 @@ def test_a_summary_has_the_key_numbers_and_every_failure():
     for wanted in (
         "failed         3 of 20 s, 2 entries new in Triton's cache",
         "    AssertionError: it",
-        "device a GPU",
+        "device a GPU, python 3.12",
         "copy_gb_per_s 3000",
         "rig: 9 tests, 1 failures, 0 errors, 2 skipped, 7 s",
         "    tests.a::wrong",
@@ -130,3 +131,37 @@ def test_the_exit_status_says_what_failed():
     assert exit_status(wrong) == 2 + 8
     # Nothing ran.
     assert exit_status([]) == 1
+
+
+def test_a_row_or_step_that_cannot_be_read_hides_nothing_else():
+    rows = [{"what": "decode", "engine": "stock", "seconds": 3.0}, {}, *ENGINE_ROWS]
+    results = {**RESULTS, "rig": {"failures": 1}, "csrc_tests": None, "engine": {"rows": rows}}
+    steps = [{"name": "half", "kind": "setup"}, step("engine", "engine", "stopped")]
+    text = summary({"part1": {"steps": steps, "results": results}, "part2": {}})
+    assert text.count("engine: not readable from here on: KeyError") == 2
+    assert "half: not readable from here on: KeyError: 'new_kernels'" in text
+    assert "csrc_tests: not readable from here on: TypeError" in text
+    assert "stock decode, batch 8 x 4096: 7.25 ms per token" in text
+    assert "timings: decode batch 1 us: 10.0 us" in text
+    assert exit_status(steps) == 1 + 8
+
+
+def test_ops_of_vllm_that_do_not_work_are_told():
+    found = {"python": "3.12", "vllm_ops": "RuntimeError: rms_norm differs by 3"}
+    text = summary({"part1": {"steps": [], "results": {"machine": found}}})
+    assert "vllm_ops: RuntimeError: rms_norm differs by 3" in text
+    assert "vLLM's compiled ops do not work here" in text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
+def test_an_interrupted_measurement_is_a_row_that_says_so(tmp_path, error):
+    report = engine_run.Report(tmp_path / "engine.json")
+
+    def work(row):
+        raise error
+
+    with pytest.raises(type(error)):
+        engine_run.attempt(report, "decode", work, engine="stock")
+    (row,) = report.rows
+    assert row["error"].startswith(type(error).__name__)
+    assert not report.is_fine
