@@ -96,6 +96,7 @@ step() {
   local name="$1" kind="$2" limit="$3" left=$((deadline - SECONDS))
   shift 3
   is_wanted "$name" || return 0
+  [[ $kind == engine ]] || left=$((left - reserve))
   [[ $limit -le $left ]] || limit=$left
   if [[ $limit -lt 5 ]]; then
     left_out "$name" "$kind" "no time left in this part"
@@ -128,13 +129,24 @@ said() {
 
 result() { echo "$work/$1.json"; }
 
+# Left out only if first_look.py was told why: where it came to no answer, the engine finds out.
 engine() {
-  local name="$1" limit="$2"
+  local name="$1" limit="$2" imports
   shift 2
-  if [[ "$(said vllm_imports)" != loads ]]; then
-    left_out "$name" engine "vLLM does not import: $(said vllm_imports)"
+  imports="$(said vllm_imports)"
+  if [[ -n "$imports" && "$imports" != loads ]]; then
+    left_out "$name" engine "vLLM does not import: $imports"
   else
     run "$name" engine "$limit" "$tools/engine_run.py" "$@"
+  fi
+}
+
+# Also where it is not asked for, if nobody has looked at this machine: the others go by its answers.
+machine() {
+  if [[ ! -s "$(result machine)" ]]; then
+    KVC_STEPS="" run machine setup 100 "$tools/first_look.py" --site "$site" "$@"
+  elif [[ $part == part1 ]]; then
+    run machine setup 100 "$tools/first_look.py" --site "$site" "$@"
   fi
 }
 
@@ -142,9 +154,11 @@ engine() {
 CSRC_TESTS=(tests/kernels/test_csrc_cuda.py tests/kernels/test_csrc_copies.py
   tests/kernels/test_csrc_gpu.py -m "not emulated and not slow")
 
-# The numbers behind the names are seconds. They come to 430, with 115 for the engine, and to 240.
+# The numbers behind the names are seconds, at most; few steps need all of theirs. The engine has at
+# least $reserve, of the first part's 430.
 part1() {
-  run machine setup $((40 - (SECONDS - start))) "$tools/first_look.py" --site "$site"
+  ! is_wanted engine || reserve=115
+  machine
   export KVC_RIG_ATTENTION=torch
   [[ "$(said flash_attention)" != loads ]] || KVC_RIG_ATTENTION=vllm
   run real_size correctness 80 "$tools/check_real_size.py" --out "$(result real_size)" --limit 65
@@ -158,11 +172,11 @@ part1() {
   run tuning numbers 25 "$tools/tune_decode.py" --out "$(result tuning)" --limit 18 "${TUNING[@]}"
   tests rig 45 tests/integration/test_cuda_backend.py tests/integration/test_cuda_one_shot.py \
     tests/integration/test_cuda_host_sync.py -n 8
-  # At least 115, and what the others have left.
   engine engine $((deadline - SECONDS))
 }
 
 part2() {
+  machine
   engine engine_graphs 170 --graphs
   if command -v compute-sanitizer >/dev/null; then
     step sanitizer correctness 70 compute-sanitizer --error-exitcode 9 "$python" -P \
@@ -174,7 +188,7 @@ part2() {
 
 # The same steps, each with something that a CPU does in seconds.
 dry_part1() {
-  run machine setup 60 "$tools/first_look.py" --dry-run --site "$site"
+  machine --dry-run
   export KVC_RIG_ATTENTION=torch
   run real_size correctness 60 "$tools/check_real_size.py" --dry-run --out "$(result real_size)" --limit 20
   tests csrc_tests 60 tests/kernels/test_csrc_build.py -m "not slow"
@@ -187,11 +201,14 @@ dry_part1() {
 }
 
 dry_part2() {
+  machine --dry-run
+  machine
   engine engine_graphs 180 --dry-run --graphs
   tests sanitizer 30 tests/unit/test_gpu_reports.py
 }
 
 for part in "${parts[@]}"; do
+  reserve=0
   if [[ -n "$is_dry" ]]; then
     deadline=$((SECONDS + 900))
     "dry_$part"

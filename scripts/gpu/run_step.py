@@ -180,6 +180,8 @@ def main() -> None:
     step = Step(arguments.name, arguments.kind, limit_s=max(limit - GRACE_S, limit / 2))
     log = arguments.work / f"{step.name}.log"
     result = arguments.work / f"{step.name}.json"
+    # An earlier run's.
+    result.unlink(missing_ok=True)
     if arguments.left_out:
         step.status, step.error = "left out", arguments.left_out
         log.write_text(arguments.left_out + "\n")

@@ -107,6 +107,32 @@ def test_a_step_that_crashes_is_reported_and_the_next_one_runs(prepared, unpacke
     assert "csrc_tests     failed" in (tmp_path / "summary.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [({}, "stopped"), ({"vllm_imports": "ImportError: no torch"}, "left out")],
+)
+def test_an_engine_is_left_out_for_a_reason_only(prepared, unpacked, tmp_path, found, status):
+    work = unpacked / "work"
+    work.mkdir(exist_ok=True)
+    (work / "machine.json").write_text(json.dumps({"python": "3.12", **found}))
+    # It shall start, no more.
+    wanted = {"KVC_STEPS": "engine", "KVC_FAULT": "engine:hang:1"}
+    assert fifteen(prepared, unpacked, tmp_path, "part1", **wanted)[0] == 8
+    (work / "machine.json").unlink()
+    steps, _ = read(tmp_path)
+    assert steps["engine"]["status"] == status
+
+
+def test_a_part_on_another_machine_looks_at_it_first(prepared, tmp_path):
+    unpacked = tmp_path / "unpacked"
+    out = tmp_path / "out"
+    status, said = fifteen(prepared, unpacked, out, "part2", KVC_STEPS="sanitizer")
+    assert status == 0, said
+    steps, results = read(out, "part2")
+    assert list(steps) == ["machine", "sanitizer"]
+    assert results["machine"]["vllm_imports"] == "loads"
+
+
 def test_a_damaged_archive_is_refused(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "folder")
     archive = folder / "project.tar.xz"

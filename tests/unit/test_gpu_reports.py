@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 
 import machine
 import pytest
-from gpu import engine_run
+from gpu import engine_run, first_look
 from gpu.run_step import Step
 from gpu.summary import exit_status, summary
 from gpu.test_report import report
@@ -165,3 +167,19 @@ def test_an_interrupted_measurement_is_a_row_that_says_so(tmp_path, error):
     (row,) = report.rows
     assert row["error"].startswith(type(error).__name__)
     assert not report.is_fine
+
+
+@pytest.mark.parametrize("slow", ["copy_gb_per_s", "library"])
+def test_what_engines_go_by_is_known_before_anything_slow(monkeypatch, tmp_path, slow):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("KVC_RESULT", str(tmp_path / "machine.json"))
+    monkeypatch.setattr(sys, "argv", ["first_look.py", "--dry-run", "--site", str(tmp_path)])
+    monkeypatch.setattr(first_look, "outcome", lambda attempt: "loads")
+    monkeypatch.setattr(first_look, "copy_gb_per_s", lambda *arguments: 1.0)
+    monkeypatch.setattr(first_look, slow, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        first_look.main()
+    found = json.loads((tmp_path / "machine.json").read_text())
+    assert found["vllm_imports"] == found["flash_attention"] == "loads"
