@@ -110,6 +110,9 @@ def engine_lines(name: str, row: dict[str, Any]) -> Iterator[str]:
         yield f"{label}: {row['launches_per_step']:.0f} launches per step"
     elif row["what"] == "kept":
         yield f"{label}: {row['kept_tokens']:.0f} of {row['prompt_len']} tokens per head"
+    elif row["what"] == "compiled while serving":
+        others = sum(row["others"].values())
+        yield f"{label}: {len(row['ours'])} kernels of ours, {others} others"
     elif row["what"] == "start":
         yield f"{label}: {row['seconds']:.0f} s"
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import machine
 import pytest
 from gpu import engine_run, first_look
+from gpu.engine_run import Load
+from gpu.launch_watch import LaunchWatch
 from gpu.run_step import Step
 from gpu.summary import exit_status, summary
 from gpu.test_report import report
@@ -70,6 +73,7 @@ ENGINE_ROWS = [
     {"what": "kernels", "engine": "0.875 removed", "launches_per_step": 333.0},
     {"what": "kept", "kept_tokens": 512.0, "prompt_len": 4096},
     {"what": "reconfigure", "error": "ValueError: no room"},
+    {"what": "compiled while serving", "ours": {}, "others": {"a": 2, "b": 1}},
     {
         "what": "against stock",
         "engine": "nothing removed",
@@ -116,6 +120,7 @@ def test_a_summary_has_the_key_numbers_and_every_failure():
         "engine: 0.875 removed kernels: 333 launches per step",
         "engine:  kept: 512 of 4096 tokens per head",
         "engine:  reconfigure: ValueError: no room",
+        "engine:  compiled while serving: 0 kernels of ours, 3 others",
         "99 log-probabilities, largest difference 0.0200, of first tokens 0.0100",
     ):
         assert wanted in text, (wanted, text)
@@ -183,3 +188,122 @@ def test_what_engines_go_by_is_known_before_anything_slow(monkeypatch, tmp_path,
         first_look.main()
     found = json.loads((tmp_path / "machine.json").read_text())
     assert found["vllm_imports"] == found["flash_attention"] == "loads"
+
+
+PAIRS = [[(7, -0.5), (8, -0.25)]]
+
+
+class FakeEngine:
+    """Chooses the same tokens all the time; `fails_at` is the batch that it does not survive."""
+
+    def __init__(self, fails_at=None):
+        self.fails_at = fails_at
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+
+    def apply_model(self, change):
+        return [1]
+
+    def kv_compress_reconfigure(self, **options):
+        pass
+
+    def kv_compress_stats(self):
+        return {"requests": [{"kept_tokens": 1, "prompt_len": 8}]}
+
+
+@pytest.fixture
+def fake_engines(monkeypatch):
+    """Engines are fake; a dictionary of what to do, by whether it is stock."""
+    engines = {True: FakeEngine(), False: FakeEngine()}
+
+    def measure(engine, plan, load):
+        if load.batch == engine.fails_at:
+            raise KeyboardInterrupt
+        return {"batch": load.batch, "prompt_len": load.prompt_len}, PAIRS
+
+    monkeypatch.setattr(engine_run, "start_engine", lambda plan, is_stock: engines[is_stock])
+    monkeypatch.setattr(engine_run, "generate", lambda *arguments: (0.0, []))
+    monkeypatch.setattr(engine_run, "measure", measure)
+    monkeypatch.setattr(engine_run, "release", lambda: None)
+    monkeypatch.setattr(engine_run, "count_kernels", lambda *arguments: {"launches_per_step": 1})
+    return engines
+
+
+def engine_plan(has_graphs=False):
+    return engine_run.Plan("", 9, {}, [Load(1, 64, 2), Load(4, 64, 2)], True, has_graphs)
+
+
+def test_stock_is_compared_after_every_load(fake_engines, tmp_path):
+    fake_engines[True].fails_at = 4
+    report = engine_run.Report(tmp_path / "engine.json")
+    with pytest.raises(KeyboardInterrupt):
+        engine_run.run(engine_plan(), report)
+    compared = [row for row in report.rows if row["what"] == "against stock"]
+    assert [(row["engine"], row["batch"]) for row in compared] == [
+        ("nothing removed", 1),
+        ("0.875 removed", 1),
+    ]
+    assert compared[0]["max_difference"] == 0
+
+
+def test_what_is_worth_most_comes_first_and_the_profiler_last(fake_engines, tmp_path):
+    report = engine_run.Report(tmp_path / "engine.json")
+    engine_run.run(engine_plan(), report)
+    told = [row for row in report.rows if row["what"] in ("decode", "against stock", "kernels")]
+    assert [(row["what"], row["engine"], row.get("batch")) for row in told] == [
+        *(("decode", "nothing removed", batch) for batch in (1, 4)),
+        *(("decode", "0.875 removed", batch) for batch in (1, 4)),
+        ("decode", "stock", 1),
+        *(("against stock", name, 1) for name in ("nothing removed", "0.875 removed")),
+        ("decode", "stock", 4),
+        *(("against stock", name, 4) for name in ("nothing removed", "0.875 removed")),
+        ("kernels", "0.875 removed", None),
+    ]
+
+
+@pytest.mark.parametrize("has_graphs", [False, True])
+def test_loads_grow(has_graphs):
+    plan = engine_run.gpu_plan(has_graphs)
+    sizes = [load.batch * load.prompt_len for load in plan.loads]
+    assert sizes == sorted(sizes)
+    assert max(load.batch for load in plan.loads) <= plan.settings["max_num_seqs"]
+    assert max(sizes) > 4096
+    # vLLM's own monitor would end the process for what its cache on disk has.
+    assert "jit_monitor_mode" not in plan.settings
+
+
+def test_a_row_has_what_was_chosen(monkeypatch):
+    monkeypatch.setattr(engine_run, "generate", lambda *arguments: (1.0, []))
+    monkeypatch.setattr(engine_run, "chosen", lambda outputs: [[(n, -1.0) for n in range(20)]] * 9)
+    row, texts = engine_run.measure(None, engine_plan(), Load(9, 64, 20))
+    assert row["chosen"] == [texts[0][:8]] * 8
+
+
+def test_only_kernels_of_the_device_count():
+    def event(key, count, device_type):
+        return SimpleNamespace(key=key, count=count, device_type=device_type)
+
+    events = [
+        event("ragged_decode_kernel", 32, "cuda"),
+        event("Memcpy DtoD (Device -> Device)", 3, "cuda"),
+        event("Memset (Device)", 2, "cuda"),
+        event("cudaLaunchKernel", 35, "cpu"),
+    ]
+    assert engine_run.kernel_counts(events, "cuda") == {"ragged_decode_kernel": 32}
+
+
+def test_kernels_that_were_not_ready_are_told(tmp_path):
+    from triton import knobs
+
+    before = knobs.runtime.jit_post_compile_hook
+    ours = SimpleNamespace(module="vllm_kvcompress.triton_kernels.compact", name="compact_kernel")
+    other = SimpleNamespace(module="vllm.sampler", name="top_k")
+    with LaunchWatch() as watch:
+        for kernel in (ours, other, other):
+            knobs.runtime.jit_post_compile_hook(fn=kernel, key="", repr="")
+    assert knobs.runtime.jit_post_compile_hook is before
+    assert (watch.ours, watch.others) == (["compact_kernel"], ["top_k", "top_k"])
+    report = engine_run.Report(tmp_path / "engine.json")
+    engine_run.check_launches(watch, report)
+    assert report.rows[0]["error"].endswith("not compiled before requests came: compact_kernel")
+    engine_run.check_launches(LaunchWatch(), report)
+    assert "error" not in report.rows[1]
