@@ -6,8 +6,8 @@ Model Runner V2. Engines in turn: this package's with nothing removed of any pro
 span and 0.875 removed; and stock vLLM. Each one decodes batches of made-up prompts, the smallest
 first; log-probabilities must be finite, and those of nothing removed must be stock's, as far as
 both chose the same tokens. Stock's are compared after each batch. This package's kernels must all
-have been compiled before the first request. `--graphs` captures decode steps; else steps run eagerly,
-and at the end an engine's kernels are counted by a profiler.
+have been compiled before the first request. `--graphs` captures decode steps; else steps run
+eagerly, and at the end an engine's kernels are counted by a profiler.
 
 A row is written after every measurement, and one for what fails. Exit status 1 if anything did.
 `--dry-run`: a tiny model on vLLM for CPUs with this package's CUDA side in it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -185,10 +186,49 @@ def test_a_step_that_does_not_listen_is_killed_with_its_children(tmp_path):
     step, result, log = run_step(tmp_path, 2, deaf + WRITE_ROWS + "time.sleep(600)")
     assert (step["status"], step["exit_status"]) == ("stopped", -9)
     assert result == {"rows": [0, 1]}
-    child = int(log.split("child ")[1].split()[0])
-    state = Path(f"/proc/{child}/stat")
-    # Gone, or waiting for a parent to take note.
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    # Not even left for a parent to take note.
+    assert not is_running(log.split("child ")[1].split()[0])
+
+
+def is_running(process):
+    return Path(f"/proc/{process}").exists()
+
+
+@pytest.mark.parametrize("ended", ["step", "caller"])
+def test_a_step_does_not_outlive_who_runs_it(tmp_path, ended):
+    """Killed are run_step.py's caller, as a limit on fifteen.sh does; or run_step.py itself."""
+    (tmp_path / "work").mkdir()
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid) + ' ')\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-P", str(GPU_SCRIPTS / "run_step.py"), "--kind", "numbers"]
+    command += ["--part", str(tmp_path / "part1.json"), "--work", str(tmp_path / "work")]
+    command += ["--limit", "600", "name", "--", sys.executable, "-c", code]
+    # As fifteen.sh does, with something left to do after it.
+    script = 'echo $$ >"$0/caller"; "$@" & echo $! >"$0/step"; wait; true'
+    caller = subprocess.Popen(["bash", "-c", script, str(tmp_path), *command], env=environment())
+    wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().strip())
+    child = (tmp_path / "child").read_text().strip()
+    step = (tmp_path / "step").read_text().strip()
+    if ended == "caller":
+        caller.kill()
+    else:
+        os.kill(int(step), signal.SIGTERM)
+    caller.wait()
+    wait_for(lambda: not is_running(child) and not is_running(step))
+    steps, _ = read(tmp_path)
+    assert steps["name"]["status"] == "stopped"
+    assert steps["name"]["error"] == "the whole run was ended"
+
+
+def wait_for(is_true, seconds=20):
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_planted_hang_comes_after_the_work(tmp_path):
