@@ -19,7 +19,7 @@
 set -uo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-is_dry=
+is_dry= is_new=
 [[ "${1:-}" != --dry-run ]] || { is_dry=1; shift; }
 [[ $# -ge 1 ]] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | sed '$d' >&2; exit 64; }
 out="$1"
@@ -41,6 +41,7 @@ start=$SECONDS
 # All archives of the folder, checked and unpacked side by side, once.
 unpack() {
   [[ ! -f "$unpacked/is_complete" ]] || return 0
+  is_new=1
   mkdir -p "$unpacked" && "$python" -P - "$here" "$unpacked" <<'PY' && touch "$unpacked/is_complete"
 import hashlib, json, sys, tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -75,7 +76,6 @@ source "$tools/plan.sh"
 
 # The package before any other of its name, and no folder of the project itself.
 export PYTHONPATH="$site:$unpacked/vllm"
-export PYTHONDONTWRITEBYTECODE=1
 export TRITON_DEFAULT_FP_FUSION=1
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT="$unpacked/vllm_cache"
 KVC_COMMIT="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["commit"])' "$here/manifest.json")"
@@ -87,8 +87,13 @@ if [[ -z "$is_dry" ]]; then
   # A container without code for this GPU is then not looked at before somebody calls it.
   export CUDA_MODULE_LOADING=LAZY
   unset TRITON_INTERPRET
+  # Archives have no compiled Python. Every process would compile vLLM anew; while the first ones run,
+  # others do it once. Beside the sources: the machine's own packages keep what they have.
+  if [[ -n "$is_new" ]]; then
+    "$python" -P -m compileall -q -j 8 "$unpacked/vllm" "$site" "$repo" >/dev/null 2>&1 &
+  fi
 else
-  export OMP_NUM_THREADS=1
+  export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 fi
 
 # step NAME KIND LIMIT COMMAND...: see run_step.py. No step goes past the part's end.
@@ -103,8 +108,12 @@ step() {
     return
   fi
   "$python" -P "$tools/run_step.py" --part "$out/$part.json" --work "$work" --kind "$kind" \
-    --limit "$limit" "$name" -- "$@"
+    --limit "$limit" --grace "${grace:-8}" "$name" -- "$@"
+  summarize
 }
+
+# After every step: nobody knows whether there will be another.
+summarize() { "$python" -P "$tools/summary.py" "$out" >/dev/null; }
 
 # is_wanted NAME: whether $KVC_STEPS, if given, has it.
 is_wanted() { [[ -z "${KVC_STEPS:-}" || " $KVC_STEPS " == *" $1 "* ]]; }
@@ -113,13 +122,14 @@ left_out() {
   is_wanted "$1" || return 0
   "$python" -P "$tools/run_step.py" --part "$out/$part.json" --work "$work" --kind "$2" --limit 0 \
     --left-out "$3" "$1"
+  summarize
 }
 
 # run NAME KIND LIMIT SCRIPT ARGUMENT...: a step that is a script of this folder.
 run() { step "$1" "$2" "$3" "$python" -P "${@:4}"; }
 
-# tests NAME LIMIT ARGUMENT...: a step that is a run of pytest.
-tests() { run "$1" correctness "$2" "$tools/run_tests.py" "${@:3}"; }
+# tests NAME LIMIT ARGUMENT...: a step that is a run of pytest, whose workers take long to end.
+tests() { grace=14 run "$1" correctness "$2" "$tools/run_tests.py" "${@:3}"; }
 
 # said KEY: what first_look.py found; 'loads' means that it can be used.
 said() {
@@ -153,6 +163,10 @@ machine() {
 # What of csrc/cuda runs on a GPU; the rest of these files emulates one.
 CSRC_TESTS=(tests/kernels/test_csrc_cuda.py tests/kernels/test_csrc_copies.py
   tests/kernels/test_csrc_gpu.py -m "not emulated and not slow")
+# What is worth most first. The real-size step does what test_real_size.py does; the files that are
+# not here run on a CPU.
+KERNEL_TESTS=(tests/kernels/test_{ragged_decode,window_score,select,compact,store}.py
+  tests/kernels/test_tune_decode.py)
 
 # The numbers behind the names are seconds, at most; few steps need all of theirs. The engine has at
 # least $reserve, of the first part's 430.
@@ -161,17 +175,15 @@ part1() {
   machine
   export KVC_RIG_ATTENTION=torch
   [[ "$(said flash_attention)" != loads ]] || KVC_RIG_ATTENTION=vllm
-  run real_size correctness 80 "$tools/check_real_size.py" --out "$(result real_size)" --limit 65
-  tests csrc_tests 25 "${CSRC_TESTS[@]}" -n 4
-  # The real-size step has done what test_real_size.py does.
-  tests triton_tests 50 tests/kernels -m "not emulated and not slow" -n 8 \
-    --ignore-glob "*/test_csrc_*.py" --ignore tests/kernels/test_compile.py \
-    --ignore tests/kernels/test_real_size.py
-  run timings numbers 50 scripts/bench_kernels.py --out "$(result timings)" --native --limit 40 \
+  # Scripts with a limit of their own end before they are interrupted, 8 seconds before the step's.
+  run real_size correctness 80 "$tools/check_real_size.py" --out "$(result real_size)" --limit 58
+  tests csrc_tests 32 "${CSRC_TESTS[@]}" -n 4
+  tests triton_tests 56 "${KERNEL_TESTS[@]}" -m "not emulated and not slow" -n 8
+  run timings numbers 55 scripts/bench_kernels.py --out "$(result timings)" --native --limit 38 \
     "${TIMINGS[@]}" --peers "FlashAttention (vLLM)"
-  run tuning numbers 25 "$tools/tune_decode.py" --out "$(result tuning)" --limit 18 "${TUNING[@]}"
-  tests rig 45 tests/integration/test_cuda_backend.py tests/integration/test_cuda_one_shot.py \
-    tests/integration/test_cuda_host_sync.py -n 8
+  run tuning numbers 30 "$tools/tune_decode.py" --out "$(result tuning)" --limit 18 "${TUNING[@]}"
+  tests rig 50 tests/integration/test_cuda_backend.py tests/integration/test_cuda_one_shot.py \
+    tests/integration/test_cuda_host_sync.py -n 6
   engine engine $((deadline - SECONDS))
 }
 
@@ -179,8 +191,9 @@ part2() {
   machine
   engine engine_graphs 170 --graphs
   if command -v compute-sanitizer >/dev/null; then
-    step sanitizer correctness 70 compute-sanitizer --error-exitcode 9 "$python" -P \
-      "$tools/run_tests.py" "${CSRC_TESTS[@]}" -x
+    # Small things: every access is looked at.
+    grace=14 step sanitizer correctness 70 compute-sanitizer --error-exitcode 9 "$python" -P \
+      "$tools/run_tests.py" "${CSRC_TESTS[@]}" -k "not model_sizes" -x
   else
     left_out sanitizer correctness "no compute-sanitizer"
   fi

@@ -70,8 +70,12 @@ def test_lines(name: str, found: dict[str, Any]) -> Iterator[str]:
     """Counts of a pytest run, and some that failed."""
     counts = ", ".join(f"{found[key]} {key}" for key in ("tests", "failures", "errors", "skipped"))
     yield f"{name}: {counts}, {found['seconds']:.0f} s"
+    if found.get("exit_status") is None:
+        yield "    not over: the process ended before pytest did"
     for test in found["failed"][:MAX_FAILED_TESTS]:
         yield f"    {test}"
+    for test in found.get("unfinished", ())[:MAX_FAILED_TESTS]:
+        yield f"    not over: {test}"
 
 
 def timing_lines(name: str, row: dict[str, Any]) -> Iterator[str]:

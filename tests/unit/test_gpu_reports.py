@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import machine
 import pytest
 from gpu import engine_run, first_look
+from gpu import run_tests as run_tests_script
 from gpu.engine_run import Load
 from gpu.launch_watch import LaunchWatch
-from gpu.run_step import Step
+from gpu.run_step import Step, first_error
 from gpu.summary import exit_status, summary
 from gpu.test_report import report
 
@@ -87,7 +90,7 @@ RESULTS = {
     "machine": {"python": "3.12", "device": "a GPU", "copy_gb_per_s": 3000.0, "library": "loads"},
     "rig": {
         **{"tests": 9, "failures": 1, "errors": 0, "skipped": 2, "seconds": 7.0},
-        "failed": ["tests.a::wrong"],
+        **{"failed": ["tests.a::wrong"], "exit_status": None, "unfinished": ["tests.a::slow"]},
     },
     "timings": {
         "rows": [
@@ -111,6 +114,8 @@ def test_a_summary_has_the_key_numbers_and_every_failure():
         "copy_gb_per_s 3000",
         "rig: 9 tests, 1 failures, 0 errors, 2 skipped, 7 s",
         "    tests.a::wrong",
+        "    not over: the process ended before pytest did",
+        "    not over: tests.a::slow",
         "timings: decode batch 1 us: 10.0 us, 85% of copy",
         "timings: compress 32768 us: 9.0 us, 0.40% of prefill",
         "tuning: batch 1, 64 kept, None: 5.0 us",
@@ -307,3 +312,66 @@ def test_kernels_that_were_not_ready_are_told(tmp_path):
     assert report.rows[0]["error"].endswith("not compiled before requests came: compact_kernel")
     engine_run.check_launches(LaunchWatch(), report)
     assert "error" not in report.rows[1]
+
+
+TESTS = """
+import os, signal, time
+import pytest
+
+def test_fine(): pass
+def test_wrong(): assert 1 == 2, "one is not two"
+@pytest.fixture
+def broken(): raise ValueError("no fixture")
+def test_broken(broken): pass
+@pytest.mark.skip(reason="why not")
+def test_skipped(): pass
+def test_killed():
+    if "KILL" in os.environ:
+        time.sleep(float(os.environ["KILL"]))
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def run_tests(folder, *arguments, text=TESTS, **changes):
+    """(exit status, JSON, log) of a run of `text`."""
+    (folder / "test_it.py").write_text(text)
+    result = folder / "tests.json"
+    command = [sys.executable, "-P", run_tests_script.__file__, str(folder / "test_it.py")]
+    command += ["-c", "/dev/null", "--rootdir", str(folder), *arguments]
+    environment = {**os.environ, "KVC_RESULT": str(result), "KVC_COMMIT": "0123", **changes}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return done.returncode, json.loads(result.read_text()), done.stdout
+
+
+@pytest.mark.parametrize("workers", [(), ("-n", "1")])
+def test_a_run_of_tests_is_told(tmp_path, workers):
+    status, found, log = run_tests(tmp_path, *workers)
+    assert status == found["exit_status"] == 1
+    counts = {key: found[key] for key in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": 5, "failures": 1, "errors": 1, "skipped": 1}
+    wrong, broken = found["failed"]
+    assert wrong.startswith("test_it.py::test_wrong: AssertionError: one is not two")
+    assert broken == "test_it.py::test_broken: ValueError: no fixture"
+    assert (found["commit"], found["unfinished"]) == ("0123", [])
+    assert re.search(r"test_it.py::test_fine PASSED|PASSED \S*test_it.py::test_fine", log)
+
+
+def test_a_killed_run_of_tests_keeps_what_it_had(tmp_path):
+    status, found, _ = run_tests(tmp_path, KILL="5")
+    assert status == -9
+    counts = {key: found[key] for key in ("tests", "failures", "errors", "skipped")}
+    assert counts == {"tests": 4, "failures": 1, "errors": 1, "skipped": 1}
+    assert (found["exit_status"], found["unfinished"]) == (None, ["test_it.py::test_killed"])
+
+
+def test_arguments_that_pytest_does_not_take_are_told(tmp_path):
+    status, found, _ = run_tests(tmp_path, "--no-such-option")
+    assert status == found["exit_status"] == 4
+    _, found, _ = run_tests(tmp_path, text="import no_such_module")
+    assert found["errors"] == 1 and "No module named 'no_such_module'" in str(found["failed"])
+
+
+def test_an_error_says_more_than_the_name_of_its_test():
+    names = "[gw0] [  5%] FAILED tests/a.py::test_it\n"
+    assert first_error(names + "E   AssertionError: it\n") == "E   AssertionError: it"
+    assert first_error(names) == names.strip()
