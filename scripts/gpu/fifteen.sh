@@ -6,16 +6,18 @@
 #
 # Every step has a process and a limit of its own; whatever becomes of it, the next one runs. OUT gets
 # part1.json and part2.json (steps and results, written anew every two seconds), part1.log, part2.log
-# (the end of every step's output) and summary.txt. The exit status is a sum of what did not pass:
-# 1 set-up, 2 correctness, 4 numbers, 8 engines.
+# (the end of every step's output) and summary.txt, of all that OUT has. The exit status is a sum of
+# what did not pass: 1 set-up, 2 correctness, 4 numbers, 8 engines. A limit on the whole of a part should
+# be 30 seconds more than its own; whoever ends this script ends the step too.
 #
 # It takes what it finds: without vLLM's compiled parts the tests of the engine's side attend by torch;
 # a CUDA library that does not load is built with nvcc. --dry-run runs every step on a CPU, tiny, from a
 # folder of `prepare.sh --dry-run`, with the vLLM that is installed.
 #
-# PYTHON (default: python3) has torch, Triton, transformers and pytest. KVC_UNPACKED is where the
+# PYTHON (default: python3) has torch, Triton, transformers, pytest with xdist and timeout, hypothesis,
+# and the rest of what prepare.sh lists under THERE. KVC_UNPACKED is where the
 # archives are unpacked (default: under $TMPDIR); the second part finds them there. KVC_STEPS names the
-# steps to run (default: all).
+# steps to run (default: all); what is not known of the machine is looked up first.
 set -uo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -77,7 +79,7 @@ source "$tools/plan.sh"
 # The package before any other of its name, and no folder of the project itself.
 export PYTHONPATH="$site:$unpacked/vllm"
 export TRITON_DEFAULT_FP_FUSION=1
-export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT="$unpacked/vllm_cache"
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT="$unpacked/project/vllm_cache"
 KVC_COMMIT="$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["commit"])' "$here/manifest.json")"
 export KVC_COMMIT
 # One process talks to itself, on a machine that may have no other interface.
