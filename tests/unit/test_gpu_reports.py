@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import machine
@@ -375,3 +377,23 @@ def test_an_error_says_more_than_the_name_of_its_test():
     names = "[gw0] [  5%] FAILED tests/a.py::test_it\n"
     assert first_error(names + "E   AssertionError: it\n") == "E   AssertionError: it"
     assert first_error(names) == names.strip()
+
+
+def test_cases_of_pages_come_before_those_of_tokens():
+    folder = Path(__file__).parents[1] / "integration"
+    spec = importlib.util.spec_from_file_location("integration_conftest", folder / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+
+    def item(name, path, granularity=None):
+        call = SimpleNamespace(params={"granularity": granularity})
+        return SimpleNamespace(
+            **{"name": name, "path": path, "get_closest_marker": lambda marker: None},
+            **({"callspec": call} if granularity else {}),
+        )
+
+    own, other = folder / "test_a.py", folder.parent / "kernels" / "test_b.py"
+    items = [item(1, own, "token"), item(2, other, "token"), item(3, own, "page"), item(4, own)]
+    conftest.pytest_collection_modifyitems(items)
+    # Those of other folders stay where they are.
+    assert [item.name for item in items] == [3, 2, 4, 1]
