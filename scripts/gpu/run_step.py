@@ -88,6 +88,9 @@ def keep(path: Path, step: Step, result: Path) -> None:
     """Put a step and its result into the part's JSON, which is whole at any time."""
     part = read_part(path)
     part["steps"] = [s for s in part["steps"] if s["name"] != step.name] + [asdict(step)]
+    if not result.exists():
+        # An earlier run's.
+        part["results"].pop(step.name, None)
     # A file that is being written is left for the next time.
     with contextlib.suppress(OSError, json.JSONDecodeError):
         part["results"][step.name] = json.loads(result.read_text(encoding="utf-8"))

@@ -127,8 +127,10 @@ def test_an_engine_is_left_out_for_a_reason_only(prepared, unpacked, tmp_path, f
 def test_a_part_on_another_machine_looks_at_it_first(prepared, tmp_path):
     unpacked = tmp_path / "unpacked"
     out = tmp_path / "out"
-    status, said = fifteen(prepared, unpacked, out, "part2", KVC_STEPS="sanitizer")
-    assert status == 0, said
+    for _ in range(2):
+        status, said = fifteen(prepared, unpacked, out, "part2", KVC_STEPS="sanitizer")
+        assert status == 0, said
+    # Only what was asked for is run again, and the rest stays.
     steps, results = read(out, "part2")
     assert list(steps) == ["machine", "sanitizer"]
     assert results["machine"]["vllm_imports"] == "loads"
@@ -151,7 +153,7 @@ def test_a_folder_over_its_limit_is_not_made(tmp_path):
 
 def run_step(folder, limit, code, **changes):
     """One step that is a Python program; (step, result, log)."""
-    (folder / "work").mkdir()
+    (folder / "work").mkdir(exist_ok=True)
     command = [sys.executable, "-P", str(GPU_SCRIPTS / "run_step.py"), "--kind", "numbers"]
     command += ["--part", str(folder / "part1.json"), "--work", str(folder / "work")]
     command += ["--limit", str(limit), "name", "--", sys.executable, "-c", code]
@@ -242,6 +244,12 @@ def test_a_half_written_result_does_not_replace_a_whole_one(tmp_path):
     step, result, _ = run_step(tmp_path, 60, WRITE_ROWS + half)
     assert step["status"] == "passed"
     assert result == {"rows": [0, 1]}
+
+
+def test_a_step_that_is_run_again_has_no_old_result(tmp_path):
+    assert run_step(tmp_path, 60, WRITE_ROWS)[1] == {"rows": [0, 1]}
+    step, result, _ = run_step(tmp_path, 60, "raise ValueError")
+    assert (step["status"], result) == ("failed", None)
 
 
 def test_the_first_error_is_named(tmp_path):
