@@ -11,10 +11,12 @@ so that the L2 cache is as cold as in a step. It is the replay of one captured g
 Every row has p20, p50 and p80 in microseconds, the bytes that the work must move, the GB/s reached,
 and its share of the bandwidth of a plain copy in the same run, measured before and after. Peers do
 the same step on as many kept tokens: torch's SDPA and FlexAttention, and FlashAttention through
-vLLM, FlashInfer and xformers on pages; one that is missing is left out with a line. `--native`
-times csrc/cuda beside the Triton kernels, built for this GPU if it is not installed. The JSON is
-written anew after every row; past `--limit` nothing is started. A case that fails has its error as
-a row, and the exit status is 1.
+vLLM, FlashInfer and xformers on pages; one that is missing, or has no room, is a row that says why.
+They come after all cases, when the cases' own pools are gone. `--native` times csrc/cuda beside the
+Triton kernels, built for this GPU if it is not installed. What happens to a prompt comes first, the
+whole of it before its parts. The JSON is written anew after every row; past `--limit`, counted from
+the start of the process, nothing is started. A case that fails has its error as a row, and the exit
+status is 1.
 
 `--count` runs nothing: it lists launches and bytes. `--dry-run` runs every line but CUDA's on a
 CPU, in Triton's interpreter, with a tiny model; its times say nothing.
@@ -36,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 if {"--count", "--dry-run"} & set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
 
+# First: a limit counts from here.
 import torch
 from gpu import native
 from gpu.peers import PEERS
@@ -59,16 +62,16 @@ DRY = {
 def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[ModelShape, Case]]:
     """Everything that was asked for, one pool at a time."""
     for shape in arguments.models:
+        for prompt_len in arguments.prompts:
+            if fits(arguments, shape, 2 * prompt_len, f"a prompt of {prompt_len} tokens"):
+                options = (arguments.kept_fraction, device, arguments.native)
+                yield from ((shape, case) for case in prompt_cases(shape, prompt_len, *options))
         for batch in arguments.batches:
             for kept in arguments.kept:
                 num_tokens = batch * (kept + TAIL_TOKENS)
                 if fits(arguments, shape, num_tokens, f"batch {batch} x {kept} tokens"):
                     yield shape, decode_case(shape, batch, kept, device, arguments.peers)
             yield shape, store_case(shape, batch, device)
-        for prompt_len in arguments.prompts:
-            if fits(arguments, shape, 2 * prompt_len, f"a prompt of {prompt_len} tokens"):
-                options = (arguments.kept_fraction, device, arguments.native)
-                yield from ((shape, case) for case in prompt_cases(shape, prompt_len, *options))
 
 
 def fits(arguments: argparse.Namespace, shape: ModelShape, num_tokens: int, what: str) -> bool:
@@ -131,23 +134,40 @@ def count(arguments: argparse.Namespace) -> None:
 
 
 def time_all(arguments: argparse.Namespace, device: torch.device) -> int:
-    """A copy, all cases until the time is up, and the copy again; 1 if a case failed."""
+    """A copy, all cases and peers until the time is up, and the copy again; 1 if a case failed."""
     timer = Timer(device, arguments.limit)
     measured = {"copy_gb_per_s": timer.copy_gbs, "matmul_tflops": timer.tflops}
     report = Report(arguments.out, {**measured, "limit_s": arguments.limit, **timer.where})
+    # Of the peers: the cases' pools do not live on in what is kept here.
+    waiting: list[tuple[ModelShape, Case]] = []
     for shape, case in cases(arguments, device):
+        if stopped(timer, report, shape, case):
+            break
         for row in timer.rows(shape, case):
             report.add(row)
-        if timer.is_late:
-            print(f"{arguments.limit:.0f} s are up: what is left is not timed")
-            report.run["stopped_after"] = f"{shape.name}, {case.name}, {case.label}"
-            break
+        if case.later:
+            waiting.append((shape, case.of_peers()))
         # Its pool goes before the next one comes.
         del case
+    for shape, case in waiting:
+        if stopped(timer, report, shape, case):
+            break
+        for row in timer.peer_rows(shape, case):
+            report.add(row)
     report.run["copy_gb_per_s_after"] = copy_bandwidth(device)
     print(f"copy {report.run['copy_gb_per_s_after']:.0f} GB/s after all cases")
     report.write()
     return int(any("error" in row for row in report.rows))
+
+
+def stopped(timer: Timer, report: Report, shape: ModelShape, case: Case) -> bool:
+    """Whether the time is up before this case, which the report's run then says."""
+    if "stopped_before" in report.run:
+        return True
+    if timer.is_late:
+        print(f"{timer.limit_s:.0f} s are up: what is left is not timed")
+        report.run["stopped_before"] = f"{shape.name}, {case.name}, {case.label}"
+    return timer.is_late
 
 
 def main() -> int:

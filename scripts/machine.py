@@ -8,10 +8,18 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+# When the process began, as far as its script imports this first.
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def seconds_running() -> float:
+    """What torch's import takes is part of it, as of a limit that others keep to."""
+    return time.monotonic() - STARTED
 
 
 def said_by(*command: str) -> str | None:

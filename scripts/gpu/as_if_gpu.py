@@ -82,6 +82,7 @@ def main() -> None:
         "is_available": lambda: True,
         "synchronize": lambda *args: None,
         "empty_cache": lambda: None,
+        "mem_get_info": lambda *args: (8 << 30, 8 << 30),
         "get_device_name": lambda *args: "no GPU: a dry run",
         "get_device_capability": lambda *args: (9, 0),
         "CUDAGraph": Graph,

@@ -43,6 +43,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 if {"--count", "--dry-run"} & set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
 
+# First: a limit counts from here.
 import machine
 import torch
 import triton
@@ -207,7 +208,7 @@ def check_all(arguments: argparse.Namespace, sizes: Sizes, device: torch.device)
     rows: list[dict[str, Any]] = []
     stopped = ""
     for name, check in cases(sizes, device):
-        if not stopped and arguments.limit and time.monotonic() - start > arguments.limit:
+        if not stopped and arguments.limit and machine.seconds_running() > arguments.limit:
             stopped = f"{arguments.limit} s were over"
         if stopped:
             rows.append({"case": name, "ok": None, "not_started": stopped})
@@ -248,7 +249,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON of all rows")
     parser.add_argument("--dry-run", action="store_true", help="tiny, in the interpreter, on a CPU")
     parser.add_argument("--count", action="store_true", help="list launches, and launch nothing")
-    parser.add_argument("--limit", type=float, help="seconds after which no case is started")
+    parser.add_argument("--limit", type=float, help="seconds of the process; no later case")
     parser.add_argument("--pool-gib", type=float, default=40.0, help="size of the pool")
     arguments = parser.parse_args()
     if arguments.count:

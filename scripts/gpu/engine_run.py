@@ -2,11 +2,12 @@
 
     KVC_RESULT=engine.json python scripts/gpu/engine_run.py [--graphs] [--dry-run]
 
-Model Runner V2. Engines in turn: span with 0.875 of every prompt removed, the same engine with
-nothing removed, and stock vLLM. Each one decodes batches of made-up prompts; log-probabilities must
-be finite, and those of nothing removed must be stock's, as far as both chose the same tokens.
-`--graphs` captures decode steps and has vLLM refuse to compile a kernel while it serves; else steps
-run eagerly, and the kernels of some are counted.
+Model Runner V2. Engines in turn: this package's with nothing removed of any prompt, and then with
+span and 0.875 removed; and stock vLLM. Each one decodes batches of made-up prompts, the smallest
+first; log-probabilities must be finite, and those of nothing removed must be stock's, as far as
+both chose the same tokens. Stock's are compared after each batch. This package's kernels must all
+have been compiled before the first request. `--graphs` captures decode steps; else steps run
+eagerly, and at the end an engine's kernels are counted by a profiler.
 
 A row is written after every measurement, and one for what fails. Exit status 1 if anything did.
 `--dry-run`: a tiny model on vLLM for CPUs with this package's CUDA side in it.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import sys
@@ -24,17 +24,26 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu.answers import Answers, chosen, compare
+from gpu.launch_watch import LaunchWatch
+
 REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "scripts"))
 
 METHOD, REMOVED = "span", 0.875
+# Of this package's engine, and of what it is asked for.
+OURS, NOTHING, MOST = "compressing", "nothing removed", f"{REMOVED} removed"
 # Of log-probabilities in bfloat16, between two kernels for the same attention.
 TOLERANCE = 0.15
+# Of the prompts of a batch, and of the tokens of an answer.
+KEPT_PAIRS = 8
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -65,6 +74,10 @@ class Load:
             {"prompt_token_ids": [draw(5, vocab_size) for _ in range(self.prompt_len)]}
             for _ in range(self.batch)
         ]
+
+
+# What was chosen, by label and load.
+Found = dict[str, dict[Load, Answers]]
 
 
 @dataclass
@@ -107,6 +120,7 @@ def tiny_plan(folder: Path, has_graphs: bool) -> Plan:
         "dtype": "float32",
         "enforce_eager": True,
     }
+    # Smallest first, here and below: what is known first is worth most.
     loads = [Load(1, 150, 4), Load(3, 200, 4)]
     return Plan(str(folder), TINY["vocab_size"], settings, loads, True, has_graphs)
 
@@ -129,10 +143,10 @@ def gpu_plan(has_graphs: bool) -> Plan:
             "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": [1, 8, 32, 64],
         }
-        loads = [Load(8, 4096, 65), Load(32, 4096, 65), Load(1, 4096, 65), Load(64, 1024, 65)]
+        loads = [Load(1, 4096, 65), Load(8, 4096, 65), Load(64, 1024, 65), Load(32, 4096, 65)]
     else:
         settings["enforce_eager"] = True
-        loads = [Load(8, 4096, 33)]
+        loads = [Load(2, 1024, 17), Load(8, 4096, 33)]
     return Plan(str(folder), vocab_size, settings, loads, False, has_graphs)
 
 
@@ -150,7 +164,6 @@ def start_engine(plan: Plan, is_stock: bool) -> Any:
         "enable_prefix_caching": False,
         "disable_log_stats": False,
         "seed": 0,
-        "jit_monitor_mode": "error" if plan.has_graphs else "warn",
     }
     if is_stock:
         return vllm.LLM(**settings)
@@ -198,26 +211,7 @@ def generate(engine: Any, plan: Plan, load: Load, output_len: int) -> tuple[floa
     return time.perf_counter() - start, outputs
 
 
-def chosen(outputs: list[Any]) -> list[list[tuple[int, float]]]:
-    """Per prompt (token, its log-probability) of every step.
-
-    Raises:
-        ValueError: if a log-probability is not finite.
-    """
-    texts = []
-    for output in outputs:
-        sample = output.outputs[0]
-        pairs = [
-            (token, place[token].logprob)
-            for token, place in zip(sample.token_ids, sample.logprobs, strict=True)
-        ]
-        if not all(math.isfinite(logprob) for _, logprob in pairs):
-            raise ValueError(f"log-probabilities that are not finite: {pairs[:4]}")
-        texts.append(pairs)
-    return texts
-
-
-def measure(engine: Any, plan: Plan, load: Load) -> tuple[dict[str, Any], Any]:
+def measure(engine: Any, plan: Plan, load: Load) -> tuple[dict[str, Any], Answers]:
     """(a row's numbers, what was chosen) of a load."""
     prefill_s, _ = generate(engine, plan, load, 1)
     total_s, outputs = generate(engine, plan, load, load.output_len)
@@ -229,47 +223,38 @@ def measure(engine: Any, plan: Plan, load: Load) -> tuple[dict[str, Any], Any]:
         "prefill_s": prefill_s,
         "ms_per_output_token": 1000 * (total_s - prefill_s) / steps,
         "output_tokens_per_s": load.batch * steps / max(total_s - prefill_s, 1e-9),
+        # Enough to compare them later, should the other engine's come from another run.
+        "chosen": [pairs[:KEPT_PAIRS] for pairs in texts[:KEPT_PAIRS]],
     }
     return row, texts
 
 
-def compare(texts: Any, stock: Any) -> dict[str, float]:
-    """How log-probabilities differ where all tokens before were the same.
-
-    Returns:
-        compared: number of them; max_difference; first_difference: the largest of the first
-        tokens, which depend on the prompt alone.
-    """
-    differences, first = [], []
-    for ours, theirs in zip(texts, stock, strict=True):
-        for place, ((token, logprob), (other, expected)) in enumerate(
-            zip(ours, theirs, strict=True)
-        ):
-            differences.append(abs(logprob - expected))
-            if place == 0:
-                first.append(differences[-1])
-            if token != other:
-                break
-    return {
-        "compared": len(differences),
-        "max_difference": max(differences),
-        "first_difference": max(first),
-    }
+def kernel_counts(events: Iterable[Any], device_type: Any) -> Counter[str]:
+    """How often each kernel ran: no copies, and no calls that launch one."""
+    return Counter(
+        {
+            event.key: event.count
+            for event in events
+            if event.device_type == device_type and not event.key.startswith(("Memcpy", "Memset"))
+        }
+    )
 
 
 def count_kernels(engine: Any, plan: Plan, load: Load) -> dict[str, Any]:
     """Kernels of a decode step: a longer answer's less those of a single token."""
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CPU if plan.is_dry else ProfilerActivity.CUDA
+    device_type = DeviceType.CPU if plan.is_dry else DeviceType.CUDA
     counts, steps = [], 2 if plan.is_dry else 8
     for output_len in (1, 1 + steps):
         with profile(activities=[activity]) as profiler:
             generate(engine, plan, load, output_len)
             if not plan.is_dry:
                 torch.cuda.synchronize()
-        counts.append(Counter({e.key: e.count for e in profiler.key_averages()}))
+        counts.append(kernel_counts(profiler.key_averages(), device_type))
     per_step = {name: (n - counts[0][name]) / steps for name, n in counts[1].items()}
     most = sorted(per_step.items(), key=lambda item: -item[1])[:25]
     return {
@@ -279,40 +264,69 @@ def count_kernels(engine: Any, plan: Plan, load: Load) -> dict[str, Any]:
 
 
 def attempt(report: Report, what: str, work: Any, **row: Any) -> Any:
-    """What `work(row)` returns; None if it fails, which the row says."""
+    """What `work(row)` returns; None if it fails, which the row says.
+
+    An interrupt, as at a step's limit, is said too, and goes on.
+    """
     start = time.perf_counter()
     try:
         return work(row)
-    except Exception as error:
+    except BaseException as error:
         traceback.print_exc()
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        if not isinstance(error, Exception):
+            raise
         return None
     finally:
         row["seconds"] = time.perf_counter() - start
         report.add(what, **row)
 
 
-def run_loads(engine: Any, plan: Plan, report: Report, label: str) -> dict[Load, Any]:
-    """Measure every load; what was chosen, of those that went well."""
-    texts = {}
+def started(plan: Plan, report: Report, label: str, is_stock: bool) -> Any:
+    """An engine with weights that say something, which has run once; None if it does not start."""
+    engine = attempt(report, "start", lambda row: start_engine(plan, is_stock), engine=label)
+    if engine is None:
+        return None
 
     def seed(row: dict[str, Any]) -> None:
         row["weights"] = engine.apply_model(seed_weights)
 
     attempt(report, "seed weights", seed, engine=label)
-    # What a first step compiles is not timed.
+    return engine
+
+
+def warm_up(engine: Any, plan: Plan, report: Report, label: str) -> None:
+    """What vLLM compiles for a first step is not timed."""
     attempt(report, "warm up", lambda row: generate(engine, plan, plan.loads[0], 2), engine=label)
+
+
+def stop(engine: Any, report: Report, label: str) -> None:
+    """Shut an engine down; its memory comes back once it is forgotten too."""
+    shut_down = engine.llm_engine.engine_core.shutdown
+    attempt(report, "stop", lambda row: shut_down(), engine=label)
+
+
+def run_loads(
+    engine: Any,
+    plan: Plan,
+    report: Report,
+    label: str,
+    found: Found,
+    then: Callable[[Load], None] = lambda load: None,
+) -> None:
+    """Measure every load, and call `then` after each; adds what was chosen where it went well."""
+    found[label] = {}
     for load in plan.loads:
 
         def work(row: dict[str, Any], load: Load = load) -> Any:
-            numbers, found = measure(engine, plan, load)
+            numbers, texts = measure(engine, plan, load)
             row.update(numbers)
-            return found
+            return texts
 
-        found = attempt(report, "decode", work, engine=label)
-        if found is not None:
-            texts[load] = found
-    return texts
+        texts = attempt(report, "decode", work, engine=label)
+        if texts is not None:
+            found[label][load] = texts
+            then(load)
 
 
 def check_kept(engine: Any, report: Report) -> None:
@@ -325,70 +339,91 @@ def check_kept(engine: Any, report: Report) -> None:
         if not share < 0.5:
             raise ValueError(f"{share:.0%} of a prompt was kept")
 
-    attempt(report, "kept", work)
+    attempt(report, "kept", work, engine=MOST)
 
 
-def report_difference(report: Report, plan: Plan, found: dict[str, dict[Load, Any]]) -> None:
+def check_launches(watch: LaunchWatch, report: Report) -> None:
+    """Every kernel of this package must have been ready before the first request."""
+
+    def work(row: dict[str, Any]) -> None:
+        row["ours"], row["others"] = Counter(watch.ours), Counter(watch.others)
+        if watch.ours:
+            raise ValueError(f"not compiled before requests came: {', '.join(row['ours'])}")
+
+    attempt(report, "compiled while serving", work, engine=OURS)
+
+
+def report_difference(report: Report, found: Found, load: Load) -> None:
     """Both of our settings against stock; nothing removed must be the same but for rounding."""
-    for label in ("nothing removed", f"{REMOVED} removed"):
-        for load, stock in found.get("stock", {}).items():
-            if load not in found.get(label, {}):
-                continue
+    for label in (NOTHING, MOST):
+        if load not in found.get(label, {}):
+            continue
 
-            def work(
-                row: dict[str, Any], label: str = label, load: Load = load, stock: Any = stock
-            ):
-                row.update(compare(found[label][load], stock))
-                if label == "nothing removed" and not row["first_difference"] < TOLERANCE:
-                    raise ValueError(f"first tokens differ by {row['first_difference']:.3f}")
-                if label != "nothing removed" and not row["max_difference"]:
-                    raise ValueError("what was removed made no difference")
+        def work(row: dict[str, Any], label: str = label) -> None:
+            row.update(compare(found[label][load], found["stock"][load]))
+            if label == NOTHING and not row["first_difference"] < TOLERANCE:
+                raise ValueError(f"first tokens differ by {row['first_difference']:.3f}")
+            if label != NOTHING and not row["max_difference"]:
+                raise ValueError("what was removed made no difference")
 
-            attempt(report, "against stock", work, engine=label, batch=load.batch)
+        where = {"batch": load.batch, "prompt_len": load.prompt_len}
+        attempt(report, "against stock", work, engine=label, **where)
 
 
-def run_ours(plan: Plan, report: Report, found: dict[str, dict[Load, Any]]) -> None:
-    """One engine, with most of every prompt removed, then with nothing; adds what they chose."""
-    label = f"{REMOVED} removed"
-    engine = attempt(report, "start", lambda row: start_engine(plan, False), engine=label)
+def run_ours(plan: Plan, report: Report, found: Found) -> None:
+    """One engine, with nothing of any prompt removed, then with most; adds what they chose."""
+    engine = started(plan, report, OURS, is_stock=False)
     if engine is None:
         return
-    found[label] = run_loads(engine, plan, report, label)
-    check_kept(engine, report)
-    if not plan.has_graphs:
+    with LaunchWatch() as watch:
+        warm_up(engine, plan, report, OURS)
+        for label, ratio in ((NOTHING, 0.0), (MOST, REMOVED)):
 
-        def count(row: dict[str, Any]) -> None:
-            row.update(count_kernels(engine, plan, plan.loads[0]))
+            def reconfigure(row: dict[str, Any], ratio: float = ratio) -> bool:
+                engine.kv_compress_reconfigure(method=METHOD, ratio=ratio)
+                return True
 
-        attempt(report, "kernels", count, engine=label)
-
-    def reconfigure(row: dict[str, Any]) -> bool:
-        engine.kv_compress_reconfigure(method=METHOD, ratio=0.0)
-        return True
-
-    if attempt(report, "reconfigure", reconfigure):
-        found["nothing removed"] = run_loads(engine, plan, report, "nothing removed")
-    shut_down = engine.llm_engine.engine_core.shutdown
-    attempt(report, "stop", lambda row: shut_down(), engine=label)
+            if attempt(report, "reconfigure", reconfigure, engine=label):
+                run_loads(engine, plan, report, label, found)
+        check_kept(engine, report)
+    check_launches(watch, report)
+    stop(engine, report, OURS)
 
 
-def run_stock(plan: Plan, report: Report, found: dict[str, dict[Load, Any]]) -> None:
-    """The same loads without compression; adds what it chose."""
-    engine = attempt(report, "start", lambda row: start_engine(plan, True), engine="stock")
+def run_stock(plan: Plan, report: Report, found: Found) -> None:
+    """The same loads without compression, compared as they come."""
+    engine = started(plan, report, "stock", is_stock=True)
     if engine is None:
         return
-    found["stock"] = run_loads(engine, plan, report, "stock")
-    shut_down = engine.llm_engine.engine_core.shutdown
-    attempt(report, "stop", lambda row: shut_down(), engine="stock")
+    warm_up(engine, plan, report, "stock")
+
+    def then(load: Load) -> None:
+        report_difference(report, found, load)
+
+    run_loads(engine, plan, report, "stock", found, then)
+    stop(engine, report, "stock")
+
+
+def run_profiler(plan: Plan, report: Report, found: Found) -> None:
+    """Count kernels, in an engine of its own: a profiler may not work, or slow down the rest."""
+    engine = started(plan, report, OURS, is_stock=False)
+    if engine is None:
+        return
+    warm_up(engine, plan, report, OURS)
+
+    def count(row: dict[str, Any]) -> None:
+        row.update(count_kernels(engine, plan, plan.loads[0]))
+
+    attempt(report, "kernels", count, engine=MOST)
+    stop(engine, report, OURS)
 
 
 def run(plan: Plan, report: Report) -> None:
-    """Both engines, and what came of them side by side."""
-    found: dict[str, dict[Load, Any]] = {}
-    for one in (run_ours, run_stock):
+    """All engines, one after the other."""
+    found: Found = {}
+    for one in (run_ours, run_stock, *([] if plan.has_graphs else [run_profiler])):
         one(plan, report, found)
         attempt(report, "release", lambda row: release())
-    report_difference(report, plan, found)
 
 
 def on_a_cpu(stack: ExitStack) -> None:

@@ -2,8 +2,10 @@
 
     KVC_RESULT=first_look.json python scripts/gpu/first_look.py [--dry-run]
 
-Builds the CUDA library with nvcc where the one that came along does not load. Exit status 1 if the
-package is another than the one that was brought, or if the library cannot be had.
+Every answer is written as soon as it is there. What decides whether engines run comes first, and
+last what may take long: the CUDA library is built with nvcc where the one that came along does not
+load. Exit status 1 if the package is another than the one that was brought, or if the library
+cannot be had.
 """
 
 from __future__ import annotations
@@ -107,21 +109,21 @@ def main() -> int:
         print(entries, flush=True)
 
     note(**machine.device())
-    device = "cpu" if arguments.dry_run else "cuda"
-    if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        note(free_gib=free / 2**30, total_gib=total / 2**30)
-    num_bytes = (16 << 20) if arguments.dry_run else (4 << 30)
-    note(copy_gb_per_s=copy_gb_per_s(num_bytes, device))
-    package = Path(importlib.import_module("vllm_kvcompress").__file__ or "").parent
-    note(package=str(package), library=library(package, arguments.dry_run))
     note(vllm_imports=outcome(lambda: importlib.import_module("vllm.entrypoints.llm")))
     # The rig's attention: vLLM's own where its compiled part loads.
     compiled = "vllm.vllm_flash_attn._vllm_fa3_C"
     note(flash_attention=outcome(lambda: importlib.import_module(compiled)))
-    if not arguments.dry_run:
-        # Last: it is the part that was changed to fit.
+    package = Path(importlib.import_module("vllm_kvcompress").__file__ or "").parent
+    note(package=str(package))
+    device = "cpu" if arguments.dry_run else "cuda"
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        note(free_gib=free / 2**30, total_gib=total / 2**30)
+        # It is the part that was changed to fit.
         note(vllm_ops=outcome(lambda: try_vllm_ops()))
+    num_bytes = (16 << 20) if arguments.dry_run else (4 << 30)
+    note(copy_gb_per_s=copy_gb_per_s(num_bytes, device))
+    note(library=library(package, arguments.dry_run))
     is_ours = package.is_relative_to(arguments.site)
     if not is_ours:
         print(f"error: the package is {package}, not that of {arguments.site}")

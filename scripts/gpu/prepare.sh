@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes, with network and without a GPU, the folder that fifteen.sh needs on a GPU machine that has
-# torch, Triton, transformers and pytest, but no network.
+# the packages of THERE below, but no network.
 #
 #   scripts/gpu/prepare.sh [--dry-run] [OUT]      OUT: default .gpu, which git ignores
 #
@@ -126,6 +126,12 @@ fill_cache() {
   done
 }
 
+# What vLLM would start a process for, to ask the model's class.
+inspect_model() {
+  VLLM_CACHE_ROOT="$stage/project/vllm_cache" PYTHONPATH="$stage/project/site:$cache/site" \
+    VLLM_LOGGING_LEVEL=ERROR "$cache/env/bin/python" -P "$root/scripts/gpu/model_info.py" LlamaForCausalLM
+}
+
 check_imports() {
   PYTHONPATH="$stage/project/site:$cache/site" VLLM_LOGGING_LEVEL=ERROR "$cache/env/bin/python" -P \
     "$root/scripts/gpu/check_site.py"
@@ -146,6 +152,7 @@ if [[ -z "$is_dry" ]]; then
   make_vllm
   say "imports ..."
   check_imports
+  inspect_model
   say "Triton's kernels ..."
   fill_cache
 fi

@@ -6,7 +6,8 @@
 What the command writes to $KVC_RESULT (JSON, as often as it likes) goes into the part's JSON every
 other second and at the end, and what it prints into the part's log, whether it passes, fails,
 crashes, hangs or runs out of memory. The exit status is 0 in all these cases: the next step does
-not depend on it.
+not depend on it. It returns once all of the step's processes are gone, and the GPU's memory with
+them. They do not outlive it: who ends this process, or the script that has called it, ends them.
 
 KVC_FAULT=NAME:crash or NAME:hang, for tests, lets the step die or hang once it has done its work;
 NAME:hang:SECONDS gives it another limit.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -30,9 +32,16 @@ from typing import Any
 POLL_S = 2.0
 # From the interrupt on, for reports and open files.
 GRACE_S = 8.0
+# For processes that were killed to give back what they have.
+GONE_S = 20.0
+# Of Linux' prctl.
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 LOG_TAIL_BYTES = 200_000
-# First line of a log that says what went wrong.
-ERROR = re.compile(r"^(E  .*|\S*(Error|Exception|Interrupt)\b.*|.*\b(FAILED|fatal|error:).*)")
+# Lines of a log that say what went wrong, those that say most first.
+ERRORS = (
+    re.compile(r"^(E  .*|\S*(Error|Exception|Interrupt)\b.*|.*\b(fatal|error:).*)"),
+    re.compile(r".*\bFAILED\b.*"),
+)
 
 
 @dataclass
@@ -79,6 +88,9 @@ def keep(path: Path, step: Step, result: Path) -> None:
     """Put a step and its result into the part's JSON, which is whole at any time."""
     part = read_part(path)
     part["steps"] = [s for s in part["steps"] if s["name"] != step.name] + [asdict(step)]
+    if not result.exists():
+        # An earlier run's.
+        part["results"].pop(step.name, None)
     # A file that is being written is left for the next time.
     with contextlib.suppress(OSError, json.JSONDecodeError):
         part["results"][step.name] = json.loads(result.read_text(encoding="utf-8"))
@@ -90,8 +102,11 @@ def keep(path: Path, step: Step, result: Path) -> None:
 def first_error(log: str) -> str:
     """The line that tells most, at most 300 characters."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    found = next((line for line in lines if ERROR.match(line)), lines[-1] if lines else "no output")
-    return found[:300]
+    for error in ERRORS:
+        for line in lines:
+            if error.match(line):
+                return line[:300]
+    return lines[-1][:300] if lines else "no output"
 
 
 def planted_fault(name: str) -> tuple[str | None, float | None]:
@@ -111,13 +126,72 @@ def with_fault(command: list[str], kind: str | None) -> list[str]:
     return ["bash", "-c", f'"$@"; {end}', "step", *command]
 
 
+LIBC = ctypes.CDLL(None)
+
+
 def _own_session() -> None:
     os.setsid()
+    # Should this process be killed, where nobody can end the group.
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # Ignored where the whole run was started in the background.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def run(step: Step, command: list[str], part: Path, log: Path, result: Path) -> None:
+def go_with_caller() -> None:
+    """Have SIGTERM raise SystemExit, and come when the calling process ends."""
+
+    def ended(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, ended)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # Orphans of the step become children of this process, which can wait for them.
+    LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_group(group: int) -> bool:
+    """Kill what is left of a process group, and wait until it is gone; False if it stays."""
+    until = time.monotonic() + GONE_S
+    while time.monotonic() < until:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            return True
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-group, os.WNOHANG)[0]:
+                pass
+        time.sleep(0.05)
+    return False
+
+
+def wait(
+    process: subprocess.Popen[bytes], step: Step, grace: float, part: Path, result: Path
+) -> None:
+    """Until it ends by itself, by an interrupt at its limit, or by force after the grace."""
+    start = time.monotonic()
+    for signal_number, until in (
+        (None, step.limit_s),
+        (signal.SIGINT, step.limit_s + grace),
+        (signal.SIGKILL, None),
+    ):
+        if signal_number is not None:
+            step.status = "stopped"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal_number)
+        while process.poll() is None:
+            left = POLL_S if until is None else start + until - time.monotonic()
+            if left <= 0:
+                break
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(POLL_S, left))
+            step.seconds = round(time.monotonic() - start, 2)
+            keep(part, step, result)
+        if process.poll() is not None:
+            return
+
+
+def run(step: Step, command: list[str], grace: float, part: Path, log: Path, result: Path) -> None:
     """Run a command until it ends or its time is over, and fill in the step."""
     start = time.monotonic()
     environment = {**os.environ, "KVC_RESULT": str(result), "PYTHONUNBUFFERED": "1"}
@@ -131,34 +205,26 @@ def run(step: Step, command: list[str], part: Path, log: Path, result: Path) -> 
             env=environment,
             preexec_fn=_own_session,
         )
-        for signal_number, until in (
-            (None, step.limit_s),
-            (signal.SIGINT, step.limit_s + GRACE_S),
-            (signal.SIGKILL, None),
-        ):
-            if signal_number is not None:
-                step.status = "stopped"
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal_number)
-            while process.poll() is None:
-                left = POLL_S if until is None else start + until - time.monotonic()
-                if left <= 0:
-                    break
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(min(POLL_S, left))
-                step.seconds = round(time.monotonic() - start, 2)
-                keep(part, step, result)
-            if process.poll() is not None:
-                break
-        # Children that it left behind.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    step.exit_status = process.returncode
-    step.seconds = round(time.monotonic() - start, 2)
+        try:
+            wait(process, step, grace, part, result)
+        except SystemExit:
+            step.status, step.error = "stopped", "the whole run was ended"
+            raise
+        finally:
+            # The process itself too, if somebody has ended this one.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            is_gone = end_group(process.pid)
+            step.exit_status = process.returncode
+            step.seconds = round(time.monotonic() - start, 2)
+            keep(part, step, result)
     if before is not None:
         step.new_kernels = (cache_entries() or 0) - before
     if step.status == "running":
         step.status = "failed" if process.returncode else "passed"
+    if not is_gone:
+        step.status, step.error = "failed", "its processes could not be ended"
 
 
 def main() -> None:
@@ -169,6 +235,9 @@ def main() -> None:
     parser.add_argument("--part", type=Path, required=True)
     parser.add_argument("--kind", choices=["setup", "correctness", "numbers", "engine"])
     parser.add_argument("--limit", type=float, required=True, help="seconds, grace included")
+    parser.add_argument(
+        "--grace", type=float, default=GRACE_S, help="seconds of it after the interrupt"
+    )
     parser.add_argument("--left-out", help="why the step does not run")
     parser.add_argument("--work", type=Path, required=True, help="folder for its files")
     parser.add_argument("name")
@@ -176,16 +245,21 @@ def main() -> None:
     arguments = parser.parse_args()
     kind, limit = planted_fault(arguments.name)
     limit = arguments.limit if limit is None else limit
+    grace = arguments.grace
     # The grace is part of the limit where there is room for it.
-    step = Step(arguments.name, arguments.kind, limit_s=max(limit - GRACE_S, limit / 2))
+    step = Step(arguments.name, arguments.kind, limit_s=max(limit - grace, limit / 2))
     log = arguments.work / f"{step.name}.log"
     result = arguments.work / f"{step.name}.json"
+    # An earlier run's.
+    result.unlink(missing_ok=True)
     if arguments.left_out:
         step.status, step.error = "left out", arguments.left_out
         log.write_text(arguments.left_out + "\n")
     else:
-        run(step, with_fault(arguments.command, kind), arguments.part, log, result)
-        if step.status != "passed":
+        go_with_caller()
+        command = with_fault(arguments.command, kind)
+        run(step, command, grace, arguments.part, log, result)
+        if step.status != "passed" and step.error is None:
             step.error = first_error(log.read_text(encoding="utf-8", errors="replace"))
     keep(arguments.part, step, result)
     tail = log.read_bytes()[-LOG_TAIL_BYTES:]

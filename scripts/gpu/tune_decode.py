@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 if {"--count", "--dry-run"} & set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
 
+# First: a limit counts from here.
+import machine  # noqa: F401
 import torch
 from gpu import recording
 from gpu.shapes import DRY_SHAPE, ModelShape, read_shapes
@@ -135,7 +137,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--kept", type=int, nargs="+", default=[1024])
     parser.add_argument("--settings", type=int, default=len(SETTINGS), help="how many of them")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no try after that")
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="of the process; no later try"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny, on a CPU, not a measurement")
     parser.add_argument("--count", action="store_true", help="launch nothing")
     parser.add_argument("--out", type=Path)

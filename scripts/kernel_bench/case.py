@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ class Case:
         run: one call: what a step, or a compaction, does in all its layers.
         num_bytes: that any implementation must move in a call.
         num_layers: whose work a call does; 1 where a call is not made of equal layers.
-        peers: other ways to do the same, by name.
+        peers: other ways to do the same with the case's tensors, by name.
+        later: other ways that have tensors of their own, as large as `num_bytes`; built when the
+            case is gone.
         extra: more fields of the row.
     """
 
@@ -33,7 +35,16 @@ class Case:
     num_bytes: int
     num_layers: int = 1
     peers: dict[str, Call] = field(default_factory=dict)
+    later: dict[str, Call] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def of_peers(self) -> Case:
+        """The same without what keeps its own tensors alive."""
+        return replace(self, run=_gone, peers={})
+
+
+def _gone() -> None:
+    raise AssertionError("this case's tensors are gone")
 
 
 def prepare(run: Call, device: torch.device) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -165,11 +166,12 @@ def prompt_cases(
 ) -> Iterator[Case]:
     """Everything that happens to a prompt; `with_native` adds the compiled ops as peers."""
     prompt = Prompt(shape, prompt_len, kept_fraction, device)
-    for case in (
-        *_score_cases(prompt),
-        *_select_cases(prompt, with_native),
-        *_move_cases(prompt, with_native),
-        _whole_case(prompt),
+    # The whole first: it is what a prompt costs. Parts are made when it is their turn.
+    for case in itertools.chain(
+        [_whole_case(prompt)],
+        _score_cases(prompt),
+        _select_cases(prompt, with_native),
+        _move_cases(prompt, with_native),
     ):
         case.label = f"prompt {prompt_len}" + (f", {case.label}" if case.label else "")
         case.extra = {"prompt_len": prompt_len}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,11 @@ from gpu.recording import record
 from gpu.shapes import ModelShape
 
 from kernel_bench.case import Call, Case
-from kernel_bench.timing import copy_bandwidth, matmul_rate, measure_on, prefill_us
+from kernel_bench.timing import copy_bandwidth, free_bytes, matmul_rate, measure_on, prefill_us
 
 OWN = "vllm-kvcompress"
+# Of the memory that is free, for one peer.
+MAX_SHARE = 0.9
 
 
 def environment() -> dict[str, Any]:
@@ -69,13 +70,13 @@ class Timer:
     Attributes:
         copy_gbs: GB/s of a plain copy, measured before all cases.
         is_dry: whether the times say nothing: plain calls on a CPU.
-        deadline: of `time.monotonic`, after which nothing is started.
+        limit_s: seconds after the start of the process; nothing is started later.
     """
 
     def __init__(self, device: torch.device, limit_s: float | None) -> None:
         self.device = device
         self.is_dry = device.type == "cpu"
-        self.deadline = time.monotonic() + limit_s if limit_s is not None else float("inf")
+        self.limit_s = limit_s if limit_s is not None else float("inf")
         self.measure = measure_on(device)
         self.copy_gbs, self.tflops = copy_bandwidth(device), matmul_rate(device)
         # On every row, which may be read without the rest.
@@ -85,11 +86,27 @@ class Timer:
     @property
     def is_late(self) -> bool:
         """Whether the time is up."""
-        return time.monotonic() > self.deadline
+        return machine.seconds_running() > self.limit_s
 
     def rows(self, shape: ModelShape, case: Case) -> Iterator[dict[str, Any]]:
-        """The case's row, or its error, and one row per peer that runs."""
-        for who, build in {OWN: lambda: case.run, **case.peers}.items():
+        """The case's row, or its error, and one row per peer that takes its tensors."""
+        yield from self._rows(shape, case, {OWN: lambda: case.run, **case.peers})
+
+    def peer_rows(self, shape: ModelShape, case: Case) -> Iterator[dict[str, Any]]:
+        """One row per peer with tensors of its own."""
+        for who, build in case.later.items():
+            yield from self._rows(shape, case, {who: lambda build=build: self._built(case, build)})
+
+    def _built(self, case: Case, build: Call) -> Call:
+        free = free_bytes(self.device)
+        if case.num_bytes > MAX_SHARE * free:
+            raise MemoryError(f"{case.num_bytes} bytes, of {free} that are free")
+        return build()
+
+    def _rows(
+        self, shape: ModelShape, case: Case, ways: dict[str, Call]
+    ) -> Iterator[dict[str, Any]]:
+        for who, build in ways.items():
             if self.is_late:
                 print(f"{_title(shape, case)} {who}: no time left")
                 return
@@ -99,9 +116,8 @@ class Timer:
                 text = f"{type(error).__name__}: {error}"
                 outcome = "FAILED" if who == OWN else "left out"
                 print(f"{_title(shape, case)} {who} {outcome}: {text}", flush=True)
-                if who != OWN:
-                    continue
-                row = {**_fields(shape, case), "by": who, "error": text, **self.where}
+                key = "error" if who == OWN else "left_out"
+                row = {**_fields(shape, case), "by": who, key: text, **self.where}
             yield row
 
     def _row(self, shape: ModelShape, case: Case, who: str, run: Call) -> dict[str, Any]:

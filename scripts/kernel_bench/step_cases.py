@@ -127,8 +127,10 @@ def decode_case(
         lambda: step.run(work, out),
         num_bytes,
         shape.num_layers,
-        {} if device.type == "meta" else decode_peers(peers, shape, batch, mean_tokens, device),
-        {"batch": batch, "kept_tokens": kept},
+        later={}
+        if device.type == "meta"
+        else decode_peers(peers, shape, batch, mean_tokens, device),
+        extra={"batch": batch, "kept_tokens": kept},
     )
 
 

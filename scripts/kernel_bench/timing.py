@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -65,6 +66,16 @@ def _quantiles_us(times: list[float], how: str) -> dict[str, Any]:
 def measure_on(device: torch.device) -> Measure:
     """How calls are timed there."""
     return time_us if device.type == "cuda" else host_time_us
+
+
+def free_bytes(device: torch.device) -> float:
+    """What a GPU has left, once tensors that are gone are given back; no limit on a CPU."""
+    if device.type != "cuda":
+        return float("inf")
+    # Cases refer to themselves.
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def copy_bandwidth(device: torch.device) -> float:

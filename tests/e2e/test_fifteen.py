@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,34 @@ def test_a_step_that_crashes_is_reported_and_the_next_one_runs(prepared, unpacke
     assert "csrc_tests     failed" in (tmp_path / "summary.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("found", "status"),
+    [({}, "stopped"), ({"vllm_imports": "ImportError: no torch"}, "left out")],
+)
+def test_an_engine_is_left_out_for_a_reason_only(prepared, unpacked, tmp_path, found, status):
+    work = unpacked / "work"
+    work.mkdir(exist_ok=True)
+    (work / "machine.json").write_text(json.dumps({"python": "3.12", **found}))
+    # It shall start, no more.
+    wanted = {"KVC_STEPS": "engine", "KVC_FAULT": "engine:hang:1"}
+    assert fifteen(prepared, unpacked, tmp_path, "part1", **wanted)[0] == 8
+    (work / "machine.json").unlink()
+    steps, _ = read(tmp_path)
+    assert steps["engine"]["status"] == status
+
+
+def test_a_part_on_another_machine_looks_at_it_first(prepared, tmp_path):
+    unpacked = tmp_path / "unpacked"
+    out = tmp_path / "out"
+    for _ in range(2):
+        status, said = fifteen(prepared, unpacked, out, "part2", KVC_STEPS="sanitizer")
+        assert status == 0, said
+    # Only what was asked for is run again, and the rest stays.
+    steps, results = read(out, "part2")
+    assert list(steps) == ["machine", "sanitizer"]
+    assert results["machine"]["vllm_imports"] == "loads"
+
+
 def test_a_damaged_archive_is_refused(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "folder")
     archive = folder / "project.tar.xz"
@@ -124,7 +153,7 @@ def test_a_folder_over_its_limit_is_not_made(tmp_path):
 
 def run_step(folder, limit, code, **changes):
     """One step that is a Python program; (step, result, log)."""
-    (folder / "work").mkdir()
+    (folder / "work").mkdir(exist_ok=True)
     command = [sys.executable, "-P", str(GPU_SCRIPTS / "run_step.py"), "--kind", "numbers"]
     command += ["--part", str(folder / "part1.json"), "--work", str(folder / "work")]
     command += ["--limit", str(limit), "name", "--", sys.executable, "-c", code]
@@ -159,10 +188,49 @@ def test_a_step_that_does_not_listen_is_killed_with_its_children(tmp_path):
     step, result, log = run_step(tmp_path, 2, deaf + WRITE_ROWS + "time.sleep(600)")
     assert (step["status"], step["exit_status"]) == ("stopped", -9)
     assert result == {"rows": [0, 1]}
-    child = int(log.split("child ")[1].split()[0])
-    state = Path(f"/proc/{child}/stat")
-    # Gone, or waiting for a parent to take note.
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    # Not even left for a parent to take note.
+    assert not is_running(log.split("child ")[1].split()[0])
+
+
+def is_running(process):
+    return Path(f"/proc/{process}").exists()
+
+
+@pytest.mark.parametrize("ended", ["step", "caller"])
+def test_a_step_does_not_outlive_who_runs_it(tmp_path, ended):
+    """Killed are run_step.py's caller, as a limit on fifteen.sh does; or run_step.py itself."""
+    (tmp_path / "work").mkdir()
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid) + ' ')\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, "-P", str(GPU_SCRIPTS / "run_step.py"), "--kind", "numbers"]
+    command += ["--part", str(tmp_path / "part1.json"), "--work", str(tmp_path / "work")]
+    command += ["--limit", "600", "name", "--", sys.executable, "-c", code]
+    # As fifteen.sh does, with something left to do after it.
+    script = 'echo $$ >"$0/caller"; "$@" & echo $! >"$0/step"; wait; true'
+    caller = subprocess.Popen(["bash", "-c", script, str(tmp_path), *command], env=environment())
+    wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().strip())
+    child = (tmp_path / "child").read_text().strip()
+    step = (tmp_path / "step").read_text().strip()
+    if ended == "caller":
+        caller.kill()
+    else:
+        os.kill(int(step), signal.SIGTERM)
+    caller.wait()
+    wait_for(lambda: not is_running(child) and not is_running(step))
+    steps, _ = read(tmp_path)
+    assert steps["name"]["status"] == "stopped"
+    assert steps["name"]["error"] == "the whole run was ended"
+
+
+def wait_for(is_true, seconds=20):
+    until = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_planted_hang_comes_after_the_work(tmp_path):
@@ -176,6 +244,12 @@ def test_a_half_written_result_does_not_replace_a_whole_one(tmp_path):
     step, result, _ = run_step(tmp_path, 60, WRITE_ROWS + half)
     assert step["status"] == "passed"
     assert result == {"rows": [0, 1]}
+
+
+def test_a_step_that_is_run_again_has_no_old_result(tmp_path):
+    assert run_step(tmp_path, 60, WRITE_ROWS)[1] == {"rows": [0, 1]}
+    step, result, _ = run_step(tmp_path, 60, "raise ValueError")
+    assert (step["status"], result) == ("failed", None)
 
 
 def test_the_first_error_is_named(tmp_path):

@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
+import machine
 import pytest
 import torch
 from gpu import peers
 from gpu.shapes import ModelShape
+from kernel_bench import report
 from kernel_bench.case import Case
 from kernel_bench.report import Timer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_kernels.py"
+CPU = torch.device("cpu")
 SHAPE = ModelShape("small", 3, 1, 2, 64, torch.float32, torch.float32)
 
 
@@ -65,7 +69,13 @@ def test_a_dry_run_executes_every_case(tmp_path):
         "compress a prompt",
     }
     assert {"torch SDPA", "torch.topk", "index_select"} <= {row["by"] for row in rows}
-    for row in rows:
+    # What a prompt costs comes first, and others' decoding last.
+    assert rows[0]["op"] == "compress a prompt"
+    is_peer = [row["op"] == "ragged_decode" and row["by"] != "vllm-kvcompress" for row in rows]
+    assert is_peer == sorted(is_peer)
+    missing = {row["by"]: row["left_out"] for row in rows if "left_out" in row}
+    assert missing["FlashInfer"].startswith("ModuleNotFoundError")
+    for row in (row for row in rows if "left_out" not in row):
         assert row["dry_run"] is True
         assert row["commit"] == "0123"
         assert 0 < row["p20_us"] <= row["p50_us"] <= row["p80_us"]
@@ -81,20 +91,50 @@ def test_a_dry_run_executes_every_case(tmp_path):
 def test_nothing_is_started_when_the_time_is_up(tmp_path):
     content, output = run_bench(tmp_path / "late.json", "--dry-run", "--limit", "0")
     assert content["rows"] == []
-    assert content["run"]["stopped_after"] == "dry run, ragged_decode, batch 2, 32 kept"
+    assert content["run"]["stopped_before"] == "dry run, compress a prompt, prompt 128"
+    assert content["run"]["copy_gb_per_s_after"] > 0
     assert "what is left is not timed" in output
 
 
-def test_a_failing_case_is_a_row_and_a_failing_peer_is_not(capsys):
+def test_a_limit_counts_from_the_start_of_the_process(monkeypatch):
+    assert not Timer(CPU, 50.0).is_late or machine.seconds_running() > 50
+    monkeypatch.setattr(machine, "STARTED", machine.STARTED - 1000)
+    assert Timer(CPU, 900.0).is_late
+
+
+def test_what_fails_is_a_row_with_its_reason(capsys):
     def fail():
         raise RuntimeError("no such kernel")
 
-    timer = Timer(torch.device("cpu"), None)
+    timer = Timer(CPU, None)
     case = Case("op", "label", fail, 100, peers={"other": fail, "works": lambda: lambda: None})
-    failed, works = timer.rows(SHAPE, case)
+    failed, left_out, works = timer.rows(SHAPE, case)
     assert failed["by"] == "vllm-kvcompress" and failed["error"] == "RuntimeError: no such kernel"
+    # Others are not ours to mend.
+    assert left_out["left_out"] == "RuntimeError: no such kernel" and "error" not in left_out
     assert works["by"] == "works" and "error" not in works
     assert "other left out: RuntimeError: no such kernel" in capsys.readouterr().out
+
+
+def test_a_peer_without_room_is_left_out(monkeypatch):
+    monkeypatch.setattr(report, "free_bytes", lambda device: 1000)
+    timer = Timer(CPU, None)
+    for num_bytes, is_left_out in ((901, True), (900, False)):
+        case = Case("op", "label", None, num_bytes, later={"other": lambda: lambda: None})
+        (row,) = timer.peer_rows(SHAPE, case)
+        assert ("left_out" in row) == is_left_out
+    assert "p50_us" in row
+
+
+def test_peers_do_not_keep_a_pool_alive():
+    pool = torch.empty(8)
+    alive = weakref.ref(pool)
+    case = Case("op", "", lambda pool=pool: pool, 1, peers={"a": lambda pool=pool: pool})
+    kept = case.of_peers()
+    del pool, case
+    assert alive() is None
+    with pytest.raises(AssertionError):
+        kept.run()
 
 
 def test_a_peer_attends_in_every_layer_to_its_own_cache(monkeypatch):
