@@ -14,6 +14,7 @@ from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, write_model
 
 from vllm_kvcompress.cli import main
 from vllm_kvcompress.cli.methods import NEEDS
+from vllm_kvcompress.config import DEFAULT_METHOD
 from vllm_kvcompress.policies import base, scorer_class
 from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, option_specs, pair_problem
 
@@ -116,7 +117,26 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys, model):
         one_line_error(capsys, "methods", "snapkw"),
         one_line_error(capsys, "plan", model, "--kv-compress", "snapkw", "--prompt-len", "9"),
     ):
-        assert "unknown KV-compression method 'snapkw'; known: snapkv, pyramidkv, " in error
+        assert "method 'snapkw' (did you mean 'snapkv'?); known: snapkv, pyramidkv, " in error
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "{model}"])
+def test_a_model_in_the_place_of_a_method(capsys, model, name):
+    name = name.format(model=model)
+    error = one_line_error(capsys, "plan", "--kv-compress", name, "--prompt-len", "9")
+    assert f"'{name}' looks like a model, not a KV-compression method; put MODEL before " in error
+    error = one_line_error(capsys, "plan", "--kv-compress", "gpt2", "--prompt-len", "9")
+    assert "method 'gpt2'; known: " in error
+    assert error.endswith("; if it is the model, put MODEL before --kv-compress\n")
+
+
+def test_settings_without_a_method_mean_the_default_one(capsys, model):
+    outputs = []
+    for method in ((), ("--kv-compress",), ("--kv-compress", DEFAULT_METHOD)):
+        assert main(["plan", model, *method, *SETTING]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0].startswith(f"setting  {DEFAULT_METHOD}, keep 128 tokens")
 
 
 # plan: arguments
@@ -125,15 +145,14 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "plan needs --kv-compress METHOD"),
-        (("--kv-compress-budget", "64"), "--kv-compress-budget needs --kv-compress METHOD"),
+        ((), "plan needs --kv-compress or --kv-compress-budget or --kv-compress-ratio"),
         (
             ("--kv-compress", "snapkv", "--kv-compress-budget", "40"),
             "budget 40 is smaller than the tokens always kept plus one page (32 + 16 = 48 tokens)",
         ),
         (
             ("--kv-compress", "snapkv", "--kv-compress-budget", "64", "--kv-compress-ratio", "0.5"),
-            "not allowed with argument",
+            "budget (64) and ratio (0.5) exclude each other; give one",
         ),
         (("--kv-compress", "snapkv", "--kv-compress-ratio", "1.5"), "must be in [0, 1)"),
         (("--kv-compress", "snapkv", "--kv-compress-options", "{"), "not valid JSON"),
@@ -320,7 +339,7 @@ def test_the_installed_command(model):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("vllm-kvcompress plan: argument --kv-compress: unknown ")
+    assert result.stderr.startswith("vllm-kvcompress plan: error: argument --kv-compress: unknown ")
     assert result.stderr.count("\n") == 1
 
 
