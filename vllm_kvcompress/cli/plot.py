@@ -72,7 +72,9 @@ def _pages_title(plan: Plan) -> str:
 
 def _put_legend_below(axes: Any, **settings: Any) -> None:
     # Inside the axes it would hide what is drawn.
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, **settings)
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize="small", **settings
+    )
 
 
 def _draw_memory(axes: Any, plan: Plan) -> None:
