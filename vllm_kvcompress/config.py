@@ -5,12 +5,13 @@ Standard library only, so that command lines can be checked before torch is load
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.policies.recipes import RECIPES, Recipe, option_specs, pair_problem
+from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe, option_specs, pair_problem
 
 DEFAULT_METHOD = "span"
 DEFAULT_BUDGET = 2048
@@ -49,7 +50,8 @@ class KVCompressConfig:
     def __post_init__(self) -> None:
         if self.method not in RECIPES:
             raise KVCompressConfigError(
-                f"unknown KV-compression method {self.method!r}; known: {', '.join(RECIPES)}"
+                f"unknown KV-compression method {self.method!r}"
+                f"{did_you_mean(self.method, RECIPES)}; known: {', '.join(RECIPES)}"
             )
         if self.budget is not None and self.ratio is not None:
             raise KVCompressConfigError(
@@ -95,7 +97,8 @@ class KVCompressConfig:
         if self.budget is not None and self.budget < smallest:
             raise KVCompressConfigError(
                 f"KV-compression budget {self.budget} is smaller than the tokens always kept plus "
-                f"one page ({self.recent_tokens} + {block_size} = {smallest} tokens)"
+                f"one page ({self.recent_tokens} + {block_size} = {smallest} tokens); give "
+                f"{smallest} or more"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,38 +112,109 @@ class KVCompressConfig:
         return out
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> KVCompressConfig:
-        """Parse the mapping under `additional_config["kv_compress"]`.
+    def from_dict(cls, raw: Any) -> KVCompressConfig:
+        """Parse what stands under `additional_config["kv_compress"]`.
 
         Args:
-            raw: keys method, budget, ratio, window, options; any other key is taken as
-                an option of the method (so options may be flat or nested).
+            raw: a mapping with the keys method, budget, ratio, window, options, all of them
+                optional; any other key is taken as an option of the method (so options may be
+                flat or nested). True stands for an empty mapping, a string for a method.
 
         Raises:
-            KVCompressConfigError: on a missing method, a wrong type or an unknown key.
+            KVCompressConfigError: on a wrong type or an unknown key.
         """
-        _check_mapping(raw)
-        if raw.get("method") is None:
-            raise KVCompressConfigError(f"kv_compress needs a method; known: {', '.join(RECIPES)}")
-        if not isinstance(raw["method"], str):
-            raise KVCompressConfigError(f"kv_compress method must be a name, got {raw['method']!r}")
-        options = {} if raw.get("options") is None else raw["options"]
+        settings = as_settings(raw)
+        if settings is None:
+            raise KVCompressConfigError(_not_a_setting(raw))
+        method = DEFAULT_METHOD if settings.get("method") is None else settings["method"]
+        if not isinstance(method, str):
+            raise KVCompressConfigError(f"kv_compress method must be a name, got {method!r}")
+        options = {} if settings.get("options") is None else settings["options"]
         if not isinstance(options, Mapping):
             raise KVCompressConfigError(f"kv_compress options must be a mapping, got {options!r}")
-        flat = {key: value for key, value in raw.items() if key not in _CONFIG_KEYS}
+        flat = {key: value for key, value in settings.items() if key not in _CONFIG_KEYS}
+        _check_keys((*flat, *options))
         for key in flat.keys() & options.keys():
             if flat[key] != options[key]:
                 raise KVCompressConfigError(
-                    f"kv_compress option {key!r} is given twice: {flat[key]!r} and {options[key]!r}"
+                    f"kv_compress option {key!r} is given twice: {flat[key]!r} and "
+                    f"{options[key]!r}; give one"
                 )
-        window: Any = raw.get("window")
+        window: Any = settings.get("window")
         return cls(
-            method=raw["method"],
-            budget=raw.get("budget"),
-            ratio=raw.get("ratio"),
+            method=method,
+            budget=settings.get("budget"),
+            ratio=settings.get("ratio"),
             window=window,
             options=tuple(sorted({**options, **flat}.items())),
         )
+
+
+def as_settings(raw: Any) -> dict[str, Any] | None:
+    """A setting as a mapping of its own: True is an empty one, a string names the method.
+
+    Returns:
+        The mapping; None for None and False, which ask for no compression.
+
+    Raises:
+        KVCompressConfigError: if it is anything else.
+    """
+    if raw is None or raw is False:
+        return None
+    if raw is True:
+        return {}
+    if isinstance(raw, str):
+        return {"method": raw}
+    _check_mapping(raw)
+    return dict(raw)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest of the known words as a question in brackets; empty if none is near."""
+    near = nearest(word, known)
+    return "" if near is None else f" (did you mean {near!r}?)"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like this one; case, '-' and '_' do not count. None if none is near."""
+    plain = {_plain(name): name for name in known}
+    found = difflib.get_close_matches(_plain(word), plain, n=1, cutoff=0.65)
+    return plain[found[0]] if found else None
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("_", "").replace("-", "")
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Refuse keys that are no names, and misspelt ones of `_CONFIG_KEYS`.
+
+    Without this the latter would be unknown options, of a method that nobody named.
+    """
+    options = {name for recipe in RECIPES.values() for name in option_specs(recipe)}
+    options.update(name for budgets in BUDGETS.values() for name in budgets.options)
+    for key in keys:
+        if not isinstance(key, str):
+            raise KVCompressConfigError(f"kv_compress keys must be names, got {key!r}")
+        near = nearest(key, (*_CONFIG_KEYS, *sorted(options)))
+        if key not in options and near in _CONFIG_KEYS:
+            raise KVCompressConfigError(
+                f"unknown key {key!r} in kv_compress; did you mean {near!r}?"
+            )
+
+
+def join_settings(configured: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Join what stands in additional_config with flags or keyword arguments given beside it.
+
+    Raises:
+        KVCompressConfigError: if the two contradict, or one is no setting.
+    """
+    if configured is False:
+        raise KVCompressConfigError(
+            "kv_compress is false in additional_config, but a setting is given beside it; drop one "
+            "of them"
+        )
+    return merge_settings(as_settings(configured) or {}, given)
 
 
 def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +232,7 @@ def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
             merged[key] = merge_settings(merged[key], value)
         elif key in merged and merged[key] != value:
             raise KVCompressConfigError(
-                f"KV-compression {key} is given twice: {merged[key]!r} and {value!r}"
+                f"KV-compression {key} is given twice: {merged[key]!r} and {value!r}; give one"
             )
         else:
             merged[key] = value
@@ -167,9 +241,13 @@ def merge_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[
 
 def _check_mapping(raw: Any) -> None:
     if not isinstance(raw, Mapping):
-        raise KVCompressConfigError(
-            f"kv_compress must be a mapping, got {type(raw).__name__} {raw!r}"
-        )
+        raise KVCompressConfigError(_not_a_setting(raw))
+
+
+def _not_a_setting(raw: Any) -> str:
+    return (
+        f"kv_compress must be a mapping, a method's name or true, got {type(raw).__name__} {raw!r}"
+    )
 
 
 def parse_options_json(text: str) -> dict[str, Any]:
@@ -218,8 +296,10 @@ def _fill_options(recipe: Recipe, given: dict[str, Any]) -> tuple[tuple[str, Any
     specs = option_specs(recipe, budgets)
     unknown = sorted(set(given) - set(specs))
     if unknown:
+        known = (*specs, *_CONFIG_KEYS)
+        named = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in unknown)
         raise KVCompressConfigError(
-            f"unknown option {', '.join(map(repr, unknown))} for KV-compression method "
+            f"unknown option {named} for KV-compression method "
             f"{recipe.name!r} with budgets {budgets!r}; it takes: {', '.join(sorted(specs))}"
         )
     values = {name: spec.default for name, spec in specs.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vllm_kvcompress import KVCompressConfigError
+from vllm_kvcompress.vllm_integration.validate import is_misspelt_setting
 
 DEEPSEEK = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -60,7 +63,7 @@ MISTRAL = {
 }
 
 
-def _engine_config(model: str, kv_compress: dict, **settings):
+def _engine_config(model: str, kv_compress, **settings):
     from vllm.engine.arg_utils import EngineArgs
 
     settings.setdefault("max_model_len", 256)
@@ -81,7 +84,9 @@ GOOD = {"method": "snapkv", "budget": 128}
     ("kv_compress", "message"),
     [
         ({"method": "best"}, "unknown KV-compression method 'best'; known: snapkv, pyramidkv"),
-        ({"budget": 128}, "needs a method"),
+        ({"methd": "snapkv"}, "unknown key 'methd' in kv_compress; did you mean 'method'"),
+        ("pyramid", "unknown KV-compression method 'pyramid' .did you mean 'pyramidkv'"),
+        (7, "kv_compress must be a mapping, a method's name or true, got int 7"),
         ({"method": "snapkv", "budget": 63}, r"63 is smaller than .* \(32 \+ 32 = 64 tokens\)"),
         ({"method": "snapkv", "ratio": 1.0}, r"ratio must be in \[0, 1\).*1.0"),
         ({"method": "snapkv", "ratio": -0.1}, r"ratio must be in \[0, 1\).*-0.1"),
@@ -114,25 +119,131 @@ def test_bad_setting(model, kv_compress, message) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"kv_cache_dtype": "fp8"}, "KV cache dtype 'fp8'"),
+        (
+            {"pipeline_parallel_size": 2},
+            "pipeline parallelism; use --tensor-parallel-size instead of --pipeline-parallel-size$",
+        ),
+        (
+            {"kv_cache_dtype": "fp8"},
+            "KV cache dtype 'fp8'; use --kv-cache-dtype auto, float16, bfloat16 or float32$",
+        ),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-            "a KV transfer connector",
+            "a KV transfer connector; drop --kv-transfer-config$",
         ),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-            "speculative decoding",
+            "speculative decoding; drop --speculative-config$",
         ),
-        ({"worker_cls": "some.other.Worker"}, "cannot use 'some.other.Worker'"),
-        ({"block_size": 24}, "must be a multiple of 16, got 24"),
-        ({"runner": "pooling"}, "pooling models"),
+        ({"worker_cls": "some.other.Worker"}, "cannot use 'some.other.Worker'; drop --worker-cls$"),
+        ({"block_size": 24}, "must be a multiple of 16, got 24; try 32$"),
+        ({"runner": "pooling"}, "pooling models .*; serve it without KV compression$"),
         ({"tensor_parallel_size": 9, "decode_context_parallel_size": 3}, "decode context"),
     ],
 )
 def test_feature_that_does_not_combine(model, settings, message) -> None:
-    with pytest.raises(KVCompressConfigError, match=message):
+    with pytest.raises(KVCompressConfigError, match=message) as error:
         _engine_config(model, GOOD, **settings)
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is None and error.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("kv_compres", "'kv_compress'"),
+        ("kv-compress", "'kv_compress'"),
+        ("kvCompression", "'kv_compress'"),
+        ("kv_compress_budget", '{"kv_compress": {"budget": ...}}'),
+        ("kv_compress_ration", '{"kv_compress": {"ratio": ...}}'),
+    ],
+)
+def test_misspelt_key_of_additional_config(model, key, meant) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    message = f"unknown key {key!r} in additional_config; did you mean {meant}?"
+    arguments = EngineArgs(model=model, max_model_len=256, additional_config={key: "span"})
+    with pytest.raises(KVCompressConfigError, match=f"^{re.escape(message)}$"):
+        arguments.create_engine_config()
+
+
+def test_keys_of_others_are_left_alone() -> None:
+    import dataclasses
+
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    others = [field.name for field in dataclasses.fields(AsyncEngineArgs)]
+    assert len(others) > 100
+    for name in (*others, "compress", "kv_cache", "kv_connector", "gdn_prefill_backend", 7):
+        assert not is_misspelt_setting(name)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"kv_compress_budgte": 5},
+            "unknown argument 'kv_compress_budgte' (did you mean 'kv_compress_budget'?); there are "
+            "kv_compress, kv_compress_budget, kv_compress_ratio, kv_compress_window, "
+            "kv_compress_options",
+        ),
+        ({"kv_compres": "span"}, "unknown argument 'kv_compres' (did you mean 'kv_compress'?)"),
+        ({"kv_compress": "span", "additional_config": {"kv_compres": 1}}, "unknown key 'kv_compr"),
+        (
+            {"kv_compress": "span", "additional_config": {"kv_compress": "h2o"}},
+            "KV-compression method is given twice: 'h2o' and 'span'; give one",
+        ),
+        (
+            {"kv_compress_budget": 64, "additional_config": {"kv_compress": False}},
+            "kv_compress is false in additional_config, but a setting is given beside it",
+        ),
+        (
+            {"kv_compress": False, "additional_config": {"kv_compress": True}},
+            "kv_compress is False, but additional_config has a kv_compress; drop one of them",
+        ),
+        ({"kv_compress_budget": 39}, "budget 39 is smaller than"),
+    ],
+)
+def test_offline_mistake_is_one_exception(model, keywords, message) -> None:
+    from vllm_kvcompress import LLM
+
+    children = multiprocessing.active_children()
+    with pytest.raises(KVCompressConfigError) as error:
+        LLM(model, max_model_len=256, **keywords)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is None and error.value.__context__ is None
+    assert multiprocessing.active_children() == children
+
+
+@pytest.mark.parametrize(
+    ("keywords", "setting"),
+    [
+        ({}, None),
+        ({"kv_compress": False, "kv_compress_budget": 512}, None),
+        ({"additional_config": {"kv_compress": False}}, None),
+        ({"kv_compress": True}, {"method": "span", "budget": 2048}),
+        ({"kv_compress_ratio": 0.5}, {"method": "span", "ratio": 0.5}),
+        ({"additional_config": {"kv_compress": True}}, {"method": "span", "budget": 2048}),
+        (
+            {"kv_compress": "h2o", "additional_config": {"kv_compress": {"budget": 99}}},
+            {"method": "h2o", "budget": 99},
+        ),
+    ],
+)
+def test_offline_ways_to_ask(monkeypatch, keywords, setting) -> None:
+    import vllm
+
+    from vllm_kvcompress import LLM
+
+    passed = {}
+    monkeypatch.setattr(vllm.LLM, "__init__", lambda self, **given: passed.update(given))
+    LLM("model", **keywords)
+    got = passed["additional_config"].get("kv_compress") or None
+    if setting is None:
+        assert got is None
+    else:
+        assert {key: got.get(key) for key in setting} == setting
 
 
 @pytest.mark.parametrize(
@@ -201,21 +312,36 @@ def test_settings_that_are_fine_reach_the_engine_config(model) -> None:
     assert kept.cache_config.block_size == 64
 
 
-def test_serve_stops_with_one_last_line(model) -> None:
+def _end_of_serve(*arguments: str) -> str:
+    """What `vllm serve` prints last of all, which must be a line of ours and no traceback."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
     result = subprocess.run(
-        [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model),
-            *("--kv-compress", "snapkv", "--kv-compress-budget", "40"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "COLUMNS": "400"},
+        command, capture_output=True, text=True, timeout=600, env={**os.environ, "COLUMNS": "80"}
     )
     assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert (
-        "budget 40 is smaller than the tokens always kept plus one page (32 + 32 = 64 tokens)"
-        in last
+    assert "Traceback" not in result.stderr + result.stdout
+    assert "EngineCore" not in result.stderr + result.stdout
+    *others, last = result.stderr.strip().splitlines()
+    assert not [line for line in others if "KVCompressConfigError" in line or "usage:" in line]
+    return last
+
+
+def test_serve_stops_with_one_last_line(model) -> None:
+    last = _end_of_serve(model, "--kv-compress", "snapkv", "--kv-compress-budget", "40")
+    assert last == (
+        "vllm: error: KV-compression budget 40 is smaller than the tokens always kept plus one "
+        "page (32 + 32 = 64 tokens); give 64 or more"
     )
-    assert "EngineCore" not in result.stderr
+
+
+def test_serve_tells_where_the_model_goes(model) -> None:
+    last = _end_of_serve("--kv-compress", model)
+    assert (
+        f" serve: error: argument --kv-compress: {model!r} looks like a model, not a "
+        "KV-compression method; put MODEL before --kv-compress (methods: snapkv, "
+    ) in last
+
+
+def test_serve_refuses_a_feature_in_one_line(model) -> None:
+    last = _end_of_serve(model, "--kv-compress", "--kv-cache-dtype", "fp8")
+    assert last.startswith("vllm: error: KV compression does not support KV cache dtype 'fp8'; use")

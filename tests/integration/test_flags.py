@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
 
 pytest.importorskip("vllm")
+
+from vllm_kvcompress.vllm_integration.compat import UnsupportedVLLMError
 
 PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -26,9 +29,11 @@ def _parse_serve(flags: list[str]):
     ("flags", "message"),
     [
         (["--kv-compress", "best"], "argument --kv-compress: unknown KV-compression method 'best'"),
+        (["--kv-compress", "snapkw"], "method 'snapkw' (did you mean 'snapkv'?); known: "),
         (
-            ["--kv-compress", "snapkv", "--kv-compress-ratio", "0.5", "--kv-compress-budget", "99"],
-            "not allowed with argument",
+            ["--kv-compress", "Qwen/Qwen3-0.6B"],
+            "'Qwen/Qwen3-0.6B' looks like a model, not a KV-compression method; put MODEL before "
+            "--kv-compress",
         ),
         (["--kv-compress", "snapkv", "--kv-compress-ratio", "1.5"], "must be in [0, 1)"),
         (["--kv-compress", "snapkv", "--kv-compress-budget", "many"], "must be a number"),
@@ -36,16 +41,30 @@ def _parse_serve(flags: list[str]):
     ],
 )
 def test_bad_flag_is_one_line_of_the_parser(capsys, flags, message) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         _parse_serve(flags)
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    # Not even the usage, which some of vLLM's commands have 100 lines of.
+    assert error.count("\n") == 1
+    assert error.startswith(f"vllm serve: error: argument {flags[-2]}: ")
+    assert message in error
 
 
 def test_flag_without_a_name_means_the_default_method() -> None:
-    for flags in (["--kv-compress"], ["--kv-compress", "--kv-compress-budget", "512"]):
+    for flags in (
+        ["--kv-compress"],
+        ["--kv-compress", "--kv-compress-budget", "512"],
+        ["--kv-compress-budget", "512"],
+        ["--kv-compress-budget", "512", "--additional-config", '{"kv_compress": true}'],
+    ):
         settings = _parse_serve(flags).additional_config["kv_compress"]
         assert settings["method"] == "span"
         assert settings.get("budget") == (512 if len(flags) > 1 else None)
+    assert _parse_serve(["--kv-compress-ratio", "0.5"]).additional_config["kv_compress"] == {
+        "method": "span",
+        "ratio": 0.5,
+    }
 
 
 def test_flags_and_additional_config_merge() -> None:
@@ -68,7 +87,18 @@ def test_table_of_budgets_may_be_a_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--kv-compress-budget", "99"], "--kv-compress-budget needs --kv-compress METHOD"),
+        (
+            ["--kv-compress", "snapkv", "--kv-compress-ratio", "0.5", "--kv-compress-budget", "99"],
+            r"budget \(99\) and ratio \(0.5\) exclude each other; give one",
+        ),
+        (
+            ["--kv-compress", "snapkv", "--additional-config", '{"kv_compress": "h2o"}'],
+            "method is given twice: 'h2o' and 'snapkv'; give one",
+        ),
+        (
+            ["--kv-compress", "--additional-config", '{"kv_compress": false}'],
+            "kv_compress is false in additional_config, but a setting is given beside it",
+        ),
         (
             [
                 "--kv-compress",
@@ -101,6 +131,22 @@ def test_help_lists_the_flags(capsys) -> None:
     shown = capsys.readouterr().out
     for name in ("", "-budget", "-ratio", "-window", "-options"):
         assert f"--kv-compress{name} " in shown
+
+
+def test_uncaught_errors_of_commands_are_one_line(capsys, monkeypatch) -> None:
+    others = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: others.append(error))
+    for _ in range(2):
+        _parse_serve([])
+    hook = sys.excepthook
+    for error in (KVCompressConfigError("a\nb"), UnsupportedVLLMError("a b")):
+        hook(type(error), error, None)
+        assert capsys.readouterr().err == "vllm: error: a b\n"
+    assert not others
+    other = ValueError("theirs")
+    hook(ValueError, other, None)
+    assert others == [(ValueError, other, None)]
+    assert capsys.readouterr().err == ""
 
 
 def test_registering_twice_changes_nothing() -> None:

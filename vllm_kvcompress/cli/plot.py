@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvcompress.cli import report
 from vllm_kvcompress.config import KVCompressConfigError
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ def draw(plan: Plan, path: str) -> None:
             "--plot needs matplotlib: pip install 'vllm-kvcompress[plot]'"
         ) from None
     # Not pyplot, which would look for a screen.
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_pages(left, plan)
     _draw_memory(right, plan)
-    figure.suptitle(plan.config.method)
+    figure.suptitle(report.setting(plan.config))
     try:
         figure.savefig(path, format="png", dpi=110)
     except OSError as error:
@@ -51,11 +52,29 @@ def _draw_pages(axes: Any, plan: Plan) -> None:
     axes.set(
         xlabel="layer",
         ylabel="pages per KV head",
-        title="region: mean, and what scores can make of it",
+        title=_pages_title(plan),
         ylim=(0, None),
     )
     if axes.lines:
-        axes.legend(title="prompt")
+        _put_legend_below(axes, title="prompt")
+
+
+def _pages_title(plan: Plan) -> str:
+    regions = [request.pages for request in plan.requests if request.pages is not None]
+    if not regions:
+        return "all prompts stay dense, nothing is evicted"
+    if all(pages.least == pages.most for pages in regions):
+        return "region of every KV head"
+    if all(pages.per_head is not None for pages in regions):
+        return "region: mean over KV heads, and the least and most of them"
+    return "region: mean, and what scores can give to one KV head"
+
+
+def _put_legend_below(axes: Any, **settings: Any) -> None:
+    # Inside the axes it would hide what is drawn.
+    axes.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize="small", **settings
+    )
 
 
 def _draw_memory(axes: Any, plan: Plan) -> None:
@@ -70,7 +89,7 @@ def _draw_memory(axes: Any, plan: Plan) -> None:
         axes.bar(places, [size / _MIB for size in sizes], width, label=label)
     axes.set_xticks(range(len(plan.requests)), [_tick(request) for request in plan.requests])
     axes.set(xlabel="prompt + output tokens", ylabel="MiB", title="KV memory of one request")
-    axes.legend()
+    _put_legend_below(axes)
 
 
 def _tick(request: RequestPlan) -> str:

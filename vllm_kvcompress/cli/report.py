@@ -11,6 +11,7 @@ from vllm_kvcompress.policies.recipes import BUDGETS
 
 if TYPE_CHECKING:
     from vllm_kvcompress.cli.plan import PagePlan, Plan, RequestPlan
+    from vllm_kvcompress.config import KVCompressConfig
 
 _WIDTH = 100
 _NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -31,12 +32,15 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / 2**10:.1f} KiB"
 
 
+def setting(config: KVCompressConfig) -> str:
+    """The method and how much it keeps."""
+    if config.ratio is not None:
+        return f"{config.method}, remove {config.ratio:.1%} of each prompt"
+    return f"{config.method}, keep {config.budget} tokens"
+
+
 def _head(plan: Plan) -> str:
     config, shape = plan.config, plan.shape
-    if config.ratio is not None:
-        asked = f"remove {config.ratio:.1%} of each prompt"
-    else:
-        asked = f"keep {config.budget} tokens"
     where = " on each rank" if plan.tensor_parallel_size > 1 else ""
     window = f"window {config.window} tokens"
     if config.recent_tokens < config.window:
@@ -44,7 +48,7 @@ def _head(plan: Plan) -> str:
     has_windows = shape.num_windowed_layers > 0
     layers = f"{shape.num_layers} layers" + (" with full attention" if has_windows else "")
     lines = [
-        f"setting  {config.method}, {asked}, {window}",
+        f"setting  {setting(config)}, {window}",
         f"model    {layers}, {shape.num_kv_heads} KV heads{where}, head size "
         f"{shape.head_size}, {shape.dtype}",
         f"block    {plan.block_size} tokens of all {'these ' if has_windows else ''}layers and "

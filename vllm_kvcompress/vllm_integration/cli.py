@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,8 @@ from vllm_kvcompress.config import (
     DEFAULT_METHOD,
     KVCompressConfig,
     KVCompressConfigError,
-    merge_settings,
+    join_settings,
+    nearest,
     parse_options_json,
 )
 from vllm_kvcompress.policies.recipes import RECIPES
@@ -23,6 +26,56 @@ def add_flags(parser: Any) -> Any:
     """Add our flags to a vLLM engine parser, once; returns the parser."""
     if any(group.title == "KVCompress" for group in parser._action_groups):
         return parser
+    group = parser.add_argument_group(
+        title="KVCompress",
+        description="Per-head paged KV-cache compression (vllm-kvcompress).",
+    )
+    argument = functools.partial(_argument, parser)
+    group.add_argument(
+        "--kv-compress",
+        dest="kv_compress_method",
+        metavar="METHOD",
+        nargs="?",
+        const=DEFAULT_METHOD,
+        default=None,
+        type=argument("--kv-compress", _method),
+        help="Compress each prompt's KV cache after prefill; without a name by "
+        f"{DEFAULT_METHOD}, the best of them in docs/quality.md. "
+        + " ".join(f"{r.name}: {r.summary} ({r.paper})." for r in RECIPES.values()),
+    )
+    # That these exclude each other is said with both values by KVCompressConfig.
+    group.add_argument(
+        "--kv-compress-budget",
+        metavar="TOKENS",
+        default=None,
+        type=argument("--kv-compress-budget", _checked(int, "budget")),
+        help="Tokens kept per KV head and layer on average, the window included "
+        f"(default {DEFAULT_BUDGET}). Without --kv-compress the method is {DEFAULT_METHOD}.",
+    )
+    group.add_argument(
+        "--kv-compress-ratio",
+        metavar="FRACTION",
+        default=None,
+        type=argument("--kv-compress-ratio", _checked(float, "ratio")),
+        help="Fraction of each prompt's tokens to remove, in [0, 1); instead of a budget.",
+    )
+    group.add_argument(
+        "--kv-compress-window",
+        metavar="TOKENS",
+        default=None,
+        type=argument("--kv-compress-window", _checked(int, "window")),
+        help="Last prompt tokens, whose queries score the others; always kept by most methods "
+        "(default: the method's own, see `vllm-kvcompress methods`).",
+    )
+    group.add_argument(
+        "--kv-compress-options",
+        metavar="JSON",
+        default=None,
+        type=argument("--kv-compress-options", parse_options_json),
+        help="Options of the method as a JSON object, e.g. "
+        '\'{"granularity": "token", "pool_kernel": 5}\'.',
+    )
+    return parser
     group = parser.add_argument_group(
         title="KVCompress",
         description="Per-head paged KV-cache compression (vllm-kvcompress).",
@@ -77,39 +130,53 @@ def add_flags(parser: Any) -> Any:
 def merge_flags(args: argparse.Namespace) -> None:
     """Write the flags into `args.additional_config["kv_compress"]`; idempotent.
 
+    Flags without a method mean the default one.
+
     Raises:
-        KVCompressConfigError: if a flag contradicts `--additional-config`, or flags are given
-            without a method.
+        KVCompressConfigError: if a flag contradicts `--additional-config`, or they make no
+            setting together.
     """
     flags = {key: getattr(args, f"kv_compress_{key}", None) for key in _FLAG_KEYS}
     flags = {key: value for key, value in flags.items() if value is not None}
     if not flags:
         return
     additional = dict(getattr(args, "additional_config", None) or {})
-    merged = merge_settings(additional.get("kv_compress") or {}, flags)
-    if "method" not in merged:
-        names = ", ".join(f"--kv-compress-{key}" for key in flags)
-        raise KVCompressConfigError(f"{names} needs --kv-compress METHOD")
+    merged = join_settings(additional.get("kv_compress"), flags)
     # Checked as a whole here, so that a bad setting is refused before a model is looked at.
-    KVCompressConfig.from_dict(merged)
-    additional["kv_compress"] = merged
+    config = KVCompressConfig.from_dict(merged)
+    additional["kv_compress"] = {**merged, "method": config.method}
     args.additional_config = additional
 
 
-def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A parser for argparse, which prints the error's text as one line after the flag."""
+def _argument(parser: Any, flag: str, parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A parser of a flag's value, which ends the program with one line if that cannot work.
+
+    argparse would print the usage before it, which vLLM's commands have up to 100 lines of.
+    """
 
     def parse_argument(text: str) -> Any:
         try:
             return parse(text)
         except KVCompressConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            parser.exit(2, f"{parser.prog}: error: argument {flag}: {error}\n")
 
     return parse_argument
 
 
 def _method(text: str) -> str:
-    return _argument(lambda name: KVCompressConfig(method=name).method)(text)
+    if text not in RECIPES and (os.sep in text or os.path.exists(text)):
+        raise KVCompressConfigError(
+            f"{text!r} looks like a model, not a KV-compression method; put MODEL before "
+            f"--kv-compress (methods: {', '.join(RECIPES)})"
+        )
+    try:
+        return KVCompressConfig(method=text).method
+    except KVCompressConfigError as error:
+        if nearest(text, RECIPES) is not None:
+            raise
+        raise KVCompressConfigError(
+            f"{error}; if it is the model, put MODEL before --kv-compress"
+        ) from None
 
 
 def _checked(kind: Callable[[str], Any], key: str) -> Callable[[str], Any]:
@@ -122,4 +189,4 @@ def _checked(kind: Callable[[str], Any], key: str) -> Callable[[str], Any]:
         KVCompressConfig(method=next(iter(RECIPES)), **{key: value})
         return value
 
-    return _argument(parse)
+    return parse

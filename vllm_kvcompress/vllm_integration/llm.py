@@ -7,12 +7,28 @@ from typing import Any
 
 import vllm
 
-from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError, merge_settings
+from vllm_kvcompress.config import (
+    KVCompressConfig,
+    KVCompressConfigError,
+    as_settings,
+    did_you_mean,
+    join_settings,
+    merge_settings,
+)
 from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager
 from vllm_kvcompress.vllm_integration.metrics import merge_rank_stats
 from vllm_kvcompress.vllm_integration.register import register
+from vllm_kvcompress.vllm_integration.validate import is_misspelt_setting
+
+_KEYWORDS = (
+    "kv_compress",
+    "kv_compress_budget",
+    "kv_compress_ratio",
+    "kv_compress_window",
+    "kv_compress_options",
+)
 
 
 class LLM(vllm.LLM):
@@ -20,7 +36,8 @@ class LLM(vllm.LLM):
 
     Args:
         model: as in `vllm.LLM`.
-        kv_compress: method name, see `vllm serve --help=KVCompress`; None = stock vLLM.
+        kv_compress: method name, see `vllm serve --help=KVCompress`, or True for the default
+            method, which a budget or a ratio alone means too; None or False = stock vLLM.
         kv_compress_budget: tokens kept per KV head and layer on average, window included.
         kv_compress_ratio: fraction of each prompt removed, in [0, 1); excludes the budget.
         kv_compress_window: last prompt tokens, whose queries score the rest; None = the
@@ -37,7 +54,7 @@ class LLM(vllm.LLM):
         self,
         model: str,
         *,
-        kv_compress: str | None = None,
+        kv_compress: str | bool | None = None,
         kv_compress_budget: int | None = None,
         kv_compress_ratio: float | None = None,
         kv_compress_window: int | None = None,
@@ -46,8 +63,13 @@ class LLM(vllm.LLM):
     ) -> None:
         check_vllm_version()
         register()
+        for name in kwargs:
+            if is_misspelt_setting(name):
+                raise KVCompressConfigError(
+                    f"unknown argument {name!r}{did_you_mean(name, _KEYWORDS)}; there are "
+                    f"{', '.join(_KEYWORDS)}"
+                )
         given = {
-            "method": kv_compress,
             "budget": kv_compress_budget,
             "ratio": kv_compress_ratio,
             "window": kv_compress_window,
@@ -55,10 +77,9 @@ class LLM(vllm.LLM):
         }
         given = {key: value for key, value in given.items() if value is not None}
         additional = dict(kwargs.pop("additional_config", None) or {})
-        settings = merge_settings(additional.get("kv_compress") or {}, given)
-        if settings:
-            KVCompressConfig.from_dict(settings)
-            additional["kv_compress"] = settings
+        settings = _settings(kv_compress, given, additional.get("kv_compress"))
+        if settings is not None:
+            additional["kv_compress"] = KVCompressConfig.from_dict(settings).to_dict()
         super().__init__(model=model, additional_config=additional, **kwargs)
 
     def kv_compress_reconfigure(self, **settings: Any) -> None:
@@ -77,6 +98,8 @@ class LLM(vllm.LLM):
             RuntimeError: if requests are still running.
         """
         self._require_compression()
+        if "method" not in settings:
+            raise KVCompressConfigError("kv_compress_reconfigure needs a method")
         config = KVCompressConfig.from_dict(settings)
         core = getattr(self.llm_engine.engine_core, "engine_core", None)
         if core is None:
@@ -118,5 +141,26 @@ class LLM(vllm.LLM):
         return merge_rank_stats(self.collective_rpc("kv_compress_stats"))
 
     def _require_compression(self) -> None:
-        if "kv_compress" not in self.llm_engine.vllm_config.additional_config:
+        if not self.llm_engine.vllm_config.additional_config.get("kv_compress"):
             raise KVCompressConfigError("this engine runs without KV compression")
+
+
+def _settings(switch: Any, given: dict[str, Any], configured: Any) -> dict[str, Any] | None:
+    """What `kv_compress`, the arguments beside it and additional_config say together.
+
+    Returns:
+        None if that is no compression. `kv_compress=False` is that, whatever stands beside it.
+
+    Raises:
+        KVCompressConfigError: if they contradict each other.
+    """
+    if switch is False:
+        if as_settings(configured) is not None:
+            raise KVCompressConfigError(
+                "kv_compress is False, but additional_config has a kv_compress; drop one of them"
+            )
+        return None
+    asked = as_settings(switch)
+    if asked is None and not given:
+        return as_settings(configured)
+    return join_settings(configured, merge_settings(asked or {}, given))

@@ -143,7 +143,7 @@ class CompressionStats:
             record["request_id"] = external_request_id(record["internal_id"])
         return {"totals": totals, "requests": requests}
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Log what is pending and stop the timer."""
         if self._timer is not None:
             self._timer.cancel()

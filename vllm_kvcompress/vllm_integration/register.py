@@ -8,15 +8,19 @@ what they do:
 * `create_engine_config`: the one place that every front end passes with all settings known,
   before any process starts. Needed to name our worker class and refuse what cannot work.
 
-Nothing else of vLLM is touched, and nothing happens until `kv_compress` is set.
+Nothing else of vLLM is touched, and nothing happens until `kv_compress` is set. Where vLLM runs as
+a command, an error of ours that nobody caught is printed as one line.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
+from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.vllm_integration.cli import add_flags, merge_flags
+from vllm_kvcompress.vllm_integration.compat import UnsupportedVLLMError
 from vllm_kvcompress.vllm_integration.validate import check_engine_config, prepare_engine_args
 
 
@@ -36,6 +40,8 @@ def register() -> None:
 
     @functools.wraps(from_cli_args)
     def from_cli_args_with_flags(cls: type[EngineArgs], args: Any) -> EngineArgs:
+        # Only commands come by here: who calls Python gets the traceback to their own line.
+        _print_errors_as_lines()
         merge_flags(args)
         return from_cli_args(cls, args)
 
@@ -51,3 +57,20 @@ def register() -> None:
     EngineArgs.from_cli_args = classmethod(from_cli_args_with_flags)
     EngineArgs.create_engine_config = create_checked_engine_config
     EngineArgs._kv_compress_registered = True
+
+
+def _print_errors_as_lines() -> None:
+    """Print our own uncaught errors without their traceback, of vLLM's code only; idempotent."""
+    if getattr(sys.excepthook, "_is_kv_compress", False):
+        return
+    print_other_errors = sys.excepthook
+
+    @functools.wraps(print_other_errors)
+    def print_error(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
+        if isinstance(error, KVCompressConfigError | UnsupportedVLLMError):
+            print(f"vllm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        else:
+            print_other_errors(kind, error, traceback)
+
+    print_error._is_kv_compress = True  # type: ignore[attr-defined]
+    sys.excepthook = print_error

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.config import (
+    KVCompressConfig,
+    KVCompressConfigError,
+    as_settings,
+    nearest,
+)
 from vllm_kvcompress.policies.budgets import check_table
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
@@ -22,6 +28,9 @@ _FEWEST_STEP_TOKENS = 3
 _COMPRESSED_KIND = "full_attention"
 # Which ops a CPU engine uses: 'torch', 'native' (compiled), or whichever there is.
 _CPU_OPS = "VLLM_KVCOMPRESS_OPS"
+# The end of a refusal of a model.
+_STOCK = "; serve it without KV compression"
+_PARTS = ("method", "budget", "ratio", "window", "options")
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -39,26 +48,53 @@ def prepare_engine_args(engine_args: Any) -> KVCompressConfig | None:
         KVCompressConfigError, UnsupportedVLLMError: if it cannot work.
     """
     additional = engine_args.additional_config or {}
-    raw = additional.get("kv_compress")
-    if raw is None:
+    # vLLM allows objects of other platforms here.
+    if not isinstance(additional, Mapping):
+        return None
+    _check_keys(additional)
+    settings = as_settings(additional.get("kv_compress"))
+    if settings is None:
         return None
     check_vllm_version()
-    config = KVCompressConfig.from_dict(raw)
+    config = KVCompressConfig.from_dict(settings)
     worker = _worker_of_platform()
     if engine_args.worker_cls not in ("auto", worker):
         raise KVCompressConfigError(
-            f"KV compression brings its own worker class and cannot use {engine_args.worker_cls!r}"
+            "KV compression brings its own worker class and cannot use "
+            f"{engine_args.worker_cls!r}; drop --worker-cls"
         )
     engine_args.worker_cls = worker
     if engine_args.block_size is None:
         engine_args.block_size = DEFAULT_BLOCK_SIZE[worker]
     elif engine_args.block_size % _BLOCK_UNIT:
         raise KVCompressConfigError(
-            f"--block-size must be a multiple of {_BLOCK_UNIT}, got {engine_args.block_size}"
+            f"--block-size must be a multiple of {_BLOCK_UNIT}, got {engine_args.block_size}; try "
+            f"{-(-engine_args.block_size // _BLOCK_UNIT) * _BLOCK_UNIT}"
         )
     config.check_block_size(engine_args.block_size)
     engine_args.additional_config = {**additional, "kv_compress": config.to_dict()}
     return config
+
+
+def is_misspelt_setting(key: Any) -> bool:
+    """Whether a key or keyword can only be meant for us, although it is not `kv_compress`."""
+    if not isinstance(key, str) or key == "kv_compress":
+        return False
+    plain = key.replace("-", "").replace("_", "").lower()
+    # A key "compress" may be another plugin's.
+    is_near = plain.startswith("k") and nearest(key, ("kv_compress",)) is not None
+    return is_near or plain.startswith("kvcompres")
+
+
+def _check_keys(additional: Mapping[str, Any]) -> None:
+    """Refuse keys that look like ours: with them the engine would run uncompressed."""
+    for key in additional:
+        if is_misspelt_setting(key):
+            part = nearest(key.lower().replace("-", "_").removeprefix("kv_compress_"), _PARTS)
+            wanted = f'{{"kv_compress": {{"{part}": ...}}}}' if part else "'kv_compress'"
+            raise KVCompressConfigError(
+                f"unknown key {key!r} in additional_config; did you mean {wanted}?"
+            )
 
 
 def _worker_of_platform() -> str:
@@ -99,45 +135,63 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
     )
     layer_types = getattr(text_config, "layer_types", None) or ()
     problems = (
-        (model.runner_type != "generate", f"pooling models (runner {model.runner_type!r})"),
-        (model.use_mla, "MLA models, whose cache has no KV heads"),
-        (model.is_encoder_decoder, "encoder-decoder models"),
-        (model.is_diffusion, "diffusion language models"),
-        (model.is_attention_free, "attention-free models"),
-        (model.is_hybrid, "hybrid state-space models"),
+        (model.runner_type != "generate", f"pooling models (runner {model.runner_type!r}){_STOCK}"),
+        (model.use_mla, f"MLA models, whose cache has no KV heads{_STOCK}"),
+        (model.is_encoder_decoder, f"encoder-decoder models{_STOCK}"),
+        (model.is_diffusion, f"diffusion language models{_STOCK}"),
+        (model.is_attention_free, f"attention-free models{_STOCK}"),
+        (model.is_hybrid, f"hybrid state-space models{_STOCK}"),
         (
             windows and "full_attention" not in layer_types,
-            "models with sliding-window layers only",
+            f"models with sliding-window layers only{_STOCK}",
         ),
         (
             windows and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
-            "sliding-window layers without vLLM's hybrid KV cache manager",
+            "sliding-window layers without vLLM's hybrid KV cache manager; drop "
+            "--disable-hybrid-kv-cache-manager",
         ),
-        (vllm_config.kv_transfer_config is not None, "a KV transfer connector"),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism"),
-        (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
-        (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
-        (vllm_config.speculative_config is not None, "speculative decoding"),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "a KV transfer connector; drop --kv-transfer-config",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism; use --tensor-parallel-size instead of --pipeline-parallel-size",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "decode context parallelism; drop --decode-context-parallel-size",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "prefill context parallelism; drop --prefill-context-parallel-size",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding; drop --speculative-config",
+        ),
         (
             # vLLM 0.33 has the other one only.
             parallel.distributed_executor_backend == "ray"
             and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True),
-            "vLLM's first Ray executor, which passes workers by (unset "
-            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND)",
+            "vLLM's first Ray executor, which passes workers by; unset "
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
         ),
         (
             model.is_mm_prefix_lm,
-            "attention in both directions among an image's tokens (for text alone: "
-            "--language-model-only)",
+            "attention in both directions among an image's tokens; for text alone, add "
+            "--language-model-only",
         ),
-        (model.rswa_window is not None, "R-SWA, windows beside whole prefixes"),
+        (model.rswa_window is not None, f"R-SWA, windows beside whole prefixes{_STOCK}"),
         (
             cache.cache_dtype not in _CACHE_DTYPES,
-            f"KV cache dtype {cache.cache_dtype!r} (use {', '.join(_CACHE_DTYPES)})",
+            f"KV cache dtype {cache.cache_dtype!r}; use --kv-cache-dtype "
+            f"{', '.join(_CACHE_DTYPES[:-1])} or {_CACHE_DTYPES[-1]}",
         ),
         (
             _step_tokens(vllm_config.scheduler_config) < _FEWEST_STEP_TOKENS,
-            f"steps of fewer than {_FEWEST_STEP_TOKENS} tokens of a prompt",
+            f"steps of fewer than {_FEWEST_STEP_TOKENS} tokens of a prompt; raise "
+            "--max-num-batched-tokens or --long-prefill-token-threshold",
         ),
     )
     is_cuda = parallel.worker_cls == CUDA_WORKER
@@ -177,7 +231,7 @@ def choose_cpu_ops() -> tuple[str, str | None]:
 def _cpu(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
     """What does not work on a CPU, as (whether it is there, what it is)."""
     choose_cpu_ops()
-    return ((vllm_config.use_v2_model_runner, "Model Runner V2 (unset VLLM_USE_V2_MODEL_RUNNER)"),)
+    return ((vllm_config.use_v2_model_runner, "Model Runner V2; unset VLLM_USE_V2_MODEL_RUNNER"),)
 
 
 def _cuda(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
@@ -190,10 +244,10 @@ def _cuda(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
         (
             chosen is not None and chosen.name not in ("CUSTOM", "FLASH_ATTN"),
             f"the attention backend {chosen.name if chosen else None} for full-attention layers "
-            "(it brings its own, on FlashAttention)",
+            "(it brings its own, on FlashAttention); drop --attention-backend",
         ),
-        (parallel.use_ubatching, "microbatches (--enable-dbo)"),
-        (envs.VLLM_BATCH_INVARIANT, "batch invariance (VLLM_BATCH_INVARIANT=1)"),
+        (parallel.use_ubatching, "microbatches; drop --enable-dbo"),
+        (envs.VLLM_BATCH_INVARIANT, "batch invariance; unset VLLM_BATCH_INVARIANT"),
     )
 
 
@@ -237,6 +291,6 @@ def _use_own_scheduler(scheduler_config: Any) -> None:
     if scheduler_config.scheduler_cls not in (None, path):
         raise KVCompressConfigError(
             "KV compression brings its own scheduler class and cannot use "
-            f"{scheduler_config.scheduler_cls!r}"
+            f"{scheduler_config.scheduler_cls!r}; drop --scheduler-cls"
         )
     scheduler_config.scheduler_cls = path

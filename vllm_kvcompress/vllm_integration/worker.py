@@ -230,6 +230,9 @@ class CompressionWorker:
         if self._engine is not None:
             self._engine.forget(scheduler_output.finished_req_ids)
             self._engine.forget(scheduler_output.preempted_req_ids or ())
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            # Nothing runs any more. A command that ends now kills this process within moments.
+            self._stats.flush()
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def kv_compress_stats(self) -> dict[str, Any]:
@@ -238,7 +241,7 @@ class CompressionWorker:
 
     def shutdown(self) -> None:
         """As the stock worker, after a last log line."""
-        self._stats.close()
+        self._stats.flush()
         # It has the KV cache, whose memory the stock worker gives back.
         self._engine = None
         super().shutdown()
