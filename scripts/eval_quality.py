@@ -18,6 +18,7 @@ import json
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from progress import Progress, duration, say
 from quality import official, tasks
 from quality.plan import PROSE_CONTEXT, PROSE_CONTINUATION, Prompt
 from quality.settings import MODES, parse_methods
@@ -145,6 +147,8 @@ def run_offline(arguments: argparse.Namespace, store: Store) -> None:
     from quality.run import Evaluation
 
     methods = parse_methods(arguments.methods)
+    start = time.monotonic()
+    say(f"starting the engine with {arguments.model}")
     engine = OfflineEngine(
         arguments.model,
         arguments.block_size,
@@ -153,6 +157,7 @@ def run_offline(arguments: argparse.Namespace, store: Store) -> None:
         arguments.dtype,
         max_num_seqs=arguments.max_num_seqs,
     )
+    say(f"the engine is there after {duration(time.monotonic() - start)}; making prompts")
     prompts = build_prompts(arguments, engine.tokenizer)
     passages = build_passages(arguments, engine.tokenizer)
     common = {
@@ -175,10 +180,12 @@ def record_heads(
     kept = json.loads(path.read_text()) if path.exists() else {}
     ratio = arguments.ratios[len(arguments.ratios) // 2]
     prompt = prompts[0].rendered
-    for method in methods:
-        if method.label not in kept:
-            engine.generate([list(prompt.token_ids)], [1], method.setting(ratio))
-            kept[method.label] = {"ratio": ratio, "kept": engine.kept_per_head()[-1]}
+    missing = [method for method in methods if method.label not in kept]
+    progress = Progress("what each head keeps of one prompt", len(missing), "methods")
+    for method in missing:
+        engine.generate([list(prompt.token_ids)], [1], method.setting(ratio))
+        kept[method.label] = {"ratio": ratio, "kept": engine.kept_per_head()[-1]}
+        progress.advance()
     path.write_text(json.dumps(kept) + "\n")
 
 
@@ -212,6 +219,7 @@ def add_kvpress(arguments: argparse.Namespace, store: Store) -> None:
 def report(arguments: argparse.Namespace, store: Store) -> None:
     from quality import plots
 
+    say(f"writing tables and plots to {arguments.out}")
     rows = summarise(store.rows)
     write_csv(arguments.out / "quality.csv", rows)
     write_json(arguments.out / "quality.json", rows, describe_run(arguments))

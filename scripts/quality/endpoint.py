@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from progress import Progress
+
 from quality.plan import Prompt
 from quality.scoring import score
 from quality.store import Store
@@ -77,7 +79,7 @@ def run_endpoint(
         }
 
     with ThreadPoolExecutor(CONCURRENCY) as pool:
-        for done, row in enumerate(pool.map(ask, missing), 1):
+        progress = Progress(label, len(missing), "prompts")
+        for row in pool.map(ask, missing):
             store.add([row])
-            print(f"\r{done}/{len(missing)} prompts", end="", flush=True)
-    print()
+            progress.advance()

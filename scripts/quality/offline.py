@@ -6,12 +6,14 @@ prompt that another method has seen (all of it if the method needs every query).
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 FULL = {"method": "snapkv", "ratio": 0.0}
 
@@ -47,6 +49,29 @@ class Likelihood:
     nll: float
     prompt_len: int
     kept_tokens: float
+
+
+class _Nowhere:
+    def write(self, text: str) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+class _Counter(tqdm):
+    """Stands for vLLM's bar: shows nothing, and tells how many requests have ended."""
+
+    def __init__(self, *args: Any, ended: Callable[[int], None], **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "file": _Nowhere()})
+        self._ended = ended
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """As tqdm's."""
+        # A bar around an iterable is of prompts that are read, not of requests that ended.
+        if self.iterable is None:
+            self._ended(int(n or 0))
+        return super().update(n)
 
 
 class OfflineEngine:
@@ -94,13 +119,20 @@ class OfflineEngine:
         self._references: dict[int, list[torch.Tensor]] = {}
 
     def generate(
-        self, prompts: Sequence[list[int]], max_new_tokens: Sequence[int], setting: dict[str, Any]
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: Sequence[int],
+        setting: dict[str, Any],
+        ended: Callable[[int], None] | None = None,
     ) -> list[Answer]:
-        """Greedy answers under a setting (as for `KVCompressConfig.from_dict`)."""
+        """Greedy answers under a setting (as for `KVCompressConfig.from_dict`).
+
+        `ended` is told how many more prompts are answered, while others are still going.
+        """
         from vllm import SamplingParams
 
         params = [SamplingParams(temperature=0, max_tokens=n) for n in max_new_tokens]
-        outputs, kept = self._run(prompts, params, setting)
+        outputs, kept = self._run(prompts, params, setting, ended)
         return [
             Answer(tuple(o.outputs[0].token_ids), o.outputs[0].text, len(o.prompt_token_ids), k)
             for o, k in zip(outputs, kept, strict=True)
@@ -110,8 +142,12 @@ class OfflineEngine:
         self,
         passages: Sequence[tuple[list[int], list[int]]],
         setting: dict[str, Any],
+        ended: Callable[[int], None] | None = None,
     ) -> list[Likelihood]:
-        """KL and NLL of the passages' continuations (context ids, continuation ids)."""
+        """KL and NLL of the passages' continuations (context ids, continuation ids).
+
+        `ended` is told how many more passages are done.
+        """
         key = hash(tuple(map(str, passages)))
         if key not in self._references:
             recorded = self._probe(passages, FULL, None)[0]
@@ -119,13 +155,19 @@ class OfflineEngine:
                 torch.stack([probe.recorded[step] for step in range(len(probe.continuation))])
                 for probe in recorded
             ]
-        probes, kept = self._probe(passages, setting, self._references[key])
+        probes, kept = self._probe(passages, setting, self._references[key], ended)
         return [
             Likelihood(_mean(p.kl), _mean(p.nll), len(context), k)
             for p, k, (context, _) in zip(probes, kept, passages, strict=True)
         ]
 
-    def _probe(self, passages: Any, setting: dict, references: Any) -> tuple[list, list[float]]:
+    def _probe(
+        self,
+        passages: Any,
+        setting: dict,
+        references: Any,
+        ended: Callable[[int], None] | None = None,
+    ) -> tuple[list, list[float]]:
         from vllm import SamplingParams
 
         from quality.likelihood import PROBE, PROBES, Probe
@@ -144,15 +186,22 @@ class OfflineEngine:
                     extra_args={PROBE: name},
                 )
             )
-        outputs, kept = self._run([context for context, _ in passages], params, setting)
+        outputs, kept = self._run([context for context, _ in passages], params, setting, ended)
         for output, (_, continuation) in zip(outputs, passages, strict=True):
             assert list(output.outputs[0].token_ids) == list(continuation)
         return list(PROBES.values()), kept
 
-    def _run(self, prompts: Any, params: Any, setting: dict) -> tuple[list, list[float]]:
+    def _run(
+        self,
+        prompts: Any,
+        params: Any,
+        setting: dict,
+        ended: Callable[[int], None] | None = None,
+    ) -> tuple[list, list[float]]:
         self._llm.kv_compress_reconfigure(**setting)
+        bar = False if ended is None else functools.partial(_Counter, ended=ended)
         outputs = self._llm.generate(
-            [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=False
+            [{"prompt_token_ids": list(ids)} for ids in prompts], params, use_tqdm=bar
         )
         records = self._llm.kv_compress_stats()["requests"][-len(outputs) :]
         by_id = {record["request_id"]: record for record in records}

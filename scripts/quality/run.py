@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -10,33 +9,10 @@ from typing import Any
 
 from quality.offline import FULL, OfflineEngine
 from quality.plan import FULL_METHOD, PROSE_TASK, Prompt
+from quality.progress import RunProgress
 from quality.scoring import score
 from quality.settings import Method
 from quality.store import Store
-
-
-class Progress:
-    """One line on stderr that says how far the run is.
-
-    Args:
-        total: settings to go through.
-    """
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._start = time.monotonic()
-
-    def step(self, label: str) -> None:
-        """One more setting is done."""
-        self._done += 1
-        elapsed = time.monotonic() - self._start
-        left = elapsed / self._done * (self._total - self._done)
-        print(
-            f"[{self._done}/{self._total}] {label} ({elapsed:.0f} s, about {left:.0f} s left)",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 class Evaluation:
@@ -67,19 +43,25 @@ class Evaluation:
 
     def run(self, methods: Iterable[Method], ratios: Sequence[float], modes: Sequence[str]) -> None:
         """The full cache, then every method at every ratio in every mode."""
-        methods = list(methods)
-        progress = Progress(1 + len(methods) * len(ratios) * len(modes))
+        settings = [
+            (method, ratio, mode) for method in methods for ratio in ratios for mode in modes
+        ]
+        counts = [self._num_missing(m.label, ratio, mode) for m, ratio, mode in settings]
+        num_full = sum(self._num_missing(FULL_METHOD, 0.0, mode) for mode in modes)
+        if "aware" not in modes:
+            num_full += self._num_passages(FULL_METHOD, 0.0)
+        self._progress = RunProgress(num_full, sum(counts), 1 + len(settings))
+        self._progress.start("full cache", num_full, is_full=True)
         for mode in modes:
             # The full cache gives the same in both modes, but its rows stand beside each.
             self._answers(FULL_METHOD, 0.0, mode, lambda suffix: FULL)
         self._likelihoods(FULL_METHOD, 0.0, FULL)
         self._remember_full_answers()
-        progress.step("full cache")
-        for method in methods:
-            for ratio in ratios:
-                for mode in modes:
-                    self._one(method, ratio, mode)
-                    progress.step(f"{method.label} at {ratio:.4g}, {mode}")
+        self._progress.finish()
+        for (method, ratio, mode), count in zip(settings, counts, strict=True):
+            self._progress.start(f"{method.label} at {ratio:.4g}, {mode}", count)
+            self._one(method, ratio, mode)
+            self._progress.finish()
 
     def _one(self, method: Method, ratio: float, mode: str) -> None:
         def setting(suffix: int) -> dict[str, Any]:
@@ -88,6 +70,17 @@ class Evaluation:
         self._answers(method.label, ratio, mode, setting)
         if mode == "aware":
             self._likelihoods(method.label, ratio, setting(0))
+
+    def _num_missing(self, label: str, ratio: float, mode: str) -> int:
+        """Prompts, and passages in mode 'aware', that a setting has no rows for."""
+        key = {**self.common, "method": label, "ratio": ratio, "mode": mode}
+        return len(self._missing(key)) + (mode == "aware") * self._num_passages(label, ratio)
+
+    def _num_passages(self, label: str, ratio: float) -> int:
+        """Passages to compute: all if one is missing, since they go through together."""
+        key = {**self.common, "method": label, "ratio": ratio, "mode": "aware", "task": PROSE_TASK}
+        names = [f"passage-{i}" for i in range(len(self.passages))]
+        return 0 if all(self.store.has(**key, sample_id=name) for name in names) else len(names)
 
     def _missing(self, key: dict[str, Any]) -> list[Prompt]:
         return [
@@ -113,6 +106,7 @@ class Evaluation:
                 [prompt.rendered.token_ids for prompt in batch],
                 [prompt.sample.max_new_tokens for prompt in batch],
                 setting(num_suffix),
+                self._progress.advance,
             )
             elapsed = time.monotonic() - start
             self.store.add(
@@ -146,9 +140,9 @@ class Evaluation:
     def _likelihoods(self, label: str, ratio: float, setting: dict[str, Any]) -> None:
         key = {**self.common, "method": label, "ratio": ratio, "mode": "aware", "task": PROSE_TASK}
         names = [f"passage-{i}" for i in range(len(self.passages))]
-        if all(self.store.has(**key, sample_id=name) for name in names):
+        if not self._num_passages(label, ratio):
             return
-        results = self.engine.likelihoods(self.passages, setting)
+        results = self.engine.likelihoods(self.passages, setting, self._progress.advance)
         self.store.add(
             {
                 **key,
