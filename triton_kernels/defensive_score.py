@@ -108,10 +108,13 @@ def _query_rows(
         NUM_SPLITS,
         NUM_M_TILES * TILE_M,
     )
-    # Pooling keeps this part of any key's weight at least. Where nearly all attention is on keys
-    # that are not rated, sums by the lse are differences of rounded numbers, and say anything.
-    least_kept = tl.minimum(POOL_KERNEL // 2 + 1, num_rated).to(tl.float32)
-    return place, row_mask, query, lse, tl.minimum(gain / POOL_KERNEL, 1 / least_kept)
+    gain /= POOL_KERNEL
+    if HAS_LSE:
+        # Pooling keeps this part of any key's weight at least. Where nearly all attention is on
+        # keys that are not rated, sums by the lse are differences of rounded numbers.
+        least_kept = tl.minimum(POOL_KERNEL // 2 + 1, num_rated).to(tl.float32)
+        gain = tl.minimum(gain, 1 / least_kept)
+    return place, row_mask, query, lse, gain
 
 
 @triton.jit

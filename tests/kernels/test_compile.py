@@ -102,7 +102,7 @@ def test_most_shared_memory_fits_a_small_gpu(tmp_path):
     )
     assert status == 0, output
     assert {row["kernel"] for row in content["kernels"]} == KERNELS
-    # The widest accumulators: 16 heads of size 256 times 8 tokens, and a root of 256 x 256.
+    # The widest tiles: 16 heads of size 256 times 8 tokens or a window, and a root of 256 x 256.
     spilling = {row["kernel"] for row in content["kernels"] if row["stack_bytes"]}
-    assert spilling <= {"ragged_decode_kernel", "value_effect_kernel"}
+    assert spilling <= {"ragged_decode_kernel", "value_effect_kernel", "defensive_scores_kernel"}
     assert ", 0 have narrow loads" in output
