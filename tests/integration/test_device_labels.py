@@ -155,6 +155,7 @@ def test_copies_that_do_not_block_make_nobody_wait():
         x[1:] = x[:-1] * 2 + x.new_ones(3)
         x[1:3] = 5.0
         x.copy_(torch.ones(4), non_blocking=True)
+    assert x.cpu().tolist() == [1.0] * 4
 
 
 @triton.jit
