@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from device_labels import labelled_device
+from device_labels import device_under_test, skip_without_gpu
 from paged_pool import DEVICE
 from plain_flash_attention import chosen_attention, describe_attention
 
@@ -15,10 +14,7 @@ from plain_flash_attention import chosen_attention, describe_attention
 @pytest.fixture
 def labels() -> Iterator[None]:
     """Without a GPU, ops that mix the device with the host raise."""
-    if DEVICE.type == "cuda":
-        yield
-        return
-    with labelled_device():
+    with device_under_test(DEVICE):
         yield
 
 
@@ -38,9 +34,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     own = sorted((items[i] for i in places), key=_takes_tokens)
     for i, item in zip(places, own, strict=True):
         items[i] = item
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+    skip_without_gpu(items)

@@ -11,7 +11,7 @@ import csrc_on_host
 import pytest
 import torch
 from compiled_ops import INSTRUCTION_SETS, need_compiled_ops, using
-from device_labels import labelled_device
+from device_labels import device_under_test, skip_without_gpu
 from gpu import native
 from paged_pool import DEVICE
 
@@ -28,10 +28,7 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def labels() -> Iterator[None]:
     """Without a GPU, ops and kernels that mix the device with the host raise."""
-    if DEVICE.type == "cuda":
-        yield
-        return
-    with labelled_device():
+    with device_under_test(DEVICE):
         yield
 
 
@@ -77,9 +74,4 @@ def target(request) -> tuple[ModuleType, torch.device]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+    skip_without_gpu(items)

@@ -321,3 +321,23 @@ def no_waiting(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _LABELS.may_wait = before
+
+
+@contextmanager
+def device_under_test(device: torch.device) -> Iterator[None]:
+    """Inside, ops and kernels that mix the device with the host raise: on a GPU by themselves."""
+    if device.type == "cuda":
+        yield
+        return
+    with labelled_device():
+        yield
+
+
+def skip_without_gpu(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu`, where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
