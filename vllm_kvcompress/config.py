@@ -70,8 +70,12 @@ class KVCompressConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """The scorer, layer schedule and head allocation that `method` names."""
-        return RECIPES[self.method]
+        """The scorer, layer schedule and head allocation that `method` names.
+
+        With the paper's defaults if the option `published` is set.
+        """
+        recipe = RECIPES[self.method]
+        return recipe.as_published() if dict(self.options).get("published") is True else recipe
 
     @property
     def granularity(self) -> str:

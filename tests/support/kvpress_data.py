@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
 from vllm_kvcompress.policies.selection import select
@@ -39,11 +38,6 @@ def runs_of(*presses):
     ]
     assert len(found) >= 8
     return pytest.mark.parametrize(("case", "run"), found)
-
-
-def token_config(method, **options):
-    options = {"granularity": "token", **options}
-    return KVCompressConfig(method, budget=999, options=tuple(options.items()))
 
 
 def score_inputs(arrays, window, num_tail_tokens, budget_tokens, observed=None):

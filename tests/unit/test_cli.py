@@ -153,7 +153,7 @@ def test_settings_without_a_method_mean_the_default_one(capsys, model):
     [
         ((), "plan needs --kv-compress or --kv-compress-budget or --kv-compress-ratio"),
         (
-            ("--kv-compress", "snapkv", "--kv-compress-budget", "40"),
+            ("--kv-compress", "tova", "--kv-compress-budget", "40"),
             "budget 40 is smaller than the tokens always kept plus one page (32 + 16 = 48 tokens)",
         ),
         (
@@ -204,8 +204,11 @@ def test_help_names_the_defaults(capsys):
 # plan: text and picture
 
 
+PUBLISHED_PAGES = ("--kv-compress-options", '{"published": true, "granularity": "page"}')
+
+
 def test_text(capsys, model):
-    flags = (*SETTING, "--pool", str(94 * BLOCK_BYTES))
+    flags = (*SETTING, *PUBLISHED_PAGES, "--pool", str(94 * BLOCK_BYTES))
     assert main(["plan", model, "--kv-compress", "pyramidkv", *flags]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "setting  pyramidkv, keep 128 tokens, window 32 tokens",
@@ -231,15 +234,18 @@ def test_text(capsys, model):
 @pytest.mark.parametrize(
     ("method", "flags", "line"),
     [
-        ("snapkv", (), "pages of every KV head: 5 in every layer"),
+        ("snapkv", PUBLISHED_PAGES, "pages of every KV head: 5 in every layer"),
+        # The window takes fewer tokens by default, so that a page more is left.
+        ("snapkv", (), "pages of every KV head: 6 in every layer"),
+        ("pyramidkv", (), "pages of every KV head: 9, 7, 5, 3"),
         (
             "ada-snapkv",
-            (),
+            PUBLISHED_PAGES,
             "pages shared by the heads of a layer: 10 in every layer; one head gets 1 to 9 pages",
         ),
         (
             "ada-pyramidkv",
-            (),
+            PUBLISHED_PAGES,
             "pages shared by the heads of a layer: 20, 12, 6, 2; one head gets 1 to 18 pages",
         ),
         (
@@ -250,7 +256,7 @@ def test_text(capsys, model):
         (
             "snapkv",
             ("--kv-compress-options", '{"budgets": "static", "table": [[3,1],[1,1],[1,1],[1,1]]}'),
-            "pages per KV head on average: 8, 4 x 3; one head gets 4 to 12 pages",
+            "pages per KV head on average: 9.5, 5 x 2, 4.5; one head gets 4 to 14 pages",
         ),
         ("snapkv", ("--kv-compress-budget", "500"), "prompt of 500 tokens: stays dense, nothing"),
         (

@@ -35,9 +35,9 @@ def refusal(call, *args, **kwargs):
 
 def test_defaults():
     config = KVCompressConfig("snapkv")
-    assert (config.budget, config.ratio, config.window) == (DEFAULT_BUDGET, None, 32)
-    assert config.granularity == config.option("granularity") == "page"
-    assert config.option("pool_kernel") == 7
+    assert (config.budget, config.ratio, config.window) == (DEFAULT_BUDGET, None, 16)
+    assert config.granularity == config.option("granularity") == "token"
+    assert config.option("pool_kernel") == 11
     assert config.recipe is RECIPES["snapkv"]
     with pytest.raises(KeyError):
         config.option("alpha")
@@ -111,7 +111,9 @@ def test_window_is_the_methods_own_unless_given():
     assert KVCompressConfig("span").window == RECIPES["span"].window == 16
     assert KVCompressConfig.from_dict({"method": "span", "window": None}).window == 16
     assert KVCompressConfig("span", window=32).window == 32
-    assert KVCompressConfig("pyramidkv").window == 32
+    assert KVCompressConfig("pyramidkv").window == 16
+    assert KVCompressConfig("pyramidkv", options=(("published", True),)).window == 32
+    assert KVCompressConfig("tova").window == 32
 
 
 def test_recent_tokens_are_the_window_unless_the_scorer_rates_the_window():
@@ -289,8 +291,8 @@ def test_spelt_out_defaults_and_order_make_no_difference():
     long = KVCompressConfig(
         "ada-pyramidkv",
         budget=DEFAULT_BUDGET,
-        window=32,
-        options=(("alpha", 0.5), ("beta", 3), ("granularity", "page")),
+        window=16,
+        options=(("alpha", 0.5), ("beta", 3), ("granularity", "token"), ("published", False)),
     )
     assert short == long
     assert hash(short) == hash(long)

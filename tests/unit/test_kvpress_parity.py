@@ -25,8 +25,8 @@ from kvpress_data import (
     runs_of,
     score,
     theirs,
-    token_config,
 )
+from paper_forms import token_config
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies import make_scorer

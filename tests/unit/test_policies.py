@@ -172,6 +172,8 @@ def test_parts_of_a_recipe_take_options_of_different_names():
             ]
             if SCORERS[recipe.scorer].scores_window:
                 names.append("recent_tokens")
+            if recipe.published is not None:
+                names.append("published")
             assert len(names) == len(set(names))
             assert set(names) == set(option_specs(recipe, budgets))
 
@@ -179,21 +181,71 @@ def test_parts_of_a_recipe_take_options_of_different_names():
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        ("kvc", {"score_power": 2, "window_reduce": "sum", "group_reduce": "sum"}),
-        ("span", {"span_kernel": 11, "near_tokens": 8, "page_reduce": "mean", "floor": 0.05}),
+        ("kvc", {"score_power": 2, "window_reduce": "max", "group_reduce": "max"}),
+        ("span", {"span_kernel": 11, "near_tokens": 8, "granularity": "token", "floor": 0.05}),
         ("defensivekv", {"mass_first": 0.0, "value_norm": True, "alpha": 0.2}),
-        ("snapkv", {"score_power": 1, "window_reduce": "mean", "group_reduce": "mean"}),
-        ("ada-pyramidkv", {"alpha": 0.2, "beta": 20.0, "pool_kernel": 7, "pool_kind": "max"}),
-        ("criticalkv", {"epsilon": 1e-4, "first_stage": 0.5}),
+        ("snapkv", {"pool_kernel": 11, "window_reduce": "max", "granularity": "token"}),
+        ("ada-pyramidkv", {"alpha": 0.2, "beta": 2.0, "pool_kernel": 11, "pool_kind": "max"}),
+        ("criticalkv", {"epsilon": 1e-4, "first_stage": 0.5, "group_reduce": "max"}),
         ("expected-attention", {"num_future": 512, "num_sinks": 4, "covariance": True}),
         ("h2o", {"recent": 0.5, "normalize": False}),
         ("chunkkv", {"chunk_length": 10, "reuse_layers": 2}),
         ("keydiff", {"granularity": "token"}),
     ],
 )
-def test_published_defaults(method, expected):
+def test_defaults(method, expected):
     config = KVCompressConfig(method)
     assert {name: config.option(name) for name in expected} == expected
+
+
+_SNAPKV = {
+    "pool_kernel": 7,
+    "pool_kind": "max",
+    "window_reduce": "mean",
+    "group_reduce": "mean",
+    "score_power": 1,
+    "granularity": "token",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("snapkv", _SNAPKV),
+        ("pyramidkv", {**_SNAPKV, "beta": 20.0}),
+        ("ada-snapkv", {**_SNAPKV, "alpha": 0.2}),
+        ("ada-pyramidkv", {**_SNAPKV, "alpha": 0.2, "beta": 20.0}),
+        ("criticalkv", {**_SNAPKV, "epsilon": 1e-4, "first_stage": 0.5}),
+        ("ada-criticalkv", {**_SNAPKV, "epsilon": 1e-4, "first_stage": 0.5, "alpha": 0.2}),
+        (
+            "kvc",
+            {**_SNAPKV, "score_power": 2, "window_reduce": "sum", "group_reduce": "sum"},
+        ),
+    ],
+)
+def test_published_forms(method, expected):
+    """One option gives the paper's form; what is given beside it still counts."""
+    config = KVCompressConfig(method, options=(("published", True),))
+    assert {name: config.option(name) for name in expected} == expected
+    assert config.window == 32
+    assert KVCompressConfig.from_dict(config.to_dict()) == config
+    assert config != KVCompressConfig(method)
+    mixed = KVCompressConfig(method, window=8, options=(("published", True), ("pool_kernel", 3)))
+    assert (mixed.window, mixed.option("pool_kernel")) == (8, 3)
+    assert make_scorer(mixed).window_reduce == expected["window_reduce"]
+
+
+def test_every_published_form_differs_and_has_known_options():
+    forms = {name: recipe for name, recipe in RECIPES.items() if recipe.published is not None}
+    for recipe in forms.values():
+        published = recipe.as_published()
+        assert set(published.defaults) <= set(option_specs(recipe))
+        assert (published.scorer, published.budgets) == (recipe.scorer, recipe.budgets)
+        assert (published.defaults, published.window) != (recipe.defaults, recipe.window)
+    for name in RECIPES.keys() - forms.keys():
+        assert RECIPES[name].as_published() is RECIPES[name]
+        with pytest.raises(KVCompressConfigError, match="unknown option 'published'"):
+            KVCompressConfig(name, options=(("published", True),))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from layer_inputs import observe, random_inputs
+from paper_forms import token_config
 
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies import make_scorer
@@ -22,11 +23,6 @@ SHAPES = {
     "window_of_one": {"num_heads": 2, "group": 4, "num_tokens": 37, "window": 1},
 }
 by_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-def token_config(method, **options):
-    options = {"granularity": "token", **options}
-    return KVCompressConfig(method, budget=999, options=tuple(options.items()))
 
 
 def kept_tokens(scores, config, mean_tokens):
@@ -232,7 +228,7 @@ def test_defensivekv_selects_as_the_authors_do(method):
 def test_kv_compress_metric(shape):
     """Squared, summed over the window, max-pooled over 7 per query head, summed over those."""
     inputs, _ = random_inputs(seed=5, **shape)
-    scores = make_scorer(KVCompressConfig("kvc")).score(inputs).first
+    scores = make_scorer(token_config("kvc")).score(inputs).first
     for h, head in enumerate(window_rows(inputs)):
         expected = torch.zeros(scores.shape[1], dtype=torch.float64)
         for query_head in head:

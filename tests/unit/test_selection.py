@@ -20,6 +20,8 @@ TABLES = {
 
 
 def config_of(method="snapkv", **options):
+    """Whole pages, unless the options say otherwise."""
+    options = {"granularity": "page", **options}
     return KVCompressConfig(method, budget=999, options=tuple(options.items()))
 
 

@@ -129,9 +129,10 @@ class Geometry:
             return dense
         first_kept_block = (compact_len - self.config.recent_tokens) // self.block_size
         tail_tokens = compact_len - first_kept_block * self.block_size
-        # Rounded down, so a request never holds more than asked, except that every head
-        # keeps at least one page.
-        num_region_blocks = max(1, (kept_tokens - tail_tokens) // self.block_size)
+        # A budget is never exceeded, except that every head keeps at least one page. A ratio is
+        # met on average over prompts: rounded down, it would evict half a page more than asked.
+        rounding = 0 if self.config.ratio is None else self.block_size // 2
+        num_region_blocks = max(1, (kept_tokens - tail_tokens + rounding) // self.block_size)
         if num_region_blocks >= first_kept_block:
             return dense
         return RequestGeometry(

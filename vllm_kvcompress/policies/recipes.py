@@ -102,6 +102,19 @@ class BudgetInfo:
 
 
 @dataclass(frozen=True)
+class Form:
+    """Defaults of a recipe.
+
+    Attributes:
+        defaults: option defaults that differ from those of the recipe's parts.
+        window: default of the setting `window`, tokens.
+    """
+
+    defaults: Mapping[str, Any]
+    window: int = 32
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A method the user can name.
 
@@ -113,6 +126,8 @@ class Recipe:
         paper: where the method comes from.
         defaults: option defaults of this recipe that differ from its parts' own.
         window: default of the setting `window`, tokens.
+        published: defaults as the paper has them, which the option 'published' asks for; None
+            where they are the recipe's own.
     """
 
     name: str
@@ -122,6 +137,14 @@ class Recipe:
     paper: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     window: int = 32
+    published: Form | None = None
+
+    def as_published(self) -> Recipe:
+        """The same method with its paper's defaults; itself where they are its own."""
+        if self.published is None:
+            return self
+        defaults = {**self.published.defaults, "published": True}
+        return replace(self, defaults=defaults, window=self.published.window)
 
 
 def _flag(default: bool, help: str) -> OptionSpec:
@@ -295,6 +318,16 @@ _COMMON = {
     ),
 }
 
+# Found better than what the papers have, on two models (docs/quality.md): whoever in the window
+# looks at a token counts, facts are widened as a whole, and single tokens fill the pages.
+_WORST_CASE = {
+    "window_reduce": "max",
+    "group_reduce": "max",
+    "pool_kernel": 11,
+    "granularity": "token",
+}
+_AS_SNAPKV = Form({"granularity": "token"})
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -304,6 +337,9 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "attention of the last queries, same budget everywhere",
             "SnapKV, arXiv 2404.14469",
+            _WORST_CASE,
+            window=16,
+            published=_AS_SNAPKV,
         ),
         Recipe(
             "pyramidkv",
@@ -311,6 +347,9 @@ RECIPES: dict[str, Recipe] = {
             "pyramid",
             "SnapKV scores, more budget for low layers",
             "PyramidKV, arXiv 2406.02069",
+            {**_WORST_CASE, "beta": 2.0},
+            window=16,
+            published=_AS_SNAPKV,
         ),
         Recipe(
             "ada-snapkv",
@@ -318,6 +357,9 @@ RECIPES: dict[str, Recipe] = {
             "ada",
             "SnapKV scores, heads of a layer compete for its budget",
             "Ada-KV, arXiv 2407.11550",
+            _WORST_CASE,
+            window=16,
+            published=_AS_SNAPKV,
         ),
         Recipe(
             "ada-pyramidkv",
@@ -325,6 +367,9 @@ RECIPES: dict[str, Recipe] = {
             "ada-pyramid",
             "PyramidKV schedule, heads of a layer compete",
             "Ada-KV, arXiv 2407.11550",
+            {**_WORST_CASE, "beta": 2.0},
+            window=16,
+            published=_AS_SNAPKV,
         ),
         Recipe(
             "kvc",
@@ -332,7 +377,16 @@ RECIPES: dict[str, Recipe] = {
             "joint",
             "squared attention, all layers and heads compete",
             "KV-Compress, arXiv 2410.00161",
-            {"score_power": 2, "window_reduce": "sum", "group_reduce": "sum"},
+            {**_WORST_CASE, "score_power": 2},
+            window=16,
+            published=Form(
+                {
+                    "score_power": 2,
+                    "window_reduce": "sum",
+                    "group_reduce": "sum",
+                    "granularity": "token",
+                }
+            ),
         ),
         Recipe(
             "defensivekv",
@@ -354,7 +408,7 @@ RECIPES: dict[str, Recipe] = {
             "joint",
             "DefensiveKV scores widened to whole facts, all layers and heads compete",
             "ours, docs/quality.md",
-            {"page_reduce": "mean"},
+            {"granularity": "token", "page_reduce": "mean"},
             window=16,
         ),
         Recipe(
@@ -370,6 +424,9 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "half by attention, half by attention times projected value norm",
             "CriticalKV, arXiv 2502.03805",
+            _WORST_CASE,
+            window=16,
+            published=_AS_SNAPKV,
         ),
         Recipe(
             "ada-criticalkv",
@@ -377,6 +434,9 @@ RECIPES: dict[str, Recipe] = {
             "ada",
             "CriticalKV scores, heads of a layer compete",
             "CriticalKV, arXiv 2502.03805",
+            _WORST_CASE,
+            window=16,
+            published=_AS_SNAPKV,
         ),
         Recipe(
             "expected-attention",
@@ -447,6 +507,10 @@ def option_specs(recipe: Recipe, budgets: str | None = None) -> dict[str, Option
         **SCORERS[recipe.scorer].options,
         **BUDGETS[chosen].options,
     }
+    if recipe.published is not None:
+        specs["published"] = _flag(
+            False, "take the paper's window, scores, budgets and single tokens"
+        )
     if SCORERS[recipe.scorer].scores_window:
         specs["recent_tokens"] = OptionSpec(
             8, int, "latest tokens that are always kept, at most the window", minimum=1

@@ -1,0 +1,13 @@
+"""Settings of methods as their papers have them."""
+
+from __future__ import annotations
+
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.policies.recipes import RECIPES
+
+
+def token_config(method, **options):
+    """A method in its published form, keeping single tokens; options override either."""
+    form = {} if RECIPES[method].published is None else {"published": True}
+    options = {**form, "granularity": "token", **options}
+    return KVCompressConfig(method, budget=999, options=tuple(options.items()))
