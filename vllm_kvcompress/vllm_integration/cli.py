@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,22 @@ from vllm_kvcompress.config import (
     DEFAULT_METHOD,
     KVCompressConfig,
     KVCompressConfigError,
+    did_you_mean,
     join_settings,
     nearest,
     parse_options_json,
 )
 from vllm_kvcompress.policies.recipes import RECIPES
+from vllm_kvcompress.vllm_integration.validate import is_misspelt_setting
 
 _FLAG_KEYS = ("method", "budget", "ratio", "window", "options")
+_FLAGS = (
+    "--kv-compress",
+    "--kv-compress-budget",
+    "--kv-compress-ratio",
+    "--kv-compress-window",
+    "--kv-compress-options",
+)
 
 
 def add_flags(parser: Any) -> Any:
@@ -75,55 +85,7 @@ def add_flags(parser: Any) -> Any:
         help="Options of the method as a JSON object, e.g. "
         '\'{"granularity": "token", "pool_kernel": 5}\'.',
     )
-    return parser
-    group = parser.add_argument_group(
-        title="KVCompress",
-        description="Per-head paged KV-cache compression (vllm-kvcompress).",
-    )
-    group.add_argument(
-        "--kv-compress",
-        dest="kv_compress_method",
-        metavar="METHOD",
-        nargs="?",
-        const=DEFAULT_METHOD,
-        default=None,
-        type=_method,
-        help="Compress each prompt's KV cache after prefill; without a name by "
-        f"{DEFAULT_METHOD}, the best of them in docs/quality.md. "
-        + " ".join(f"{r.name}: {r.summary} ({r.paper})." for r in RECIPES.values()),
-    )
-    size = group.add_mutually_exclusive_group()
-    size.add_argument(
-        "--kv-compress-budget",
-        metavar="TOKENS",
-        default=None,
-        type=_checked(int, "budget"),
-        help="Tokens kept per KV head and layer on average, the window included "
-        f"(default {DEFAULT_BUDGET}).",
-    )
-    size.add_argument(
-        "--kv-compress-ratio",
-        metavar="FRACTION",
-        default=None,
-        type=_checked(float, "ratio"),
-        help="Fraction of each prompt's tokens to remove, in [0, 1).",
-    )
-    group.add_argument(
-        "--kv-compress-window",
-        metavar="TOKENS",
-        default=None,
-        type=_checked(int, "window"),
-        help="Last prompt tokens, whose queries score the others; always kept by most methods "
-        "(default: the method's own, see `vllm-kvcompress methods`).",
-    )
-    group.add_argument(
-        "--kv-compress-options",
-        metavar="JSON",
-        default=None,
-        type=_argument(parse_options_json),
-        help="Options of the method as a JSON object, e.g. "
-        '\'{"granularity": "token", "pool_kernel": 5}\'.',
-    )
+    _suggest_flags(parser)
     return parser
 
 
@@ -156,11 +118,60 @@ def _argument(parser: Any, flag: str, parse: Callable[[str], Any]) -> Callable[[
 
     def parse_argument(text: str) -> Any:
         try:
+            _check_given_once(flag)
             return parse(text)
         except KVCompressConfigError as error:
             parser.exit(2, f"{parser.prog}: error: argument {flag}: {error}\n")
 
     return parse_argument
+
+
+def _check_given_once(flag: str) -> None:
+    """Refuse a command line that gives a flag two values, of which argparse would take the last.
+
+    The command line itself is looked at, because vLLM puts what a --config file says in front of
+    the arguments, where a flag of the command line may well overrule it.
+    """
+    arguments = sys.argv[1:]
+    values = []
+    for i, argument in enumerate(arguments):
+        name, is_joined, value = argument.partition("=")
+        if _flag_of(name) != flag:
+            continue
+        if not is_joined:
+            following = arguments[i + 1 : i + 2]
+            value = following[0] if following and not following[0].startswith("-") else ""
+        values.append(value or DEFAULT_METHOD)
+    if len(set(values)) > 1:
+        raise KVCompressConfigError(f"given twice: {' and '.join(map(repr, values))}; give one")
+
+
+def _flag_of(name: str) -> str | None:
+    """Our flag that an argument is; like argparse, takes a beginning that only one has."""
+    name = name.replace("_", "-")
+    if name in _FLAGS:
+        return name
+    meant = [flag for flag in _FLAGS if name.startswith("--kv-") and flag.startswith(name)]
+    return meant[0] if len(meant) == 1 else None
+
+
+def _suggest_flags(parser: Any) -> None:
+    """Have a parser end the program with one line at an unknown flag that resembles ours.
+
+    vLLM's top-level parser refuses it without a hint, and is out of reach. What it refuses are the
+    leftovers of this one.
+    """
+    parse_known_args = parser.parse_known_args
+
+    def parse_known_flags(*args: Any, **kwargs: Any) -> Any:
+        namespace, others = parse_known_args(*args, **kwargs)
+        for name in (other.partition("=")[0] for other in others):
+            if name.startswith("--") and is_misspelt_setting(name):
+                hint = did_you_mean(name, _FLAGS) or f"; there are {', '.join(_FLAGS)}"
+                parser.exit(2, f"{parser.prog}: error: unrecognized argument {name}{hint}\n")
+        return namespace, others
+
+    parser.parse_known_args = parse_known_flags
 
 
 def _method(text: str) -> str:
