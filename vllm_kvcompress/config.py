@@ -15,6 +15,10 @@ from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe, option_sp
 
 DEFAULT_METHOD = "span"
 DEFAULT_BUDGET = 2048
+# Whole pages per head below which answers are lost: docs/quality.md, ablations.
+_FEW_PAGES = 4
+# A ratio is looked at for prompts of at least so many tokens; shorter ones are hardly worth it.
+_LONG_PROMPT = 1024
 _CONFIG_KEYS = ("method", "budget", "ratio", "window", "options")
 
 
@@ -104,6 +108,28 @@ class KVCompressConfig:
                 f"one page ({self.recent_tokens} + {block_size} = {smallest} tokens); give "
                 f"{smallest} or more"
             )
+
+    def few_pages_advice(self, block_size: int) -> str | None:
+        """What to set where heads keep so few whole pages that answers are lost; None if not.
+
+        Args:
+            block_size: tokens per vLLM block (= per page).
+        """
+        if self.granularity == "token" or self.ratio == 0:
+            return None
+        kept = self.budget
+        if self.ratio is not None:
+            kept = round((1 - self.ratio) * _LONG_PROMPT)
+        assert kept is not None
+        if kept - self.recent_tokens >= _FEW_PAGES * block_size:
+            return None
+        of = "" if self.ratio is None else f" of {_LONG_PROMPT} tokens"
+        smaller = ", --block-size 16 makes pages smaller" if block_size > 16 else ""
+        return (
+            f"of a prompt{of} each head keeps {kept} tokens, fewer than {_FEW_PAGES} whole pages "
+            f"of {block_size} beside the window, and so few pages lose facts; option granularity "
+            f"'token' keeps single tokens{smaller}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plain mapping that `from_dict` reads back to an equal object."""

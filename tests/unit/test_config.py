@@ -410,3 +410,32 @@ def test_the_blocker_above_blocks(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode != 0
     assert "blocked: torch" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "block_size", "words"),
+    [
+        ({"method": "tova", "ratio": 0.9375}, 32, ("of 1024 tokens each head keeps 64", "'token'")),
+        ({"method": "tova", "ratio": 0.9375}, 16, ("pages of 16",)),
+        ({"method": "chunkkv", "budget": 128}, 32, ("of a prompt each head keeps 128",)),
+    ],
+)
+def test_few_whole_pages_are_advised_against(setting, block_size, words):
+    advice = KVCompressConfig.from_dict(setting).few_pages_advice(block_size)
+    assert all(word in advice for word in words)
+    assert ("--block-size 16" in advice) == (block_size > 16)
+    by_token = KVCompressConfig.from_dict({**setting, "granularity": "token"})
+    assert by_token.few_pages_advice(block_size) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "block_size"),
+    [
+        ({"method": "tova", "ratio": 0.75}, 32),
+        ({"method": "tova", "ratio": 0.0}, 128),
+        ({"method": "chunkkv", "budget": 160}, 32),
+        ({"method": "tova"}, 128),
+    ],
+)
+def test_enough_pages_need_no_advice(setting, block_size):
+    assert KVCompressConfig.from_dict(setting).few_pages_advice(block_size) is None

@@ -193,6 +193,9 @@ class CompressionWorker:
                 shape.num_kv_heads,
                 self._engine.ops_name,
             )
+            advice = self._config.few_pages_advice(shape.block_size)
+            if advice is not None:
+                logger.warning("kv-compress: %s", advice)
 
     def _layer_parameters(self, needs: frozenset[str]) -> list[LayerParameters]:
         context = self.vllm_config.compilation_config.static_forward_context
