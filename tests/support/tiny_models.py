@@ -97,3 +97,54 @@ def tiny_gpt_oss(folder: Path, tokenizer: str, sliding_window: int | None, **cha
         "num_experts_per_tok": 2,
     }
     return make_model(folder, tokenizer, GptOssConfig(**{**_COMMON, **settings, **changes}))
+
+
+def tiny_gemma4(
+    folder: Path, tokenizer: str, layer_types: list[str], head_size: int = 128, **changes: Any
+) -> str:
+    """As `tiny_gemma3`, but heads of the full-attention layers have a size of their own.
+
+    Args:
+        folder, tokenizer: as in `make_model`.
+        layer_types: the last has full attention.
+        head_size: of the layers with full attention; others have 64.
+        changes: of the config; `num_kv_shared_layers` makes the last layers share.
+    """
+    from transformers import Gemma4TextConfig
+
+    settings = {
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        "sliding_window": 128,
+        "global_head_dim": head_size,
+        "vocab_size_per_layer_input": 49152,
+        "hidden_size_per_layer_input": 16,
+    }
+    return make_model(folder, tokenizer, Gemma4TextConfig(**{**_COMMON, **settings, **changes}))
+
+
+def tiny_gemma3n(
+    folder: Path, tokenizer: str, layer_types: list[str], num_shared: int, **changes: Any
+) -> str:
+    """As `tiny_gemma3`, with layers at the end that read the keys of earlier ones.
+
+    Args:
+        folder, tokenizer: as in `make_model`.
+        layer_types: the last two of those with keys of their own have a window and full attention.
+        num_shared: layers at the end that have none.
+        changes: of the config.
+    """
+    from transformers import Gemma3nTextConfig
+
+    settings = {
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        "sliding_window": 128,
+        "num_kv_shared_layers": num_shared,
+        "intermediate_size": 256,
+        "activation_sparsity_pattern": [0.0] * len(layer_types),
+        "vocab_size_per_layer_input": 49152,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 16,
+    }
+    return make_model(folder, tokenizer, Gemma3nTextConfig(**{**_COMMON, **settings, **changes}))
