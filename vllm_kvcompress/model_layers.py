@@ -105,8 +105,11 @@ def read_layers(text_config: Any, num_ranks: int = 1, is_sharing: bool = True) -
     if all(mixed_layers(text_config)):
         windowed = [i for i in own if text_config.layer_types[i] == WINDOWED]
     full = [i for i in own if i not in windowed]
-    kinds = [_kind(text_config, layers, num_ranks) for layers in (full, windowed)]
-    return ModelLayers(*kinds, num_sharing=num_sharing)
+    return ModelLayers(
+        full=_kind(text_config, full, num_ranks),
+        windowed=_kind(text_config, windowed, num_ranks),
+        num_sharing=num_sharing,
+    )
 
 
 def mixed_layers(text_config: Any) -> tuple[int, int]:
