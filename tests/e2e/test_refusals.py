@@ -469,3 +469,12 @@ def test_serve_tells_where_the_model_goes(model) -> None:
 def test_serve_refuses_a_feature_in_one_line(model) -> None:
     last = _end_of_serve(model, "--kv-compress", "--kv-cache-dtype", "fp8")
     assert last.startswith("vllm: error: KV compression does not support KV cache dtype 'fp8'; use")
+
+
+def test_serve_refuses_a_model_in_one_line(tmp_path) -> None:
+    model = _model_of(gemma3([WINDOWED] + [FULL] * 3), tmp_path)
+    last = _end_of_serve(model, "--kv-compress", "--skip-tokenizer-init")
+    assert last == (
+        "vllm: error: KV compression does not support models whose layers with full attention "
+        "vLLM puts into several groups: 3 of them beside 1 with a sliding window"
+    )

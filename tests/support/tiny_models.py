@@ -23,7 +23,7 @@ _COMMON = {
 }
 
 
-def make_model(folder: Path, tokenizer: str, config: object) -> str:
+def make_model(folder: Path, tokenizer: str, config: Any) -> str:
     """A random causal language model of a transformers config, in float32; returns its folder.
 
     Args:
@@ -34,6 +34,8 @@ def make_model(folder: Path, tokenizer: str, config: object) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
+    # Their logits are not divided by the root of the head size.
+    is_unscaled = config.model_type in ("gemma3n_text", "gemma4_text")
     network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -41,7 +43,10 @@ def make_model(folder: Path, tokenizer: str, config: object) -> str:
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weight.mul_(8)
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                weight.add_(1)
+                if is_unscaled:
+                    weight.mul_(0.5)
+                else:
+                    weight.add_(1)
             elif name.endswith("sinks"):
                 # From hardly anything to most of the attention, other in every head and layer.
                 weight.copy_(torch.linspace(-2.0, 18.0, len(weight))[torch.randperm(len(weight))])

@@ -85,7 +85,8 @@ def test_groups_are_those_of_vllm(heads):
     outcomes = set()
     for num_full in range(1, 8):
         for num_windowed in range(1, 12):
-            layer_types = [FULL] * num_full + [WINDOWED] * num_windowed
+            # As our workers list them.
+            layer_types = [WINDOWED] * num_windowed + [FULL] * num_full
             groups = groups_of_vllm(layer_types, heads)
             block_bytes = max(num_bytes for num_bytes, _ in groups)
             ours = [num_bytes for num_bytes, is_full in groups if is_full]
