@@ -77,7 +77,7 @@ def groups_of_vllm(layer_types, heads):
         {FULL: (2, 128), WINDOWED: (2, 64)},
         {FULL: (1, 512), WINDOWED: (8, 64)},
         {FULL: (1, 64), WINDOWED: (2, 96)},
-        {FULL: (1, 64), WINDOWED: (4, 128)},
+        {FULL: (1, 64), WINDOWED: (2, 128)},
     ],
     ids=str,
 )
