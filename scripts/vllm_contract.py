@@ -38,6 +38,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "AttentionConfig.backend",
         "AttentionConfig.backend_per_kind",
     ),
+    "config/cache.py": ("CacheConfig.kv_sharing_fast_prefill",),
     "config/compilation.py": ("CompilationConfig.max_cudagraph_capture_size",),
     "config/model.py": ("ModelConfig.is_mm_prefix_lm", "ModelConfig.rswa_window"),
     "config/parallel.py": (
@@ -64,6 +65,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "envs.py": ("VLLM_BATCH_INVARIANT",),
     "logger.py": ("init_logger(name)",),
+    "model_executor/layers/attention/attention.py": ("Attention.kv_sharing_target_layer_name",),
     "model_executor/layers/linear.py": (
         "LinearBase.output_size",
         "LinearBase.quant_method",
@@ -108,6 +110,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "CPUAttentionBackend",
         "CPUAttentionBackendImpl.do_kv_cache_update(self, layer, key, value, kv_cache, "
         "slot_mapping)",
+        "CPUAttentionBackendImpl.kv_sharing_target_layer_name",
         "CPUAttentionBackendImpl.forward(self, layer, query, key, value, kv_cache, "
         "attn_metadata, output, output_scale, output_block_scale)",
         "CPUAttentionMetadata.slot_mapping",
@@ -122,6 +125,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "FlashAttentionBackend.supports_non_causal(cls)",
         "FlashAttentionBackend.supports_rswa(cls)",
         "FlashAttentionImpl.do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping)",
+        "FlashAttentionImpl.kv_sharing_target_layer_name",
         "FlashAttentionImpl.forward(self, layer, query, key, value, kv_cache, attn_metadata, "
         "output, output_scale, output_block_scale)",
         "FlashAttentionMetadata.block_table",
@@ -207,6 +211,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "KVCacheSpecKind.FULL_ATTENTION",
         "KVQuantMode.NONE",
         "SlidingWindowSpec",
+        "UniformTypeKVCacheSpecs.kv_cache_specs",
     ),
     "v1/kv_cache_layout.py": ("KVCacheLayout.BLHNC",),
     "v1/kv_cache_spec_registry.py": (

@@ -16,7 +16,16 @@ import torch
 from devices import EVERYWHERE, TOLERANCES, Text, assert_same_texts
 from in_process_engines import start, stop
 from plain_model import PlainModel
-from tiny_models import FULL, WINDOWED, tiny_gemma3, tiny_gpt_oss, tiny_llama, tiny_qwen3
+from tiny_models import (
+    FULL,
+    WINDOWED,
+    tiny_gemma3,
+    tiny_gemma3n,
+    tiny_gemma4,
+    tiny_gpt_oss,
+    tiny_llama,
+    tiny_qwen3,
+)
 
 from vllm_kvcompress.compaction import Compactor
 
@@ -28,6 +37,23 @@ SHAPES = {
     "llama": (3, tiny_llama),
     "qwen3_qk_norm": (3, tiny_qwen3),
     "gemma3_windows": (2, functools.partial(tiny_gemma3, layer_types=[WINDOWED, FULL] * 2)),
+    "gemma3n_shared_caches": (
+        2,
+        functools.partial(tiny_gemma3n, layer_types=[WINDOWED, FULL] * 3, num_shared=2),
+    ),
+    "gemma4_larger_heads": (
+        2,
+        functools.partial(tiny_gemma4, layer_types=[WINDOWED, WINDOWED, FULL] * 2, head_size=128),
+    ),
+    "gemma4_larger_heads_shared_caches": (
+        2,
+        functools.partial(
+            tiny_gemma4,
+            layer_types=[WINDOWED, FULL] * 2 + [WINDOWED] * 2 + [FULL] * 2,
+            head_size=256,
+            num_kv_shared_layers=4,
+        ),
+    ),
     "gpt_oss_windows_and_sinks": (2, functools.partial(tiny_gpt_oss, sliding_window=128)),
     "gpt_oss_sinks_no_windows": (4, functools.partial(tiny_gpt_oss, sliding_window=None)),
 }

@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 from vllm_kvcompress import KVCompressConfigError
-from vllm_kvcompress.vllm_integration.validate import is_misspelt_setting
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.vllm_integration.validate import (
+    CUDA_WORKER,
+    check_engine_config,
+    is_misspelt_setting,
+)
 
 DEEPSEEK = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -60,6 +65,74 @@ MISTRAL = {
     "vocab_size": 128,
     "max_position_embeddings": 512,
     "dtype": "bfloat16",
+}
+FULL, WINDOWED = "full_attention", "sliding_attention"
+
+
+def gemma4(layer_types: list[str], **changes) -> dict:
+    """Six query heads and two KV heads of size 64, but 128 in layers with full attention."""
+    return {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "hidden_size": 192,
+        "intermediate_size": 64,
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "global_head_dim": 128,
+        "sliding_window": 128,
+        "vocab_size": 128,
+        "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 16,
+        "max_position_embeddings": 512,
+        "dtype": "bfloat16",
+        **changes,
+    }
+
+
+def gemma3(layer_types: list[str], **changes) -> dict:
+    """As `gemma4`, heads of all layers being alike."""
+    return {
+        **gemma4(layer_types, **changes),
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "query_pre_attn_scalar": 64,
+    }
+
+
+BLOOM = {
+    "architectures": ["BloomForCausalLM"],
+    "model_type": "bloom",
+    "hidden_size": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 128,
+    "dtype": "bfloat16",
+}
+PER_LAYER = {"1": {"head_dim": 128}, "3": {"head_dim": 256}}
+REFUSED = {
+    "mla": (DEEPSEEK, "MLA models, whose cache has no KV heads; serve it without KV compression$"),
+    "encoder-decoder": (WHISPER, "encoder-decoder"),
+    "sliding-window": (MISTRAL, "sliding-window"),
+    "alibi": (BLOOM, "ALiBi, which needs every key's position in the cache; serve it without"),
+    "several groups": (
+        gemma3([WINDOWED] + [FULL] * 3),
+        "vLLM puts into several groups: 3 of them beside 1 with a sliding window$",
+    ),
+    "padded group": (
+        gemma3([WINDOWED, FULL] * 5 + [WINDOWED]),
+        "into a group that it pads: 5 of them beside 6 with a sliding window$",
+    ),
+    "padded by one layer": (
+        gemma4([WINDOWED] * 3 + [FULL], global_head_dim=32),
+        "into a group that it pads: 1 of them beside 3 with a sliding window$",
+    ),
+    "other heads": (
+        gemma4([WINDOWED, FULL] * 2, per_layer_config=PER_LAYER),
+        "the same KV heads in every layer of a kind; found 2 of size 128, 2 of size 256$",
+    ),
 }
 
 
@@ -246,15 +319,66 @@ def test_offline_ways_to_ask(monkeypatch, keywords, setting) -> None:
         assert {key: got.get(key) for key in setting} == setting
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [(DEEPSEEK, "MLA"), (WHISPER, "encoder-decoder"), (MISTRAL, "sliding-window")],
-    ids=["mla", "encoder-decoder", "sliding-window"],
-)
+@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED)
 def test_model_that_cannot_be_compressed(config, message, tmp_path) -> None:
     model = _model_of(config, tmp_path)
-    with pytest.raises(KVCompressConfigError, match=message):
+    with pytest.raises(KVCompressConfigError, match=message) as error:
         _engine_config(model, GOOD, skip_tokenizer_init=True, block_size=32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kv_compress", "settings", "message"),
+    [
+        (GOOD, {"kv_sharing_fast_prefill": True}, "drop --kv-sharing-fast-prefill$"),
+        (
+            {"method": "expected-attention", "budget": 128},
+            {"model_impl": "transformers"},
+            "expected-attention on the transformers backend, .*; choose another method$",
+        ),
+    ],
+)
+def test_method_or_layers_that_do_not_combine(model, kv_compress, settings, message) -> None:
+    with pytest.raises(KVCompressConfigError, match=message) as error:
+        _engine_config(model, kv_compress, **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_table_is_of_the_layers_that_are_compressed(tmp_path) -> None:
+    # Of the four layers with full attention one has no cache of its own.
+    config = gemma4([WINDOWED, FULL] * 4, num_kv_shared_layers=2)
+    model = _model_of(config, tmp_path)
+    setting = {**GOOD, "budgets": "static", "table": [1.0, 2.0, 3.0]}
+    _engine_config(model, setting, skip_tokenizer_init=True)
+    setting["table"] = [1.0] * 4
+    with pytest.raises(KVCompressConfigError, match="has 4 layers, the model 3"):
+        _engine_config(model, setting, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"global_head_dim": 512}, "64, 80, 96, 128, 256 on a GPU; those .* have 512$"),
+        (
+            {"num_attention_heads": 34},
+            "at most 16 query heads per KV head on a GPU; this model has 17$",
+        ),
+        ({}, None),
+    ],
+)
+def test_heads_that_a_gpu_cannot_take(changes, message, tmp_path) -> None:
+    model = _model_of(gemma4([WINDOWED, FULL] * 2, **changes), tmp_path)
+    vllm_config = _engine_config(model, GOOD, skip_tokenizer_init=True)
+    # As on a GPU. vLLM has chosen Triton's attention, where heads differ and there is no FA 4.
+    vllm_config.parallel_config.worker_cls = CUDA_WORKER
+    if message is None:
+        vllm_config.attention_config.backend = None
+    setting = KVCompressConfig.from_dict(GOOD)
+    if message is None:
+        check_engine_config(vllm_config, setting)
+    else:
+        with pytest.raises(KVCompressConfigError, match=message):
+            check_engine_config(vllm_config, setting)
 
 
 def test_compression_brings_its_own_scheduler(model) -> None:
@@ -345,3 +469,12 @@ def test_serve_tells_where_the_model_goes(model) -> None:
 def test_serve_refuses_a_feature_in_one_line(model) -> None:
     last = _end_of_serve(model, "--kv-compress", "--kv-cache-dtype", "fp8")
     assert last.startswith("vllm: error: KV compression does not support KV cache dtype 'fp8'; use")
+
+
+def test_serve_refuses_a_model_in_one_line(tmp_path) -> None:
+    model = _model_of(gemma3([WINDOWED] + [FULL] * 3), tmp_path)
+    last = _end_of_serve(model, "--kv-compress", "--skip-tokenizer-init")
+    assert last == (
+        "vllm: error: KV compression does not support models whose layers with full attention "
+        "vLLM puts into several groups: 3 of them beside 1 with a sliding window"
+    )

@@ -26,7 +26,7 @@ class PlainModel:
         self._prompt_len = 0
         self._kept: list[list[torch.Tensor]] = []
         self._num_candidates = 0
-        # Of the last call, per layer with full attention: [Hq, n, n] float32.
+        # Of the last call, per layer with full attention and keys: [Hq, n, n] float32.
         self.weights: list[torch.Tensor] = []
         name = f"plain_{id(self)}"
         AttentionInterface.register(name, self._attend)
@@ -46,8 +46,8 @@ class PlainModel:
         Args:
             tokens: prompt and text.
             prompt_len: tokens before that see all before them.
-            kept: per layer with full attention and KV head, the positions below `num_candidates`
-                that the tokens behind the prompt see; None = all.
+            kept: per layer with full attention and keys, and per KV head, the positions below
+                `num_candidates` that the tokens behind the prompt see; None = all.
             num_candidates: positions from here on are seen by every later token.
 
         Returns:
@@ -75,6 +75,9 @@ class PlainModel:
         (query,), (key,), (value,) = query, key, value
         num_heads, num_tokens, _ = key.shape
         group = query.shape[0] // num_heads
+        # It has the keys of the last layer before it that has some.
+        is_reader = getattr(module, "is_kv_shared_layer", False)
+        owner = len(self.weights) - 1 if is_reader else len(self.weights)
         positions = torch.arange(num_tokens)
         age = positions[:, None] - positions
         is_seen = (age >= 0).repeat(num_heads, 1, 1)
@@ -82,7 +85,7 @@ class PlainModel:
             is_seen &= age < sliding_window
         elif self._kept:
             behind, before = slice(self._prompt_len, None), slice(self._num_candidates)
-            for head, kept in enumerate(self._kept[len(self.weights)]):
+            for head, kept in enumerate(self._kept[owner]):
                 is_seen[head, behind, before] = torch.isin(positions[before], kept)
         logits = torch.einsum("hgmd,hnd->hgmn", query.unflatten(0, (num_heads, group)), key)
         logits = (logits * scaling).masked_fill(~is_seen[:, None], -torch.inf)
@@ -90,7 +93,7 @@ class PlainModel:
             column = s_aux.view(num_heads, group, 1, 1).expand(-1, -1, num_tokens, 1)
             logits = torch.cat([logits, column], dim=-1)
         weights = logits.softmax(dim=-1)[..., :num_tokens]
-        if sliding_window is None:
+        if sliding_window is None and not is_reader:
             self.weights.append(weights.flatten(0, 1))
         out = torch.einsum("hgmn,hnd->mhgd", weights, value)
         return out.flatten(1, 2)[None], None

@@ -23,7 +23,7 @@ _COMMON = {
 }
 
 
-def make_model(folder: Path, tokenizer: str, config: object) -> str:
+def make_model(folder: Path, tokenizer: str, config: Any) -> str:
     """A random causal language model of a transformers config, in float32; returns its folder.
 
     Args:
@@ -34,6 +34,8 @@ def make_model(folder: Path, tokenizer: str, config: object) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
+    # Their logits are not divided by the root of the head size.
+    is_unscaled = config.model_type in ("gemma3n_text", "gemma4_text")
     network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -41,7 +43,10 @@ def make_model(folder: Path, tokenizer: str, config: object) -> str:
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weight.mul_(8)
             elif name.endswith(("q_norm.weight", "k_norm.weight")):
-                weight.add_(1)
+                if is_unscaled:
+                    weight.mul_(0.5)
+                else:
+                    weight.add_(1)
             elif name.endswith("sinks"):
                 # From hardly anything to most of the attention, other in every head and layer.
                 weight.copy_(torch.linspace(-2.0, 18.0, len(weight))[torch.randperm(len(weight))])
@@ -97,3 +102,54 @@ def tiny_gpt_oss(folder: Path, tokenizer: str, sliding_window: int | None, **cha
         "num_experts_per_tok": 2,
     }
     return make_model(folder, tokenizer, GptOssConfig(**{**_COMMON, **settings, **changes}))
+
+
+def tiny_gemma4(
+    folder: Path, tokenizer: str, layer_types: list[str], head_size: int = 128, **changes: Any
+) -> str:
+    """As `tiny_gemma3`, but heads of the full-attention layers have a size of their own.
+
+    Args:
+        folder, tokenizer: as in `make_model`.
+        layer_types: the last has full attention.
+        head_size: of the layers with full attention; others have 64.
+        changes: of the config; `num_kv_shared_layers` makes the last layers share.
+    """
+    from transformers import Gemma4TextConfig
+
+    settings = {
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        "sliding_window": 128,
+        "global_head_dim": head_size,
+        "vocab_size_per_layer_input": 49152,
+        "hidden_size_per_layer_input": 16,
+    }
+    return make_model(folder, tokenizer, Gemma4TextConfig(**{**_COMMON, **settings, **changes}))
+
+
+def tiny_gemma3n(
+    folder: Path, tokenizer: str, layer_types: list[str], num_shared: int, **changes: Any
+) -> str:
+    """As `tiny_gemma3`, with layers at the end that read the keys of earlier ones.
+
+    Args:
+        folder, tokenizer: as in `make_model`.
+        layer_types: the last two of those with keys of their own have a window and full attention.
+        num_shared: layers at the end that have none.
+        changes: of the config.
+    """
+    from transformers import Gemma3nTextConfig
+
+    settings = {
+        "num_hidden_layers": len(layer_types),
+        "layer_types": layer_types,
+        "sliding_window": 128,
+        "num_kv_shared_layers": num_shared,
+        "intermediate_size": 256,
+        "activation_sparsity_pattern": [0.0] * len(layer_types),
+        "vocab_size_per_layer_input": 49152,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 16,
+    }
+    return make_model(folder, tokenizer, Gemma3nTextConfig(**{**_COMMON, **settings, **changes}))

@@ -161,6 +161,31 @@ def test_windowed_layers_take_blocks_of_their_own(capsys, tmp_path):
     assert short["window_blocks"] == 2 * 2
 
 
+def test_heads_of_two_sizes_and_layers_that_share_a_cache(capsys, tmp_path):
+    config = {
+        "model_type": "gemma4_text",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "hidden_size": 32,
+        "num_hidden_layers": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2
+        + ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "sliding_window": 40,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "dtype": "bfloat16",
+    }
+    folder = write_model(tmp_path / "model", config)
+    plan = plan_json(capsys, folder, "snapkv", *SETTING)
+    shape = plan["model"]
+    assert (shape["num_layers"], shape["head_size"], shape["num_windowed_layers"]) == (2, 32, 4)
+    # Two full layers have as many bytes as the four windowed ones, which share their blocks.
+    assert plan["block_bytes"] == 2 * 2 * 32 * 2 * 16
+    (request,) = plan["requests"]
+    assert request["window_blocks"] == 4
+
+
 def test_the_text_tells_what_windowed_layers_take(capsys, tmp_path):
     folder = write_model(tmp_path / "mixed", {**LLAMA, **MIXED})
     assert main(["plan", folder, "--kv-compress", "snapkv", *SETTING]) == 0

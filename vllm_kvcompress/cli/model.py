@@ -8,10 +8,16 @@ from typing import Any
 
 from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.memory import cdiv
+from vllm_kvcompress.model_layers import (
+    FULL,
+    WINDOWED,
+    has_alibi,
+    has_quantized_cache,
+    mixed_layers,
+    read_layers,
+)
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# As vLLM asks for them, in this order.
-_KV_HEAD_KEYS = ("n_head_kv", "num_kv_heads", "num_key_value_heads", "multi_query_group_num")
 _LENGTH_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -24,8 +30,7 @@ _LENGTH_KEYS = (
 )
 # Of these the config gives the length after scaling.
 _SCALED_ROPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
-_FULL, _WINDOWED = "full_attention", "sliding_attention"
-_FULL_ATTENTION = {_FULL, "attention"}
+_FULL_ATTENTION = {FULL, "attention"}
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,12 @@ class ModelShape:
     """What decides the size of a model's KV cache, on one tensor-parallel rank.
 
     Attributes:
-        num_layers, num_kv_heads, head_size: of the layers with full attention.
+        num_layers, num_kv_heads, head_size: of the layers with full attention and a cache of their
+            own.
         dtype: of the cached numbers, a key of `DTYPE_BYTES`.
         num_windowed_layers: layers with a sliding window beside them, which stay as they are.
         window_tokens: tokens that these see; 0 if there are none.
+        windowed_per_block: most of these that share blocks; 0 if there are none.
         max_len: most tokens of a prompt and its output, or None if the config does not say.
     """
 
@@ -46,16 +53,19 @@ class ModelShape:
     dtype: str
     num_windowed_layers: int = 0
     window_tokens: int = 0
+    windowed_per_block: int = 0
     max_len: int | None = None
 
     def window_blocks(self, num_tokens: int, block_size: int) -> int:
         """Most blocks that the windowed layers of a request of `num_tokens` hold.
 
-        vLLM puts them into groups of `num_layers`, each with blocks of its own.
+        vLLM puts them into groups, each with blocks of its own.
         """
+        if not self.num_windowed_layers:
+            return 0
         # A window may begin anywhere in its first block.
         seen = min(cdiv(num_tokens, block_size), cdiv(self.window_tokens - 1, block_size) + 1)
-        return cdiv(self.num_windowed_layers, self.num_layers) * seen
+        return cdiv(self.num_windowed_layers, self.windowed_per_block) * seen
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block of `block_size` tokens: keys and values of its layers and heads."""
@@ -79,26 +89,19 @@ def read_shape(model: str, cache_dtype: str = "auto", tensor_parallel_size: int 
     problem = _problem(config, text_config)
     if problem is not None:
         raise KVCompressConfigError(f"KV compression does not support {problem}")
-    num_layers = getattr(text_config, "num_hidden_layers", None)
-    if not num_layers:
-        raise KVCompressConfigError("the model's config does not say how many layers there are")
-    num_full, num_windowed = _mixed_layers(text_config)
-    window_tokens = 0
-    if num_windowed:
-        num_layers, window_tokens = num_full, text_config.sliding_window
-        _check_groups(num_full, num_windowed)
-    num_heads = text_config.num_attention_heads
-    head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // num_heads
-    num_kv_heads = _local_kv_heads(num_heads, _num_kv_heads(text_config), tensor_parallel_size)
+    layers = read_layers(text_config, tensor_parallel_size)
+    layers.check_groups()
     if cache_dtype == "auto":
         cache_dtype = _served_dtype(config, text_config)
+    full, windowed = layers.full, layers.windowed
     return ModelShape(
-        num_layers,
-        num_kv_heads,
-        head_size,
+        full.num_layers,
+        full.num_kv_heads,
+        full.head_size,
         cache_dtype,
-        num_windowed,
-        window_tokens,
+        windowed.num_layers,
+        text_config.sliding_window if windowed.num_layers else 0,
+        layers.windowed_per_block,
         _max_len(text_config),
     )
 
@@ -124,20 +127,18 @@ def _problem(config: Any, text_config: Any) -> str | None:
         or getattr(text_config, "layers_block_type", None)
         or ()
     )
-    if _mixed_layers(text_config)[1]:
-        layer_types -= {_WINDOWED}
+    if mixed_layers(text_config)[1]:
+        layer_types -= {WINDOWED}
         has_window = False
     else:
         has_window = getattr(text_config, "sliding_window", None) is not None
-    attention = getattr(text_config, "attn_config", None)
-    quantization = getattr(config, "quantization_config", None) or {}
     problems = (
         (getattr(text_config, "kv_lora_rank", None), "MLA models, whose cache has no KV heads"),
         (config.is_encoder_decoder, "encoder-decoder models"),
         (not getattr(text_config, "num_attention_heads", None), "attention-free models"),
         (
             (has_window and getattr(text_config, "use_sliding_window", True))
-            or _WINDOWED in layer_types,
+            or WINDOWED in layer_types,
             "models with sliding-window layers only",
         ),
         (
@@ -145,20 +146,8 @@ def _problem(config: Any, text_config: Any) -> str | None:
             "models with other layers than full attention "
             f"({', '.join(sorted(layer_types - _FULL_ATTENTION))})",
         ),
-        (
-            text_config.model_type == "bloom"
-            or getattr(text_config, "alibi", False)
-            or getattr(attention, "alibi", False),
-            "ALiBi, which needs every key's position in the cache",
-        ),
-        (
-            getattr(text_config, "num_kv_shared_layers", 0),
-            "layers that share another layer's KV cache",
-        ),
-        (
-            isinstance(quantization, dict) and quantization.get("kv_cache_scheme"),
-            "quantized KV caches, which this checkpoint asks for",
-        ),
+        (has_alibi(text_config), "ALiBi, which needs every key's position in the cache"),
+        (has_quantized_cache(config), "quantized KV caches, which this checkpoint asks for"),
     )
     return next((words for is_problem, words in problems if is_problem), None)
 
@@ -182,52 +171,6 @@ def _rope_factor(parameters: dict[str, Any]) -> float:
     kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
     factors = [kind.get("factor") for kind in kinds if kind.get("rope_type") not in _SCALED_ROPES]
     return max(filter(None, factors), default=1.0)
-
-
-def _mixed_layers(text_config: Any) -> tuple[int, int]:
-    """Layers with full attention and with a window, in a model that has both; else 0, 0."""
-    layer_types = list(getattr(text_config, "layer_types", None) or ())
-    counts = layer_types.count(_FULL), layer_types.count(_WINDOWED)
-    has_window = getattr(text_config, "sliding_window", None) is not None
-    return counts if has_window and all(counts) else (0, 0)
-
-
-def _check_groups(num_full: int, num_windowed: int) -> None:
-    """Refuse what an engine refuses of how vLLM groups layers over one pool of blocks.
-
-    Groups have as many layers as the rarer kind, or as the other if that has less than half more.
-    """
-    fewest, most = sorted((num_full, num_windowed))
-    group_size = most if 2 * most < 3 * fewest else fewest
-    if num_full != group_size:
-        how = "several groups" if num_full > group_size else "a group that it pads"
-        raise KVCompressConfigError(
-            f"KV compression does not support models whose layers with full attention vLLM puts "
-            f"into {how}: {num_full} of them beside {num_windowed} with a sliding window"
-        )
-
-
-def _num_kv_heads(text_config: Any) -> int:
-    is_falcon = text_config.model_type == "falcon"
-    if is_falcon and text_config.multi_query and not text_config.new_decoder_architecture:
-        # Its num_kv_heads is then not in use.
-        return 1
-    attention = getattr(text_config, "attn_config", None)
-    found = [getattr(text_config, key, None) for key in _KV_HEAD_KEYS]
-    found.append(getattr(attention, "kv_n_heads", None))
-    return next(filter(None, found), text_config.num_attention_heads)
-
-
-def _local_kv_heads(num_heads: int, num_kv_heads: int, num_ranks: int) -> int:
-    if num_heads % num_ranks:
-        raise KVCompressConfigError(
-            f"{num_heads} attention heads cannot be split over {num_ranks} ranks"
-        )
-    if max(num_kv_heads, num_ranks) % min(num_kv_heads, num_ranks):
-        raise KVCompressConfigError(
-            f"{num_kv_heads} KV heads cannot be split over {num_ranks} ranks"
-        )
-    return max(1, num_kv_heads // num_ranks)
 
 
 def _served_dtype(config: Any, text_config: Any) -> str:

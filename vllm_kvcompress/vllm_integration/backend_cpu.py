@@ -267,15 +267,19 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the stock impl; `kv_cache` is one layer's strided view of the pool."""
+        """As the stock impl; `kv_cache` is one layer's strided view of the pool.
+
+        A layer that shares the cache of an earlier one has no `key` and `value`. It reads what
+        that layer keeps, and its queries have no say in that.
+        """
         metadata = attn_metadata
         if metadata is None:
             return output
-        self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
+        owns_cache = self.kv_sharing_target_layer_name is None
+        if owns_cache:
+            self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
         if metadata.dense is not None:
-            self._attend(
-                layer, query, key, value, kv_cache, metadata.dense, metadata.dense_tokens, output
-            )
+            self._attend(layer, query, kv_cache, metadata.dense, metadata.dense_tokens, output)
         engine = metadata.engine
         if engine is None:
             return output
@@ -283,36 +287,37 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         if metadata.one_shot is not None:
             tokens, one_shot = metadata.one_shot_tokens, metadata.one_shot
             scratch = engine.scratch(metadata.rows.num_scratch_blocks)
-            self.do_kv_cache_update(
-                layer, key[tokens], value[tokens], scratch, one_shot.slot_mapping
-            )
-            self._attend(layer, query, key, value, scratch, one_shot, tokens, output)
+            if owns_cache:
+                self.do_kv_cache_update(
+                    layer, key[tokens], value[tokens], scratch, one_shot.slot_mapping
+                )
+            self._attend(layer, query, scratch, one_shot, tokens, output)
         layer_index = engine.layer_index[layer.layer_name]
         if isinstance(metadata.compressed, RowsByHead):
             self._attend_by_head(layer, query, metadata.compressed, output, engine, layer_index)
         elif metadata.compressed is not None:
             self._attend_compressed(layer, query, metadata.compressed, output, engine, layer_index)
-        for row in metadata.rows.prefill_rows:
-            engine.collect(row, layer_index, query[row.token_start : row.token_end])
+        if owns_cache:
+            for row in metadata.rows.prefill_rows:
+                engine.collect(row, layer_index, query[row.token_start : row.token_end])
         return output
 
     def _attend(
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         cache: torch.Tensor,
         metadata: CPUAttentionMetadata,
         tokens: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         """The stock backend on some tokens, or on all (None)."""
+        # It reads keys and values from the cache alone, as layers that share one need it to.
         if tokens is None:
-            super().forward(layer, query, key, value, cache, metadata, output)
+            super().forward(layer, query, None, None, cache, metadata, output)
             return
         part = torch.empty_like(output[: len(tokens)])
-        super().forward(layer, query[tokens], key, value, cache, metadata, part)
+        super().forward(layer, query[tokens], None, None, cache, metadata, part)
         output[tokens] = part
 
     def _attend_compressed(

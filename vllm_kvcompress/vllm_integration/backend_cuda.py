@@ -185,27 +185,39 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the stock impl; `kv_cache` is one layer's strided view of the pool."""
+        """As the stock impl; `kv_cache` is one layer's strided view of the pool.
+
+        A layer that shares the cache of an earlier one has no `key` and `value`. It reads what
+        that layer keeps, and its queries have no say in that.
+        """
         metadata = attn_metadata
         if metadata is None:
             return output.fill_(0)
-        self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
+        owns_cache = self.kv_sharing_target_layer_name is None
+        if owns_cache:
+            self.do_kv_cache_update(layer, key, value, kv_cache, metadata.slot_mapping)
         step, engine = metadata.step, metadata.engine
         layer_index, staged = 0, None
         lses: list[tuple[slice, torch.Tensor]] = []
         if step is not None:
             assert engine is not None
             layer_index = engine.layer_index[layer.layer_name]
-            staged = engine.begin_layer(step, layer_index)
+            if owns_cache:
+                staged = engine.begin_layer(step, layer_index)
+            else:
+                staged = engine.current_layer(step)
         for run in metadata.runs:
             tokens, cache = run.tokens, kv_cache
             if run.is_one_shot:
                 assert staged is not None
                 cache = staged
-                slots = run.metadata.slot_mapping
-                self.do_kv_cache_update(layer, key[tokens], value[tokens], cache, slots)
-            own = (query[tokens], key[tokens], value[tokens], cache, run.metadata, output[tokens])
-            if self.tells_lse and step is not None and engine.wants_lse(step, tokens):
+                if owns_cache:
+                    slots = run.metadata.slot_mapping
+                    self.do_kv_cache_update(layer, key[tokens], value[tokens], cache, slots)
+            fresh = (key[tokens], value[tokens]) if owns_cache else (None, None)
+            own = (query[tokens], *fresh, cache, run.metadata, output[tokens])
+            is_scored = owns_cache and self.tells_lse and step is not None
+            if is_scored and engine.wants_lse(step, tokens):
                 lses.append((tokens, attend_with_lse(self, *own)))
             else:
                 super().forward(layer, *own)
@@ -238,7 +250,8 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 run.work,
                 ops.MAX_QUERY_LEN,
             )
-        engine.after_attention(step, layer_index, query, lses)
+        if owns_cache:
+            engine.after_attention(step, layer_index, query, lses)
         return output
 
     def warm_up(self, engine: CUDAEngine) -> None:

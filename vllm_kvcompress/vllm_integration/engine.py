@@ -64,6 +64,14 @@ class WorkerEngine:
         self._scratch = self.pool.new_empty(0)
         self.configure(config, layers)
 
+    def add_readers(self, readers: dict[str, str]) -> None:
+        """Tell of layers without a cache of their own.
+
+        Args:
+            readers: name of each, and of the layer whose cache it reads.
+        """
+        self.layer_index |= {name: self.layer_index[owner] for name, owner in readers.items()}
+
     def configure(self, config: KVCompressConfig, layers: list[LayerParameters]) -> None:
         """Use a setting from now on; no request of an earlier one may go on."""
         # First what may refuse the setting.
@@ -104,7 +112,8 @@ class WorkerEngine:
     def scratch(self, num_blocks: int) -> torch.Tensor:
         """[num_blocks, H, block_size, 2 * d] of one layer, for prompts that have no blocks.
 
-        Every layer of a step writes it anew. It grows to the largest step so far.
+        Every layer with a cache of its own writes it anew in each step. It grows to the largest
+        step so far.
         """
         shape = self.shape
         size = (num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)

@@ -169,6 +169,14 @@ class CUDAEngine:
             self._work, self._extended_work = self._buffers.work, self._buffers.extended_work
         self.configure(config, layers)
 
+    def add_readers(self, readers: dict[str, str]) -> None:
+        """Tell of layers without a cache of their own.
+
+        Args:
+            readers: name of each, and of the layer whose cache it reads.
+        """
+        self.layer_index |= {name: self.layer_index[owner] for name, owner in readers.items()}
+
     def _zeros(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device=self.pool.device)
 
@@ -366,6 +374,13 @@ class CUDAEngine:
         if step.staged is None:
             return None
         return self.compactor.begin_layer(step.staged.batch, layer)
+
+    def current_layer(self, step: DeviceStep) -> torch.Tensor | None:
+        """What `begin_layer` has returned last, for a layer that reads it too."""
+        if step.staged is None:
+            return None
+        assert step.staged.batch.staging is not None
+        return step.staged.batch.staging.area().unflatten(0, (-1, self.shape.num_kv_heads))
 
     def wants_lse(self, step: DeviceStep, tokens: slice) -> bool:
         """Whether scores are made of what attention to a run of tokens can tell."""

@@ -13,6 +13,16 @@ from vllm_kvcompress.config import (
     as_settings,
     nearest,
 )
+from vllm_kvcompress.model_layers import (
+    CHUNKED,
+    FULL,
+    LayerKind,
+    has_alibi,
+    has_quantized_cache,
+    mixed_layers,
+    read_layers,
+)
+from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.policies.budgets import check_table
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
@@ -24,8 +34,6 @@ DEFAULT_BLOCK_SIZE = {CPU_WORKER: 32, CUDA_WORKER: 16}
 _BLOCK_UNIT = 16
 # A chunk is never one token, nor does it leave one (see scheduler.py).
 _FEWEST_STEP_TOKENS = 3
-# vLLM's name of layers with full attention.
-_COMPRESSED_KIND = "full_attention"
 # Which ops a CPU engine uses: 'torch', 'native' (compiled), or whichever there is.
 _CPU_OPS = "VLLM_KVCOMPRESS_OPS"
 # The end of a refusal of a model.
@@ -121,20 +129,30 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
     Raises:
         KVCompressConfigError: naming the first of them.
     """
-    model, parallel, cache = (
-        vllm_config.model_config,
-        vllm_config.parallel_config,
-        vllm_config.cache_config,
-    )
-    from vllm import envs
+    config.check_block_size(vllm_config.cache_config.block_size)
+    _refuse(_model_problems(vllm_config))
+    _refuse(_feature_problems(vllm_config, config))
+    is_cuda = vllm_config.parallel_config.worker_cls == CUDA_WORKER
+    layers = _full_layers(vllm_config)
+    check_table_shape(config, layers.num_layers, layers.num_kv_heads)
+    if is_cuda:
+        # Before vLLM's own answer to such heads, another attention backend.
+        check_gpu_heads(layers.head_size, layers.num_queries_per_kv)
+    _refuse((_cuda if is_cuda else _cpu)(vllm_config))
+    _use_own_scheduler(vllm_config.scheduler_config)
+    if is_cuda:
+        _use_own_backend(vllm_config.attention_config)
 
-    config.check_block_size(cache.block_size)
+
+def _model_problems(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
+    """Models that do not work, as (whether this is one, what it is)."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
     text_config = model.hf_text_config
     windows = getattr(text_config, "sliding_window", None) is not None and getattr(
         text_config, "use_sliding_window", True
     )
     layer_types = getattr(text_config, "layer_types", None) or ()
-    problems = (
+    return (
         (model.runner_type != "generate", f"pooling models (runner {model.runner_type!r}){_STOCK}"),
         (model.use_mla, f"MLA models, whose cache has no KV heads{_STOCK}"),
         (model.is_encoder_decoder, f"encoder-decoder models{_STOCK}"),
@@ -142,14 +160,42 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         (model.is_attention_free, f"attention-free models{_STOCK}"),
         (model.is_hybrid, f"hybrid state-space models{_STOCK}"),
         (
-            windows and "full_attention" not in layer_types,
+            windows and FULL not in layer_types,
             f"models with sliding-window layers only{_STOCK}",
+        ),
+        (CHUNKED in layer_types, f"models whose layers attend in chunks{_STOCK}"),
+        (
+            has_alibi(text_config),
+            f"ALiBi, which needs every key's position in the cache{_STOCK}",
         ),
         (
             windows and vllm_config.scheduler_config.disable_hybrid_kv_cache_manager,
             "sliding-window layers without vLLM's hybrid KV cache manager; drop "
             "--disable-hybrid-kv-cache-manager",
         ),
+        (
+            model.is_mm_prefix_lm,
+            "attention in both directions among an image's tokens; for text alone, add "
+            "--language-model-only",
+        ),
+        (model.rswa_window is not None, f"R-SWA, windows beside whole prefixes{_STOCK}"),
+        (
+            cache.cache_dtype == "auto" and has_quantized_cache(model.hf_config),
+            f"quantized KV caches, which this checkpoint asks for{_STOCK}",
+        ),
+    )
+
+
+def _feature_problems(vllm_config: Any, config: KVCompressConfig) -> tuple[tuple[bool, str], ...]:
+    """Features that do not work, as (whether one is asked for, what it is)."""
+    from vllm import envs
+
+    model, parallel, cache = (
+        vllm_config.model_config,
+        vllm_config.parallel_config,
+        vllm_config.cache_config,
+    )
+    return (
         (
             vllm_config.kv_transfer_config is not None,
             "a KV transfer connector; drop --kv-transfer-config",
@@ -178,15 +224,19 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
             "VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
         ),
         (
-            model.is_mm_prefix_lm,
-            "attention in both directions among an image's tokens; for text alone, add "
-            "--language-model-only",
-        ),
-        (model.rswa_window is not None, f"R-SWA, windows beside whole prefixes{_STOCK}"),
-        (
             cache.cache_dtype not in _CACHE_DTYPES,
             f"KV cache dtype {cache.cache_dtype!r}; use --kv-cache-dtype "
             f"{', '.join(_CACHE_DTYPES[:-1])} or {_CACHE_DTYPES[-1]}",
+        ),
+        (
+            cache.kv_sharing_fast_prefill,
+            "prefill without the layers that share a KV cache; drop --kv-sharing-fast-prefill",
+        ),
+        (
+            "rotary" in scorer_class(config.recipe.scorer).needs
+            and model.using_transformers_backend(),
+            f"{config.method} on the transformers backend, whose position encoding it cannot "
+            "read; choose another method",
         ),
         (
             _step_tokens(vllm_config.scheduler_config) < _FEWEST_STEP_TOKENS,
@@ -194,16 +244,52 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
             "--max-num-batched-tokens or --long-prefill-token-threshold",
         ),
     )
-    is_cuda = parallel.worker_cls == CUDA_WORKER
-    for is_problem, what in (*problems, *(_cuda if is_cuda else _cpu)(vllm_config)):
+
+
+def _refuse(problems: tuple[tuple[bool, str], ...]) -> None:
+    """Raise KVCompressConfigError with the first that is there, of (whether it is, what it is)."""
+    for is_problem, what in problems:
         if is_problem:
             raise KVCompressConfigError(f"KV compression does not support {what}")
-    if not windows:
-        # Else the layers that are compressed are known once vLLM has grouped them.
-        check_table_shape(config, model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
-    _use_own_scheduler(vllm_config.scheduler_config)
-    if is_cuda:
-        _use_own_backend(vllm_config.attention_config)
+
+
+def _full_layers(vllm_config: Any) -> LayerKind:
+    """The layers that are compressed, on one rank, as far as the model's config says.
+
+    Raises:
+        KVCompressConfigError: if vLLM would group them with others, or their heads differ.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text_config = model.hf_text_config
+    is_sharing = bool(getattr(text_config, "num_kv_shared_layers", None))
+    # That backend gives every layer a cache.
+    is_sharing &= not model.using_transformers_backend()
+    if is_sharing or all(mixed_layers(text_config)):
+        layers = read_layers(text_config, parallel.tensor_parallel_size, is_sharing)
+        layers.check_groups()
+        return layers.full
+    num_kv_heads = model.get_num_kv_heads(parallel)
+    return LayerKind(
+        model.get_num_layers(parallel),
+        num_kv_heads,
+        model.get_head_size(),
+        model.get_num_attention_heads(parallel) // num_kv_heads,
+    )
+
+
+def check_gpu_heads(head_size: int, num_queries_per_kv: int) -> None:
+    """Raise KVCompressConfigError for heads that the GPU's kernels do not take."""
+    if head_size not in ops.HEAD_SIZES:
+        known = ", ".join(map(str, ops.HEAD_SIZES))
+        raise KVCompressConfigError(
+            f"KV compression takes heads of size {known} on a GPU; those of this model's layers "
+            f"with full attention have {head_size}"
+        )
+    if num_queries_per_kv > ops.MAX_GROUP:
+        raise KVCompressConfigError(
+            f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
+            f"this model has {num_queries_per_kv}"
+        )
 
 
 def choose_cpu_ops() -> tuple[str, str | None]:
@@ -239,7 +325,7 @@ def _cuda(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
     from vllm import envs
 
     attention, parallel = vllm_config.attention_config, vllm_config.parallel_config
-    chosen = attention.backend_per_kind.get(_COMPRESSED_KIND, attention.backend)
+    chosen = attention.backend_per_kind.get(FULL, attention.backend)
     return (
         (
             chosen is not None and chosen.name not in ("CUSTOM", "FLASH_ATTN"),
@@ -267,7 +353,7 @@ def _use_own_backend(attention_config: Any) -> None:
 
     attention_config.backend_per_kind = {
         **attention_config.backend_per_kind,
-        _COMPRESSED_KIND: AttentionBackendEnum.CUSTOM,
+        FULL: AttentionBackendEnum.CUSTOM,
     }
 
 

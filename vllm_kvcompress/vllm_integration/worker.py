@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -14,6 +15,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     KVQuantMode,
     SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
 )
 
 from vllm_kvcompress.compaction import CacheShape, LayerParameters
@@ -123,21 +125,11 @@ class CompressionWorker:
             )
         if not compressed:
             raise KVCompressConfigError("KV compression: this model has no KV cache to compress")
-        sharing = [
-            name
-            for name, layer in attention.items()
-            if getattr(layer, "kv_sharing_target_layer_name", None)
-        ]
-        if sharing:
-            raise KVCompressConfigError(
-                "KV compression does not support layers that share another layer's KV cache: "
-                f"{', '.join(sharing)}"
-            )
         return out
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache, then bind our builders to it."""
-        super().initialize_from_config(kv_cache_config)
+        super().initialize_from_config(_unwrapped(kv_cache_config))
         runner = self.model_runner
         context = self.vllm_config.compilation_config.static_forward_context
         groups = runner.kv_cache_config.kv_cache_groups
@@ -149,7 +141,9 @@ class CompressionWorker:
             )
         group = groups[ours[0]]
         spec = group.kv_cache_spec
-        names = sorted(group.layer_names, key=extract_layer_index)
+        readers = _readers(context, group.layer_names)
+        owners = (name for name in group.layer_names if name not in readers)
+        names = sorted(owners, key=extract_layer_index)
         self._layer_names = names
         self._group = ours[0]
         layers: dict[str, Attention] = {name: context[name] for name in names}
@@ -170,6 +164,7 @@ class CompressionWorker:
             )
         needs = scorer_class(self._config.recipe.scorer).needs
         self._engine = self._make_engine(shape, layers, self._layer_parameters(needs))
+        self._engine.add_readers(readers)
         for attn_group in itertools.chain.from_iterable(runner.attn_groups):
             if attn_group.kv_cache_group_id != ours[0]:
                 continue
@@ -248,6 +243,52 @@ class CompressionWorker:
         # It has the KV cache, whose memory the stock worker gives back.
         self._engine = None
         super().shutdown()
+
+
+def _unwrapped(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
+    """The same, without vLLM's wrapper around the specs of a group where all are equal.
+
+    vLLM wraps them where groups differ in bytes per layer, and its wrapper does not know of layers
+    that join a group later, since they share another's cache.
+    """
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, UniformTypeKVCacheSpecs):
+            first, *others = spec.kv_cache_specs.values()
+            if all(other == first for other in others):
+                group = replace(group, kv_cache_spec=first)
+        groups.append(group)
+    return replace(kv_cache_config, kv_cache_groups=groups)
+
+
+def _readers(context: dict[str, Any], names: list[str]) -> dict[str, str]:
+    """Layers without a cache of their own, and the layers whose cache they read.
+
+    Args:
+        context: vLLM's layers by name.
+        names: of a group of full-attention layers.
+
+    Raises:
+        KVCompressConfigError: if a layer with a cache lies between, or they have other heads.
+    """
+    targets = {name: context[name].kv_sharing_target_layer_name for name in names}
+    readers = {name: target for name, target in targets.items() if target is not None}
+    for name, target in readers.items():
+        index = extract_layer_index(name)
+        before = [n for n in names if n not in readers and extract_layer_index(n) < index]
+        # What a one-shot prompt evicts is there only until the next layer's is.
+        if target != max(before, key=extract_layer_index, default=None):
+            raise KVCompressConfigError(
+                f"KV compression needs layer {name} to share the cache of the last full-attention "
+                f"layer before it that has one; it shares that of {target}"
+            )
+        if context[name].num_heads != context[target].num_heads:
+            raise KVCompressConfigError(
+                f"KV compression needs layers that share a cache to have the same heads; {name} "
+                f"has {context[name].num_heads}, {target} {context[target].num_heads}"
+            )
+    return readers
 
 
 def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:

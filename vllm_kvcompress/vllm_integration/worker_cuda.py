@@ -22,6 +22,7 @@ from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.layers import output_copy_bytes
 from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
+from vllm_kvcompress.vllm_integration.validate import check_gpu_heads
 from vllm_kvcompress.vllm_integration.worker import CompressionWorker
 
 logger = init_logger(f"vllm.{__name__}")
@@ -73,7 +74,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         layers = self.vllm_config.compilation_config.static_forward_context
         name, spec = next(iter(specs.items()))
         group = layers[name].num_heads // layers[name].num_kv_heads
-        _check_group(group)
+        check_gpu_heads(spec.head_size, group)
         return CacheShape(len(specs), spec.num_kv_heads, group, spec.head_size, spec.block_size)
 
     def _own_bytes(self, specs: dict[str, KVCompressSpec], shape: CacheShape) -> int:
@@ -110,7 +111,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         attention: dict[str, Attention],
         layers: list[LayerParameters],
     ) -> CUDAEngine:
-        _check_group(shape.num_queries_per_kv)
+        check_gpu_heads(shape.head_size, shape.num_queries_per_kv)
         others = [name for name, x in attention.items() if not _is_ours(x)]
         if others:
             raise KVCompressConfigError(
@@ -156,14 +157,6 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
             return super().execute_model(scheduler_output, *args, **kwargs)
         with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
             return super().execute_model(scheduler_output, *args, **kwargs)
-
-
-def _check_group(group: int) -> None:
-    if group > ops.MAX_GROUP:
-        raise KVCompressConfigError(
-            f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
-            f"this model has {group}"
-        )
 
 
 def _is_ours(layer: Attention) -> bool:
