@@ -46,6 +46,11 @@ def step_through(
         llm_engine.add_request(name, prompt, params)
     while llm_engine.has_unfinished_requests():
         for output in llm_engine.step():
+            # Each sample of a request comes by itself.
+            new = {sample.index for sample in output.outputs}
+            known = outputs.get(output.request_id)
+            others = [s for s in known.outputs if s.index not in new] if known else []
+            output.outputs = sorted([*others, *output.outputs], key=lambda s: s.index)
             outputs[output.request_id] = output
         if on_step is not None:
             on_step(step, outputs)
