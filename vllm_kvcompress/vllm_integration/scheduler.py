@@ -9,6 +9,9 @@ A token whose query has a say in what is kept is never alone in a chunk: on a GP
 a row as a decode, in a captured graph, where nobody could collect its query. If a step has no room
 for two such tokens, the next one leaves decoding requests out for it, in turn.
 
+A streaming-input session, whose prompt grows from chunk to chunk, stays whole and is served as by
+stock vLLM.
+
 And what tokens computed over a compressed prompt leave in the cache is for nobody else to read.
 
 A compressed prompt is let in only where the pool has room for what will be generated (`headroom`).
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
@@ -29,7 +33,11 @@ from vllm_kvcompress.vllm_integration.kv_cache import (
     KVCompressManager,
     cache_only_before_compaction,
     compressing_manager,
+    tell_whole_ids,
 )
+
+# Under "vllm", whose logging configuration would not reach a logger of our own name.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class _CompressionScheduler:
@@ -49,13 +57,21 @@ class _CompressionScheduler:
     def _manager(self) -> KVCompressManager:
         return compressing_manager(self.kv_cache_manager.coordinator)
 
-    def _geometry_of(self, request: Any) -> RequestGeometry:
-        return self._manager.geometry.of(request.num_prompt_tokens)
+    def add_request(self, request: Any) -> None:
+        if request.resumable:
+            logger.info_once(
+                "kv-compress: streaming-input sessions keep all of their tokens, since their "
+                "prompts grow"
+            )
+            self._manager.whole_ids.add(request.request_id)
+        super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         self._leave_out_decodes()
         output = super().schedule(*args, **kwargs)
         self._left_out.clear()
+        if whole_ids := self._manager.whole_ids:
+            tell_whole_ids(output, whole_ids)
         return output
 
     def _leave_out_decodes(self) -> None:
@@ -78,7 +94,7 @@ class _CompressionScheduler:
         )
         if request.request_id in self._left_out:
             return 0
-        geometry = self._geometry_of(request)
+        geometry = self._manager.geometry_of(request)
         if not geometry.is_compressed:
             return num_new_tokens
         if request.status != RequestStatus.RUNNING and not self._may_enter(request):
@@ -112,6 +128,7 @@ class _CompressionScheduler:
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._output_lengths.add(request.num_output_tokens)
+        self._manager.whole_ids.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +139,7 @@ class _CompressionScheduler:
         # When it is resumed, the lookup would start from prompt plus output and could hit past the
         # window (another prompt may contain our output), so that the window's queries would never
         # be computed. Not said earlier: vLLM counts no hits of such requests.
-        geometry = self._geometry_of(request)
+        geometry = self._manager.geometry_of(request)
         if geometry.is_compressed and request.num_computed_tokens >= geometry.compact_len:
             request.skip_reading_prefix_cache = True
 
