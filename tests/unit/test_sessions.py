@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
 import pytest
 from scheduler_rig import BLOCK_SIZE, make_requests, make_scheduler, run
 from vllm.sampling_params import SamplingParams
@@ -11,7 +12,12 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.vllm_integration.batch import RequestStates
+from vllm_kvcompress.vllm_integration.batch_cuda import DeviceRequests, plan_step
 from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager, told_whole_ids
+from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 
 SETTING = {"method": "snapkv", "ratio": 0.75}
 NUM_BLOCKS = 400
@@ -120,7 +126,7 @@ def test_an_aborted_session_leaves_nothing(num_steps):
     assert not manager.whole_ids and not manager.req_to_blocks
 
 
-@pytest.mark.parametrize("at_step", [2, 4, 8])
+@pytest.mark.parametrize("at_step", [2, 4, 10])
 def test_a_preempted_session_is_computed_again_as_in_stock_vllm(at_step):
     results = []
     for setting in (None, SETTING):
@@ -146,3 +152,32 @@ def test_a_setting_cannot_change_while_a_session_waits():
     manager = compressing_manager(scheduler.kv_cache_manager.coordinator)
     with pytest.raises(RuntimeError, match="1 requests still run"):
         manager.reconfigure(manager.kv_cache_spec.kv_compress)
+
+
+def test_workers_take_a_sessions_rows_for_whole():
+    """On a CPU and on a GPU, from the first part to those that the prompt grows by."""
+    geometry = Geometry(KVCompressConfig.from_dict(SETTING), BLOCK_SIZE)
+    states, requests = RequestStates(geometry, 2), DeviceRequests(geometry, 2, 4)
+    states.whole_ids = requests.whole_ids = {"session"}
+    for prompt_len in (20, 600, 657):
+        assert states.geometry_of("session", prompt_len) == geometry.whole(prompt_len)
+        assert states.geometry_of("other", 600).is_compressed
+        names, lens = ["session", "other"], np.array([prompt_len, 600], np.int32)
+        starts = np.array([0, 7, 14])
+        plan = plan_step(requests, 32, names, lens, starts, lens, one_shot_ids=())
+        # Of the session no query is collected, and it has no region.
+        assert [chunk.request_id for chunk in plan.chunks] == ["other"]
+        assert plan.finished_dense == [("session", prompt_len)]
+        assert not plan.numbers[:, 0].any()
+
+
+def test_a_session_counts_once_and_its_prompt_grows():
+    stats = CompressionStats(log=False)
+    stats.record_dense("session-a74c0dd9", 600)
+    stats.record_dense("session-a74c0dd9", 657)
+    stats.record_dense("session-a74c0dd9", 657)
+    snapshot = stats.snapshot()
+    (record,), totals = snapshot["requests"], snapshot["totals"]
+    assert (record["prompt_len"], record["kept_tokens"], record["num_prefills"]) == (657, 657, 2)
+    assert (totals["prompts"], totals["prompt_tokens"], totals["kept_tokens"]) == (1, 657, 657)
+    assert totals["recomputed_prompts"] == 1
