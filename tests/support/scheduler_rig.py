@@ -46,13 +46,21 @@ class Trace:
         return sum(sum(step.values()) for step in self.steps)
 
 
-def make_scheduler(kv_compress: dict[str, Any] | None, num_blocks: int, max_model_len: int) -> Any:
+def make_scheduler(
+    kv_compress: dict[str, Any] | None,
+    num_blocks: int,
+    max_model_len: int,
+    max_num_seqs: int = 16,
+    max_num_batched_tokens: int = 2048,
+) -> Any:
     """vLLM's synchronous scheduler, ours if there is a setting.
 
     Args:
         kv_compress: the setting; None for stock vLLM.
         num_blocks: usable blocks of `BLOCK_SIZE` tokens.
         max_model_len: tokens of the longest request.
+        max_num_seqs: requests that run at once.
+        max_num_batched_tokens: of a step.
     """
     settings = {} if kv_compress is None else {"kv_compress": kv_compress}
     config = EngineArgs(
@@ -60,8 +68,8 @@ def make_scheduler(kv_compress: dict[str, Any] | None, num_blocks: int, max_mode
         skip_tokenizer_init=True,
         block_size=BLOCK_SIZE,
         max_model_len=max_model_len,
-        max_num_seqs=16,
-        max_num_batched_tokens=2048,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
         async_scheduling=False,
         additional_config=settings,
     ).create_engine_config()
@@ -70,8 +78,9 @@ def make_scheduler(kv_compress: dict[str, Any] | None, num_blocks: int, max_mode
         block_size=BLOCK_SIZE, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
     )
     if kv_compress is not None:
+        one_shot = max_num_batched_tokens - max_num_seqs
         own = KVCompressConfig.from_dict(kv_compress)
-        spec = KVCompressSpec.from_full_attention(spec, own, one_shot_tokens=2048 - 16)
+        spec = KVCompressSpec.from_full_attention(spec, own, one_shot_tokens=one_shot)
     cache_config = KVCacheConfig(
         num_blocks=num_blocks + 1,
         kv_cache_tensors=[],

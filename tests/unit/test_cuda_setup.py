@@ -24,7 +24,7 @@ from vllm_kvcompress.vllm_integration import validate, worker_cuda
 from vllm_kvcompress.vllm_integration.batch_cuda import EMPTY_SLOT, DeviceRequests, plan_step
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
-from vllm_kvcompress.vllm_integration.scheduler import chunk_tokens
+from vllm_kvcompress.vllm_integration.scheduler import chunk_tokens, fewest_tokens
 from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
 
 CONFIG = KVCompressConfig("snapkv", budget=64, window=16)
@@ -133,23 +133,36 @@ def test_model_runner_v2_is_for_gpus():
 
 
 @pytest.mark.parametrize(
-    ("missing", "wanted", "expected"),
+    ("missing", "wanted", "collected", "expected"),
     [
-        (100, 100, 100),
-        (100, 300, 100),
-        (100, 40, 40),
-        (100, 99, 98),
-        (100, 1, 0),
-        (3, 2, 0),
-        (3, 3, 3),
-        (2, 1, 0),
-        (2, 9, 2),
-        (0, 7, 7),
-        (-5, 1, 1),
+        (100, 100, 16, 100),
+        (100, 300, 16, 100),
+        (100, 40, 16, 40),
+        (100, 99, 16, 98),
+        (100, 1, 16, 1),
+        (100, 1, 100, 0),
+        (17, 1, 16, 1),
+        (16, 1, 16, 0),
+        (16, 2, 16, 2),
+        (3, 2, 3, 0),
+        (3, 2, 2, 1),
+        (3, 3, 16, 3),
+        (2, 1, 2, 0),
+        (2, 1, 1, 0),
+        (2, 9, 16, 2),
+        (0, 7, 16, 7),
+        (-5, 1, 16, 1),
     ],
 )
-def test_chunks_never_have_or_leave_a_single_token(missing, wanted, expected):
-    assert chunk_tokens(missing, wanted) == expected
+def test_a_collected_token_is_never_alone(missing, wanted, collected, expected):
+    assert chunk_tokens(missing, wanted, collected) == expected
+
+
+def test_the_fewest_tokens_are_a_chunk_and_no_fewer_are():
+    for missing in range(2, 40):
+        fewest = fewest_tokens(missing)
+        assert chunk_tokens(missing, fewest, 40) == fewest
+        assert chunk_tokens(missing, fewest - 1, 40) == 0
 
 
 def test_rows_of_both_model_runners():

@@ -94,6 +94,7 @@ def request_of(num_generated=0, prompt_len=PROMPT_LEN, **params):
         num_tokens=prompt_len + num_generated,
         max_tokens=params.max_tokens,
         sampling_params=params,
+        streaming_queue=None,
     )
 
 

@@ -157,3 +157,46 @@ def test_no_head_ends_up_with_more_than_its_bound(data):
         )
         bounds = joint_most_entries(known, num_layers, mean_pages, per_page, dict(config.options))
         assert (bounds >= selection.num_pages[:num_known] * per_page).all()
+
+
+def spoil(prompt, what):
+    """Put in what is no number, here and there."""
+    rows = slice(None, None, 3)
+    if what == "some keys":
+        prompt.key[:, :, rows, 0] = float("nan")
+    elif what == "a layer":
+        prompt.key[1], prompt.value[1], prompt.query[1] = float("nan"), float("nan"), float("nan")
+    elif what == "a head's values":
+        prompt.value[:, 1] = float("nan")
+    elif what == "endless keys":
+        prompt.key[:, :, rows, 0], prompt.key[:, :, 1::5, 1] = float("inf"), -float("inf")
+    elif what == "huge":
+        for tensor in (prompt.key, prompt.value, prompt.query):
+            tensor *= 1e30
+    else:
+        for tensor in (prompt.key, prompt.value, prompt.query):
+            tensor.fill_(float("nan"))
+    return prompt
+
+
+@pytest.mark.parametrize(
+    "what", ["some keys", "a layer", "a head's values", "endless keys", "huge", "everything"]
+)
+@pytest.mark.parametrize("granularity", ["page", "token"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_a_region_is_filled_all_the_same(case, granularity, what):
+    config = config_of(case, granularity)
+    selections = []
+    for in_one_shot in (False, True):
+        prompt = spoil(make_prompt(config, 150), what)
+        selections.append((compact_in_one_shot if in_one_shot else compact)(config, prompt))
+        selection, geometry = selections[-1], prompt.geometry
+        assert int(selection.num_pages.min()) >= 1
+        num_pages = geometry.num_region_blocks * SHAPE.pages_per_block
+        assert int(selection.num_pages.sum()) == num_pages
+        assert int(selection.indices.min()) >= 0
+        per_page = SHAPE.block_size if granularity == "token" else 1
+        assert int(selection.indices.max()) < geometry.first_kept_block * per_page
+    usual, one_shot = selections
+    assert torch.equal(usual.num_pages, one_shot.num_pages)
+    assert torch.equal(usual.indices, one_shot.indices)

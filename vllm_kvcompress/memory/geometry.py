@@ -118,8 +118,12 @@ class Geometry:
         self.of = functools.lru_cache(maxsize=4096)(self._of)
         self.max_region_blocks = functools.lru_cache(maxsize=4096)(self._max_region_blocks)
 
+    def whole(self, prompt_len: int) -> RequestGeometry:
+        """Geometry of a request that stays whole however long its prompt is."""
+        return RequestGeometry(prompt_len, self.block_size, 0, 0, prompt_len)
+
     def _of(self, prompt_len: int) -> RequestGeometry:
-        dense = RequestGeometry(prompt_len, self.block_size, 0, 0, prompt_len)
+        dense = self.whole(prompt_len)
         window = self.config.window
         compact_len = prompt_len - self.config.option("suffix_tokens")
         if compact_len <= window:

@@ -104,15 +104,17 @@ def entries_per_page(config: KVCompressConfig, block_size: int) -> int:
 
 def entry_scores(scores: LayerScores, config: KVCompressConfig, block_size: int) -> LayerScores:
     """Scores of what is chosen from: of the tokens, or of whole pages."""
-    if config.granularity == "token":
-        return scores
-    reduce = config.option("page_reduce")
-    first, second = (
-        None if tokens is None else ops.page_scores(tokens, block_size, reduce)
-        for tokens in (scores.first, scores.second)
-    )
-    assert first is not None
-    return LayerScores(first, second)
+    first, second = scores.first, scores.second
+    if config.granularity == "page":
+        reduce = config.option("page_reduce")
+        first = ops.page_scores(first, block_size, reduce)
+        second = None if second is None else ops.page_scores(second, block_size, reduce)
+    return LayerScores(_ranked(first), None if second is None else _ranked(second))
+
+
+def _ranked(scores: torch.Tensor) -> torch.Tensor:
+    """NaN as the worst: a request's embeddings can be anything, and NaN has no rank."""
+    return torch.where(scores.isnan(), float("-inf"), scores)
 
 
 def first_stage_counts(

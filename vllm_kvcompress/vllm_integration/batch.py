@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,10 +64,17 @@ class RequestStates:
     def __init__(self, geometry: Geometry, num_layers: int) -> None:
         self.geometry = geometry
         self.num_layers = num_layers
+        # Of the step at hand, those that are never compressed.
+        self.whole_ids: Container[str] = ()
         self._states: dict[str, RequestState] = {}
 
     def __len__(self) -> int:
         return len(self._states)
+
+    def geometry_of(self, request_id: str, prompt_len: int) -> RequestGeometry:
+        """Geometry of a request of the step at hand."""
+        is_whole = request_id in self.whole_ids
+        return (self.geometry.whole if is_whole else self.geometry.of)(prompt_len)
 
     def get_or_create(self, request_id: str, prompt_len: int) -> RequestState:
         """The state of a request, new if it is unknown or its prompt length has changed."""
@@ -170,7 +178,7 @@ def classify_rows(
     starts = query_start_loc.tolist()
     for i, request_id in enumerate(request_ids):
         prompt_len, seq_len = int(prompt_lens[i]), int(seq_lens[i])
-        geometry = states.geometry.of(prompt_len)
+        geometry = states.geometry_of(request_id, prompt_len)
         num_computed = seq_len - (starts[i + 1] - starts[i])
         compact_len = geometry.compact_len
         finishes = num_computed < compact_len <= seq_len

@@ -55,6 +55,8 @@ class DeviceRequests:
 
     def __init__(self, geometry: Geometry, num_layers: int, max_num_reqs: int) -> None:
         self.geometry = geometry
+        # Of the step at hand, those that are never compressed.
+        self.whole_ids: Container[str] = ()
         self._num_layers = num_layers
         self._places: dict[str, int] = {}
         # By place. Requests that stay whole have none.
@@ -93,7 +95,8 @@ class DeviceRequests:
         if not self._free_places:
             self._grow()
         place = self._places[request_id] = self._free_places.pop()
-        geometry = self.geometry.of(prompt_len)
+        is_whole = request_id in self.whole_ids
+        geometry = (self.geometry.whole if is_whole else self.geometry.of)(prompt_len)
         region_from = _NEVER
         if geometry.is_compressed:
             prompt = PromptCompaction(geometry, self._num_layers)

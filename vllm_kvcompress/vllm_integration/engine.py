@@ -152,6 +152,10 @@ class WorkerEngine:
                 is_one_shot=row.is_one_shot,
             )
 
+    def keep_whole(self, request_ids: Any) -> None:
+        """Say which requests of the next step are never compressed."""
+        self.states.whole_ids = request_ids
+
     def forget(self, request_ids: Any) -> None:
         """Drop requests that have finished or were preempted."""
         for request_id in request_ids:

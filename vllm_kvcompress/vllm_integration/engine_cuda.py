@@ -482,6 +482,10 @@ class CUDAEngine:
             is_one_shot=batch.staging is not None,
         )
 
+    def keep_whole(self, request_ids: Container[str]) -> None:
+        """Say which requests of the next step are never compressed."""
+        self.requests.whole_ids = request_ids
+
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop requests that have finished or were preempted."""
         for request_id in request_ids:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.vllm_integration.kv_cache import request_geometry
 
 _MOST_REMEMBERED = 1000
 
@@ -137,5 +138,5 @@ def _least_to_come(request: Any) -> int:
 
 def _num_blocks(request: Any, geometry: Geometry) -> int:
     """Blocks of a request once its prompt is compacted."""
-    own = geometry.of(request.num_prompt_tokens)
+    own = request_geometry(geometry, request)
     return own.num_row_blocks(request.num_tokens) - own.first_kept_block

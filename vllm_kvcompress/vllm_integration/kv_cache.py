@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -103,11 +103,17 @@ class KVCompressManager(FullAttentionManager):
         self._one_shot: set[str] = set()
         # Prompt lengths of the last requests that gave their blocks up: preempted ones come back.
         self._freed: OrderedDict[str, int] = OrderedDict()
+        # Requests that are never compressed; the scheduler adds and removes them.
+        self.whole_ids: set[str] = set()
 
     @property
     def geometry(self) -> Geometry:
         """Geometry of requests under the spec."""
         return self.kv_cache_spec.geometry
+
+    def geometry_of(self, request: Any) -> RequestGeometry:
+        """Geometry of one of vLLM's requests."""
+        return request_geometry(self.geometry, request)
 
     def reconfigure(self, config: KVCompressConfig) -> None:
         """Use another setting from now on.
@@ -117,8 +123,9 @@ class KVCompressManager(FullAttentionManager):
         Raises:
             RuntimeError: if a request still holds blocks.
         """
-        if self._prompt_lens:
-            raise RuntimeError(f"{len(self._prompt_lens)} requests still run under the old setting")
+        num_known = len(self._prompt_lens) + len(self.whole_ids)
+        if num_known:
+            raise RuntimeError(f"{num_known} requests still run under the old setting")
         object.__setattr__(self.kv_cache_spec, "kv_compress", config)
 
     def _row_tokens(self, prompt_len: int, num_tokens: int) -> int:
@@ -146,6 +153,17 @@ class KVCompressManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks missing from the request's row, its region included."""
+        if request_id in self.whole_ids:
+            return super().get_num_blocks_to_allocate(
+                request_id,
+                num_tokens,
+                new_computed_blocks,
+                total_computed_tokens,
+                num_local_computed_tokens,
+                num_tokens_main_model,
+                apply_admission_cap,
+                prefill_end,
+            )
         prompt_len = self._find_prompt_len(request_id, num_tokens, prefill_end)
         if prompt_len is None:
             # Room for the largest region of a shorter prompt.
@@ -233,6 +251,8 @@ class KVCompressManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Grow the request's row to hold `num_tokens`, its region included."""
+        if request_id in self.whole_ids:
+            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         prompt_len = self._prompt_lens[request_id]
         if request_id in self._one_shot and not self.req_to_blocks.get(request_id):
             num_absent = self.geometry.of(prompt_len).first_kept_block
@@ -248,14 +268,9 @@ class KVCompressManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Free the prompt blocks that a settled compaction has made needless."""
-        if num_prompt_tokens is None:
+        if num_prompt_tokens is None or request_id in self.whole_ids:
             return
-        known = self._prompt_lens.setdefault(request_id, num_prompt_tokens)
-        if known != num_prompt_tokens:
-            raise RuntimeError(
-                f"prompt of request {request_id} grew from {known} to {num_prompt_tokens} tokens; "
-                "KV compression does not support resumable (streaming-input) requests"
-            )
+        self._prompt_lens[request_id] = num_prompt_tokens
         geometry = self.geometry.of(num_prompt_tokens)
         if geometry.is_compressed and processed_computed_tokens >= geometry.compact_len:
             self._remove_blocks_in_range(request_id, 0, geometry.first_kept_block)
@@ -305,6 +320,30 @@ class KVCompressManager(FullAttentionManager):
         )
 
 
+def request_geometry(geometry: Geometry, request: Any) -> RequestGeometry:
+    """Geometry of one of vLLM's requests.
+
+    A streaming-input session stays whole: its prompt grows, and takes in what was generated.
+    """
+    is_session = request.streaming_queue is not None
+    return (geometry.whole if is_session else geometry.of)(request.num_prompt_tokens)
+
+
+def tell_whole_ids(scheduler_output: Any, whole_ids: set[str]) -> None:
+    """Tell workers which requests of a step are never compressed.
+
+    vLLM's own fields do not say that a request is a session. It pickles the output with whatever
+    attributes it has.
+    """
+    scheduled = scheduler_output.num_scheduled_tokens
+    scheduler_output.kv_compress_whole_ids = whole_ids & scheduled.keys()
+
+
+def told_whole_ids(scheduler_output: Any) -> Container[str]:
+    """Requests of a step that are never compressed, as the scheduler told."""
+    return getattr(scheduler_output, "kv_compress_whole_ids", ())
+
+
 def compressing_manager(coordinator: Any) -> KVCompressManager:
     """The one of a coordinator's block managers that compresses."""
     (manager,) = (m for m in coordinator.single_type_managers if isinstance(m, KVCompressManager))
@@ -320,7 +359,7 @@ def cache_only_before_compaction(coordinator: Any) -> None:
     manager, cache_blocks = compressing_manager(coordinator), coordinator.cache_blocks
 
     def cache_exact_blocks(request: Any, num_computed_tokens: int) -> None:
-        geometry = manager.geometry.of(request.num_prompt_tokens)
+        geometry = manager.geometry_of(request)
         if geometry.is_compressed:
             row = manager.req_to_blocks.get(request.request_id)
             if row and row[0].is_null:

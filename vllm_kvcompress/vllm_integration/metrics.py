@@ -64,7 +64,7 @@ class CompressionStats:
         self._timer: threading.Timer | None = None
 
     def record_dense(self, request_id: str, prompt_len: int) -> None:
-        """A prompt that was short enough to stay whole has been computed."""
+        """A prompt that stays whole has been computed, or the next part of a session's."""
         self._record(
             {
                 "request_id": request_id,
@@ -122,7 +122,8 @@ class CompressionStats:
         """Plain data: `totals`, and `requests` oldest first (the last 10,000).
 
         A request counts from the step that computes the end of its prompt, and once only, also
-        if it is preempted and computed again (`num_prefills` and `recomputed_prompts` tell).
+        if it is preempted and computed again (`num_prefills` and `recomputed_prompts` tell) or
+        its prompt grows (a streaming-input session).
         Each request has request_id (the caller's), internal_id (vLLM's), prompt_len, compressed,
         kept_tokens and evicted_tokens (mean over layers and heads), one_shot (whether what was
         evicted never had blocks), blocks_returned to the pool or else blocks_not_taken,
@@ -152,11 +153,16 @@ class CompressionStats:
     def _record(self, record: dict[str, Any]) -> None:
         with self._lock:
             known = self._requests.get(record["request_id"])
-            record["num_prefills"] = 1 if known is None else known["num_prefills"] + 1
+            num_grown = 0 if known is None else record["prompt_len"] - known["prompt_len"]
+            record["num_prefills"] = 1 if known is None else known["num_prefills"] + (not num_grown)
             self._requests[record["request_id"]] = record
             if len(self._requests) > MAX_REQUEST_RECORDS:
                 del self._requests[next(iter(self._requests))]
             for totals in (self._totals, self._interval_totals):
+                if num_grown:
+                    totals["prompt_tokens"] += num_grown
+                    totals["kept_tokens"] += num_grown
+                    continue
                 if known is not None:
                     totals["recomputed_prompts"] += 1
                     continue

@@ -5,8 +5,12 @@ it had generated, which belong behind the compaction: computed with the prompt t
 all of it, and the text would go on otherwise than if nothing had happened. And with the option
 suffix_tokens the compaction point lies before the prompt's end.
 
-No chunk before that point has a single token: on a GPU, vLLM runs such a row as a decode, in a
-captured graph, where nobody could collect its query.
+A token whose query has a say in what is kept is never alone in a chunk: on a GPU, vLLM runs such
+a row as a decode, in a captured graph, where nobody could collect its query. If a step has no room
+for two such tokens, the next one leaves decoding requests out for it, in turn.
+
+A streaming-input session, whose prompt grows from chunk to chunk, stays whole and is served as by
+stock vLLM.
 
 And what tokens computed over a compressed prompt leave in the cache is for nobody else to read.
 
@@ -17,16 +21,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress.memory import RequestGeometry
+from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration.headroom import OutputLengths, has_headroom
 from vllm_kvcompress.vllm_integration.kv_cache import (
+    KVCompressManager,
     cache_only_before_compaction,
     compressing_manager,
+    tell_whole_ids,
 )
+
+# Under "vllm", whose logging configuration would not reach a logger of our own name.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class _CompressionScheduler:
@@ -37,9 +48,42 @@ class _CompressionScheduler:
         self._output_lengths = OutputLengths()
         cache_only_before_compaction(self.kv_cache_manager.coordinator)
 
-    def _geometry_of(self, request: Any) -> RequestGeometry:
-        manager = compressing_manager(self.kv_cache_manager.coordinator)
-        return manager.geometry.of(request.num_prompt_tokens)
+        # Tokens that a prompt lacked room for in the step before, and who makes it in this one.
+        self._num_lacking = 0
+        self._left_out: set[str] = set()
+        self._num_turns = 0
+
+    @property
+    def _manager(self) -> KVCompressManager:
+        return compressing_manager(self.kv_cache_manager.coordinator)
+
+    def add_request(self, request: Any) -> None:
+        if request.resumable:
+            logger.info_once(
+                "kv-compress: streaming-input sessions keep all of their tokens, since their "
+                "prompts grow"
+            )
+            self._manager.whole_ids.add(request.request_id)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        self._leave_out_decodes()
+        output = super().schedule(*args, **kwargs)
+        self._left_out.clear()
+        if whole_ids := self._manager.whole_ids:
+            tell_whole_ids(output, whole_ids)
+        return output
+
+    def _leave_out_decodes(self) -> None:
+        """Make room for a prompt, at the cost of one step of as few decoding requests as can be."""
+        num_lacking, self._num_lacking = self._num_lacking, 0
+        if not num_lacking:
+            return
+        decoding = [request for request in self.running if not request.is_prefill_chunk]
+        for i in range(min(num_lacking, len(decoding))):
+            turn = (self._num_turns + i) % len(decoding)
+            self._left_out.add(decoding[turn].request_id)
+        self._num_turns += num_lacking
 
     def _reserve_prefill_lookahead(
         self, request: Any, num_computed_tokens: int, num_new_tokens: int
@@ -48,15 +92,28 @@ class _CompressionScheduler:
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        geometry = self._geometry_of(request)
+        if request.request_id in self._left_out:
+            return 0
+        geometry = self._manager.geometry_of(request)
         if not geometry.is_compressed:
             return num_new_tokens
         if request.status != RequestStatus.RUNNING and not self._may_enter(request):
             return 0
-        return chunk_tokens(geometry.compact_len - num_computed_tokens, num_new_tokens)
+        num_missing = geometry.compact_len - num_computed_tokens
+        num_tokens = chunk_tokens(num_missing, num_new_tokens, self._num_collected(geometry))
+        if num_tokens == 0:
+            self._num_lacking = fewest_tokens(num_missing) - num_new_tokens
+        return num_tokens
+
+    def _num_collected(self, geometry: RequestGeometry) -> int:
+        """Tokens before the compaction point whose queries have a say in what is kept."""
+        config = self._manager.geometry.config
+        if "all_queries" in scorer_class(config.recipe.scorer).needs:
+            return geometry.compact_len
+        return config.window
 
     def _may_enter(self, request: Any) -> bool:
-        geometry = compressing_manager(self.kv_cache_manager.coordinator).geometry
+        geometry = self._manager.geometry
         # Alone, waiting would not help.
         if not self.running or geometry.config.option("headroom") == 0:
             return True
@@ -71,6 +128,7 @@ class _CompressionScheduler:
 
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._output_lengths.add(request.num_output_tokens)
+        self._manager.whole_ids.discard(request.request_id)
         return super()._free_request(request, *args, **kwargs)
 
     def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,18 +139,19 @@ class _CompressionScheduler:
         # When it is resumed, the lookup would start from prompt plus output and could hit past the
         # window (another prompt may contain our output), so that the window's queries would never
         # be computed. Not said earlier: vLLM counts no hits of such requests.
-        geometry = self._geometry_of(request)
+        geometry = self._manager.geometry_of(request)
         if geometry.is_compressed and request.num_computed_tokens >= geometry.compact_len:
             request.skip_reading_prefix_cache = True
 
 
-def chunk_tokens(num_missing: int, num_new_tokens: int) -> int:
+def chunk_tokens(num_missing: int, num_new_tokens: int, num_collected: int) -> int:
     """Tokens of a compressed prompt's next chunk.
 
     Args:
         num_missing: tokens from where the request is to its compaction point; never 1, because
             prefix-cache hits and earlier chunks leave more, and not positive behind that point.
         num_new_tokens: tokens that vLLM would compute.
+        num_collected: last tokens before the compaction point that may not be alone in a chunk.
 
     Returns:
         At most num_new_tokens; 0 to wait for a step with more room.
@@ -102,7 +161,12 @@ def chunk_tokens(num_missing: int, num_new_tokens: int) -> int:
     num_tokens = min(num_missing, num_new_tokens)
     if num_missing - num_tokens == 1:
         num_tokens -= 1
-    return num_tokens if num_tokens > 1 else 0
+    return 0 if num_tokens == 1 and num_missing <= num_collected else num_tokens
+
+
+def fewest_tokens(num_missing: int) -> int:
+    """Tokens of the smallest chunk of collected tokens that leaves none alone."""
+    return 3 if num_missing == 3 else 2
 
 
 class KVCompressScheduler(_CompressionScheduler, Scheduler):

@@ -140,6 +140,8 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
         check_gpu_heads(layers.head_size, layers.num_queries_per_kv)
     _refuse((_cuda if is_cuda else _cpu)(vllm_config))
     _use_own_scheduler(vllm_config.scheduler_config)
+    if config.option("suffix_tokens"):
+        _refuse_prompt_logprobs(vllm_config)
     if is_cuda:
         _use_own_backend(vllm_config.attention_config)
 
@@ -366,6 +368,15 @@ def check_table_shape(config: KVCompressConfig, num_layers: int, num_kv_heads: i
         check_table(table, num_layers, num_kv_heads)
     except ValueError as error:
         raise KVCompressConfigError(f"KV compression: {error}") from None
+
+
+def _refuse_prompt_logprobs(vllm_config: Any) -> None:
+    """Have vLLM refuse single requests that ask for them."""
+    name = "NoPromptLogprobsV2" if vllm_config.use_v2_model_runner else "NoPromptLogprobs"
+    path = f"vllm_kvcompress.vllm_integration.request_checks:{name}"
+    model = vllm_config.model_config
+    others = [other for other in model.logits_processors or () if other != path]
+    model.logits_processors = [*others, path]
 
 
 def _use_own_scheduler(scheduler_config: Any) -> None:

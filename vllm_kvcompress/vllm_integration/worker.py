@@ -22,7 +22,7 @@ from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import NULL_BLOCK
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
+from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec, told_whole_ids
 from vllm_kvcompress.vllm_integration.layers import layer_parameters
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
 from vllm_kvcompress.vllm_integration.validate import check_table_shape
@@ -228,6 +228,7 @@ class CompressionWorker:
         if self._engine is not None:
             self._engine.forget(scheduler_output.finished_req_ids)
             self._engine.forget(scheduler_output.preempted_req_ids or ())
+            self._engine.keep_whole(told_whole_ids(scheduler_output))
         if scheduler_output.total_num_scheduled_tokens == 0:
             # Nothing runs any more. A command that ends now kills this process within moments.
             self._stats.flush()
