@@ -5,7 +5,7 @@
 #   PYTHON           interpreter for the new environment (default: first of 3.11 to 3.13 found)
 #   KVC_VENV         existing environment to use as it is, instead of .venv
 #   KVC_MODEL        existing model folder to use, instead of .cache/models/smollm2
-#   KVC_TORCH_INDEX  PyTorch's index of CPU builds, asked when pip's own index has none
+#   KVC_TORCH_INDEX  index of torch's CPU builds, asked when pip's own has none (default: PyTorch's)
 # Sets and exports KVC_ROOT, KVC_VENV, KVC_MODEL and KVC_PYTHON.
 set -euo pipefail
 
@@ -13,6 +13,7 @@ KVC_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 kvc_log="$KVC_ROOT/.cache/setup.log"
 # The compiled CPU ops, which lie in the sources of an editable installation.
 kvc_ops="$KVC_ROOT/vllm_kvcompress/_native_cpu.so"
+kvc_torch_index="${KVC_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 
 kvc_say() { echo "[setup] $*"; }
 
@@ -79,10 +80,9 @@ kvc_find_python() {
 kvc_pip_install() { "$KVC_PYTHON" -m pip install --no-compile "$@"; }
 
 kvc_install_torch() {
-  local index=()
-  [[ -z "${KVC_TORCH_INDEX:-}" ]] || index=(--extra-index-url "$KVC_TORCH_INDEX")
-  # The plain version may be the CUDA build: gigabytes that a CPU never runs, but it works.
-  kvc_pip_install "torch==2.13.0+cpu" "${index[@]}" || kvc_pip_install "torch==2.13.0"
+  # vLLM for CPU asks for this very build, which PyPI does not have.
+  kvc_pip_install "torch==2.13.0+cpu" ||
+    kvc_pip_install "torch==2.13.0+cpu" --extra-index-url "$kvc_torch_index"
 }
 
 kvc_install_project() {

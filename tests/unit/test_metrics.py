@@ -130,10 +130,32 @@ def test_one_line_per_request_and_one_per_interval() -> None:
         "11 blocks returned, 0 never taken, 2 blocks of region"
     )
     assert messages[2][1] == (
-        "kv-compress: 2 prompts (1 compressed, 0 in one shot), 96 of 240 prompt tokens kept "
-        "per head (60.0% evicted), 11 blocks returned to the pool, 0 never taken, "
-        "2 blocks of regions taken"
+        "kv-compress: 2 prompts (1 compressed, 0 in one shot, 1 stayed dense), "
+        "96 of 240 prompt tokens kept per head (60.0% evicted), 11 blocks returned to the pool, "
+        "0 never taken, 2 blocks of regions taken"
     )
+
+
+def test_a_budget_that_does_nothing_is_said(monkeypatch) -> None:
+    lines = []
+    monkeypatch.setattr(metrics.logger, "info", lambda text, *values: lines.append(text % values))
+    stats = CompressionStats(log_interval_s=3600, budget=2048)
+    for lengths in ([40, 2048, 300], [40, 2049], [30]):
+        for prompt_len in lengths:
+            stats.record_dense(f"{len(lines)}-{prompt_len}", prompt_len)
+        stats.flush()
+    stats.budget = None
+    stats.record_dense("last", 30)
+    stats.flush()
+    beginnings = [line.split("), ")[0] for line in lines]
+    said = ": not longer than the budget of 2048"
+    assert beginnings == [
+        f"kv-compress: 3 prompts (0 compressed, 0 in one shot, 3 stayed dense{said}",
+        # Longer than the budget: dense for another reason.
+        "kv-compress: 2 prompts (0 compressed, 0 in one shot, 2 stayed dense",
+        f"kv-compress: 1 prompts (0 compressed, 0 in one shot, 1 stayed dense{said}",
+        "kv-compress: 1 prompts (0 compressed, 0 in one shot, 1 stayed dense",
+    ]
 
 
 class StockWorker:

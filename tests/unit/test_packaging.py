@@ -29,7 +29,7 @@ def sources(tmp_path):
     for part in PARTS:
         skip = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / part, tmp_path / part, ignore=skip)
-    for file in ("MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+    for file in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / file, tmp_path)
     return tmp_path
 
@@ -61,10 +61,12 @@ def test_without_compiled_ops_the_wheel_is_plain(sources):
     assert not [file for file in files if file.endswith(".so")]
     assert "vllm_kvcompress/triton_kernels/select.py" in files
     assert not [file for file in files if file.startswith("triton_kernels")]
+    assert [file for file in files if file.endswith(".dist-info/licenses/LICENSE")]
     (archive,) = (sources / "dist").glob("*.tar.gz")
     listed = subprocess.run(["tar", "-tf", archive], capture_output=True, text=True).stdout
     for part in ("build_cuda.py", "cuda/select.cu", "build_cpu.py", "cpu/select.cpp", "cpu/vec.h"):
         assert f"csrc/{part}" in listed
+    assert "/LICENSE\n" in listed
 
 
 @needs_compiler

@@ -61,3 +61,15 @@ def test_a_step_that_fails_shows_the_end_of_its_output(tmp_path):
     assert "the reason" in done.stderr
     assert "a bad step failed" in done.stderr
     assert "went on" not in done.stdout
+
+
+def test_torch_for_a_cpu_comes_from_pytorch_where_pip_has_none(tmp_path):
+    code = """
+    kvc_pip_install() { echo "$@"; [[ "$*" == *--extra-index-url* ]]; }
+    kvc_install_torch
+    """
+    done = run_bash(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    index = os.environ.get("KVC_TORCH_INDEX", "https://download.pytorch.org/whl/cpu")
+    wanted = "torch==2.13.0+cpu"
+    assert done.stdout.splitlines()[-2:] == [wanted, f"{wanted} --extra-index-url {index}"]

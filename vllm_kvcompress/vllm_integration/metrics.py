@@ -49,9 +49,19 @@ class CompressionStats:
         log_interval_s: seconds between INFO summaries; only intervals in which a prompt
             finished are logged.
         log: whether this worker logs (one rank does).
+        budget: tokens kept per head, which the summaries name where prompts are not longer; None
+            if a ratio is set. May be changed at any time.
     """
 
-    def __init__(self, log_interval_s: float = LOG_INTERVAL_S, log: bool = True) -> None:
+    def __init__(
+        self,
+        log_interval_s: float = LOG_INTERVAL_S,
+        log: bool = True,
+        budget: int | None = None,
+    ) -> None:
+        self.budget = budget
+        # Of this interval: the longest prompt that stayed dense, tokens.
+        self._longest_dense = 0
         # By internal id, in the order in which the prompts were first computed.
         self._requests: dict[str, dict[str, Any]] = {}
         # What is on its way, oldest first.
@@ -175,6 +185,8 @@ class CompressionStats:
                 totals["blocks_returned"] += record["blocks_returned"]
                 totals["blocks_not_taken"] += record["blocks_not_taken"]
                 totals["region_blocks"] += record["region_blocks"]
+            if not record["compressed"]:
+                self._longest_dense = max(self._longest_dense, record["prompt_len"])
             if self._log and self._timer is None:
                 self._timer = threading.Timer(self._interval_s, self._log_interval)
                 self._timer.daemon = True
@@ -195,16 +207,22 @@ class CompressionStats:
     def _log_interval(self) -> None:
         with self._lock:
             totals, self._interval_totals = self._interval_totals, _zero_totals()
+            longest_dense, self._longest_dense = self._longest_dense, 0
             self._timer = None
         if totals["prompts"] == 0:
             return
+        num_dense = totals["prompts"] - totals["compressed_prompts"]
+        dense = f", {num_dense} stayed dense" if num_dense else ""
+        if num_dense and self.budget is not None and longest_dense <= self.budget:
+            dense += f": not longer than the budget of {self.budget}"
         logger.info(
-            "kv-compress: %d prompts (%d compressed, %d in one shot), %d of %d prompt tokens kept "
-            "per head (%.1f%% evicted), %d blocks returned to the pool, %d never taken, "
+            "kv-compress: %d prompts (%d compressed, %d in one shot%s), %d of %d prompt tokens "
+            "kept per head (%.1f%% evicted), %d blocks returned to the pool, %d never taken, "
             "%d blocks of regions taken",
             totals["prompts"],
             totals["compressed_prompts"],
             totals["one_shot_prompts"],
+            dense,
             totals["kept_tokens"],
             totals["prompt_tokens"],
             100 * totals["evicted_tokens"] / totals["prompt_tokens"],

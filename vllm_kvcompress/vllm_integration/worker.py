@@ -44,7 +44,7 @@ class CompressionWorker:
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._config = KVCompressConfig.from_dict(vllm_config.additional_config["kv_compress"])
-        self._stats = CompressionStats(log=self.rank == 0)
+        self._stats = CompressionStats(log=self.rank == 0, budget=self._config.budget)
         self._engine: Any = None
 
     def _one_shot_tokens(self) -> int:
@@ -206,6 +206,7 @@ class CompressionWorker:
         needs = scorer_class(config.recipe.scorer).needs
         self._engine.configure(config, self._layer_parameters(needs))
         self._config = config
+        self._stats.budget = config.budget
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the stock worker; scores then use the new weights too."""

@@ -1,0 +1,108 @@
+"""The README's server, client and offline script, run as they are written.
+
+Put in: the model's folder, a free port, a smaller pool, and a document for "A long document ...".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from readme import blocks, commands
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+STARTUP_S = 400
+DOCUMENT = "A long document ..."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_a_cpu(device):
+    """The README's commands are for one; the pool's size is in them."""
+    if device != "cpu":
+        pytest.skip("the README's commands are written for a CPU")
+
+
+@pytest.fixture(scope="module")
+def port(model, device, tmp_path_factory):
+    """Port of a server started by the README's first command."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = next(words for words in commands(README) if words[:2] == ["vllm", "serve"])
+    put_in = {"MODEL": model, "4G": "256M"}
+    assert set(put_in) <= set(command)
+    command = [put_in.get(word, word) for word in command[1:]]
+    command += ["--served-model-name", "MODEL", "--port", str(port)]
+    path = tmp_path_factory.mktemp("readme") / "log"
+    with path.open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm.entrypoints.cli.main", *command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + STARTUP_S
+        while True:
+            assert process.poll() is None, path.read_text()[-3000:]
+            assert time.monotonic() < deadline, path.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(2)
+        yield port
+        assert "kv-compress: span, ratio 0.875" in path.read_text()
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(command: list[str]) -> str:
+    """What a command that ends well prints."""
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def test_curl_gets_an_answer(port):
+    (block,) = [block for block in blocks(README, "bash") if block.startswith("curl ")]
+    assert "localhost:8000" in block
+    answer = json.loads(run(["bash", "-c", block.replace("localhost:8000", f"127.0.0.1:{port}")]))
+    assert answer["choices"][0]["message"]["content"]
+
+
+def test_the_openai_client_gets_an_answer(port):
+    (block,) = [block for block in blocks(README, "python") if "OpenAI(" in block]
+    assert "localhost:8000" in block
+    text = run([sys.executable, "-c", block.replace("localhost:8000", f"127.0.0.1:{port}")])
+    assert text.strip()
+
+
+def test_the_offline_script_counts_what_it_removes(model, needle, tmp_path):
+    (block,) = [block for block in blocks(README, "python") if "LLM(" in block]
+    chat, _ = needle(7)
+    for old, new in (
+        ('"MODEL"', repr(model)),
+        ("4 << 30", "256 << 20"),
+        (f'"{DOCUMENT}"', repr(chat[0]["content"])),
+    ):
+        assert block.count(old) == 1
+        block = block.replace(old, new)
+    # From a file: vLLM's process reads the script again.
+    script = tmp_path / "offline.py"
+    script.write_text(block)
+    *_, counts = run([sys.executable, "-P", str(script)]).splitlines()
+    kept, returned = counts.split()
+    assert 150 < float(kept) < 260 and int(returned) > 30
