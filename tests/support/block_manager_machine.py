@@ -63,8 +63,9 @@ class Machine:
         # Of the scheduler, only what it adds to vLLM's is asked for.
         self.scheduler = object.__new__(KVCompressScheduler)
         self.scheduler.kv_cache_manager, self.scheduler.num_prefill_lookahead = self.kv, 0
-        # Whom it lets in is another matter (test_headroom.py).
-        self.scheduler.running = []
+        # Whom it lets in, and whom it leaves out, are other matters (test_headroom.py,
+        # test_small_steps.py).
+        self.scheduler.running, self.scheduler._left_out = [], set()
         self.hasher = get_request_block_hasher(self.bs, sha256) if setup.caching else None
         self.slots: list[list[Any]] = [[None] * self.bs for _ in self.pool.blocks]
         self.content_of_hash: dict[bytes, list[Any]] = {}
@@ -176,7 +177,10 @@ class Machine:
         self.seen["chunk cut at the compaction point"] += allowed == missing < num_new
         self.seen["chunk too short to begin"] += allowed == 0
         if self.is_compressed(sequence) and missing > 0:
-            assert allowed != 1 and missing - allowed != 1
+            # Queries of the window are collected, and none of them from a chunk of one token.
+            assert missing - allowed != 1
+            assert allowed != 1 or missing > self.geometry.config.window
+            self.seen["chunk of one token before the window"] += allowed == 1
         return allowed
 
     def admit(self, sequence: Sequence, pick: Any) -> bool:

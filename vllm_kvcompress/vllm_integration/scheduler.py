@@ -47,7 +47,6 @@ class _CompressionScheduler:
         super().__init__(*args, **kwargs)
         self._output_lengths = OutputLengths()
         cache_only_before_compaction(self.kv_cache_manager.coordinator)
-
         # Tokens that a prompt lacked room for in the step before, and who makes it in this one.
         self._num_lacking = 0
         self._left_out: set[str] = set()
