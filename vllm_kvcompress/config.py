@@ -15,6 +15,8 @@ from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe, option_sp
 
 DEFAULT_METHOD = "span"
 DEFAULT_BUDGET = 2048
+# Tokens per block by vLLM's platform. vLLM's own 128 on a CPU are too coarse for pages per head.
+DEFAULT_BLOCK_SIZE = {"CPU": 32, "CUDA": 16}
 # Whole pages per head below which answers are lost: docs/quality.md, ablations.
 _FEW_PAGES = 4
 # A ratio is looked at for prompts of at least so many tokens; shorter ones are hardly worth it.

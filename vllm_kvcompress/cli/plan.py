@@ -14,13 +14,11 @@ from typing import Any
 
 from vllm_kvcompress.cli import report
 from vllm_kvcompress.cli.model import DTYPE_BYTES, ModelShape, read_shape
-from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.config import DEFAULT_BLOCK_SIZE, KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.policies.recipes import BUDGETS
 from vllm_kvcompress.vllm_integration.cli import add_flags, merge_flags
 
-# Tokens, as an engine with compression takes them where the user leaves it open.
-DEFAULT_BLOCK_SIZE = {"CPU": 32, "CUDA": 16}
 _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _BINARY = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _UNITS = {**_BINARY, **{f"{unit}ib": _BINARY[unit] for unit in "kmgt"}, **_DECIMAL}

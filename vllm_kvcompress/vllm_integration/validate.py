@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import (
+    DEFAULT_BLOCK_SIZE,
     KVCompressConfig,
     KVCompressConfigError,
     as_settings,
@@ -28,8 +29,6 @@ from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
 CPU_WORKER = "vllm_kvcompress.vllm_integration.worker_cpu.KVCompressCPUWorker"
 CUDA_WORKER = "vllm_kvcompress.vllm_integration.worker_cuda.KVCompressCUDAWorker"
-# Tokens. vLLM's CPU default of 128 is too coarse for per-head pages.
-DEFAULT_BLOCK_SIZE = {CPU_WORKER: 32, CUDA_WORKER: 16}
 # vLLM's attention kernels, on a CPU and FlashAttention's, take multiples of it.
 _BLOCK_UNIT = 16
 # A chunk is never one token, nor does it leave one (see scheduler.py).
@@ -73,7 +72,8 @@ def prepare_engine_args(engine_args: Any) -> KVCompressConfig | None:
         )
     engine_args.worker_cls = worker
     if engine_args.block_size is None:
-        engine_args.block_size = DEFAULT_BLOCK_SIZE[worker]
+        platform = "CUDA" if worker == CUDA_WORKER else "CPU"
+        engine_args.block_size = DEFAULT_BLOCK_SIZE[platform]
     elif engine_args.block_size % _BLOCK_UNIT:
         raise KVCompressConfigError(
             f"--block-size must be a multiple of {_BLOCK_UNIT}, got {engine_args.block_size}; try "
