@@ -214,6 +214,16 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return plain[found[0]] if found else None
 
 
+def is_misspelt_setting(key: Any) -> bool:
+    """Whether a key or keyword can only be meant for us, although it is not `kv_compress`."""
+    if not isinstance(key, str) or key == "kv_compress":
+        return False
+    plain = _plain(key)
+    # A key "compress" may be another plugin's.
+    is_near = plain.startswith("k") and nearest(key, ("kv_compress",)) is not None
+    return is_near or plain.startswith("kvcompres")
+
+
 def _plain(word: str) -> str:
     return word.lower().replace("_", "").replace("-", "")
 

@@ -13,12 +13,8 @@ from pathlib import Path
 import pytest
 
 from vllm_kvcompress import KVCompressConfigError
-from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.vllm_integration.validate import (
-    CUDA_WORKER,
-    check_engine_config,
-    is_misspelt_setting,
-)
+from vllm_kvcompress.config import KVCompressConfig, is_misspelt_setting
+from vllm_kvcompress.vllm_integration.validate import CUDA_WORKER, check_engine_config
 
 DEEPSEEK = {
     "architectures": ["DeepseekV2ForCausalLM"],

@@ -17,9 +17,21 @@ LLAMA = {
     "dtype": "bfloat16",
 }
 BLOCK_BYTES = 16 * 256
+OPTIONS = "--kv-compress-options"
 # Of 500 tokens the last 32 are the window, so 468 // 16 = 29 pages compete and 36 tokens stay
 # dense; (128 - 36) // 16 = 5 pages per head are left of the budget.
 SETTING = ("--kv-compress-budget", "128", "--prompt-len", "500", "--output-len", "100")
+
+
+def published_pages(*flags):
+    """Flags for a window of 32 and whole pages, in the published form; options among them stay."""
+    flags = list(flags)
+    options = {"published": True, "granularity": "page"}
+    if OPTIONS in flags:
+        at = flags.index(OPTIONS)
+        options.update(json.loads(flags[at + 1]))
+        del flags[at : at + 2]
+    return (*flags, OPTIONS, json.dumps(options))
 
 
 def write_model(folder, config):

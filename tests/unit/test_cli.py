@@ -10,7 +10,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, write_model
+from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, published_pages, write_model
 
 from vllm_kvcompress.cli import main, plan
 from vllm_kvcompress.cli.methods import NEEDS
@@ -204,7 +204,7 @@ def test_help_names_the_defaults(capsys):
 # plan: text and picture
 
 
-PUBLISHED_PAGES = ("--kv-compress-options", '{"published": true, "granularity": "page"}')
+PUBLISHED_PAGES = published_pages()
 
 
 def test_text(capsys, model):

@@ -6,7 +6,14 @@ import json
 
 import pytest
 import torch
-from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, write_model
+from cli_runs import (
+    BLOCK_BYTES,
+    LLAMA,
+    SETTING,
+    one_line_error,
+    published_pages,
+    write_model,
+)
 
 from vllm_kvcompress.cli import main, plan
 from vllm_kvcompress.cli.model import ModelShape, _max_len, _read_configs, read_shape
@@ -38,6 +45,8 @@ def model(tmp_path):
 
 
 def plan_json(capsys, model, method, *flags):
+    """Numbers of these tests are those of the published forms, in whole pages."""
+    flags = published_pages(*flags)
     assert main(["plan", model, "--kv-compress", method, *flags, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
@@ -79,12 +88,12 @@ def test_a_ratio_and_other_sizes(capsys, model):
         *("--kv-compress-ratio", "0.75", "--kv-compress-window", "8", "--block-size", "32"),
         *("--prompt-len", "1000", "--output-len", "0"),
     )
-    # 992 // 32 = 31 candidates, 8 tokens stay dense, (250 - 8) // 32 = 7 pages.
+    # 992 // 32 = 31 candidates, 8 tokens stay dense, (250 - 8) / 32 = 7.6, the nearest are 8 pages.
     assert request["kept_tokens_asked"] == 250
-    assert request["kept_tokens"] == 7 * 32 + 8
-    assert (request["region_blocks"], request["dense_blocks"]) == (7, 1)
-    assert (request["full_blocks"], request["prefill_blocks"]) == (32, 39)
-    assert request["held_bytes"] == 8 * 2 * 4096
+    assert request["kept_tokens"] == 8 * 32 + 8
+    assert (request["region_blocks"], request["dense_blocks"]) == (8, 1)
+    assert (request["full_blocks"], request["prefill_blocks"]) == (32, 40)
+    assert request["held_bytes"] == 9 * 2 * 4096
 
 
 def test_a_prompt_of_whole_blocks(capsys, model):
@@ -271,9 +280,9 @@ def test_a_head_gets_more_than_it_is_sure_of_where_the_others_have_no_more(capsy
     request = plan_one(
         capsys, model, "ada-snapkv", "--kv-compress-ratio", "0.2", "--prompt-len", "500"
     )
-    # (400 - 36) // 16 = 22 pages on average; of a layer's 44 one head can take 29.
-    assert request["region_blocks"] == 22
-    assert (request["pages"]["least"], request["pages"]["most"]) == ([15] * 4, [29] * 4)
+    # (400 - 36) / 16 = 22.75, 23 pages on average; of a layer's 46 one head can take 29.
+    assert request["region_blocks"] == 23
+    assert (request["pages"]["least"], request["pages"]["most"]) == ([17] * 4, [29] * 4)
 
 
 @pytest.mark.parametrize("granularity", ["page", "token"])

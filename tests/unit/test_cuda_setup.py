@@ -34,7 +34,8 @@ def engine_config(**changes):
     """As much of vLLM's configuration as the checks read."""
     config = {
         "model_config": SimpleNamespace(
-            hf_text_config=SimpleNamespace(),
+            hf_config=SimpleNamespace(),
+            hf_text_config=SimpleNamespace(model_type="llama"),
             runner_type="generate",
             use_mla=False,
             is_encoder_decoder=False,
@@ -45,6 +46,9 @@ def engine_config(**changes):
             rswa_window=None,
             get_num_layers=lambda parallel: 2,
             get_num_kv_heads=lambda parallel: 2,
+            get_num_attention_heads=lambda parallel: 4,
+            get_head_size=lambda: 128,
+            using_transformers_backend=lambda: False,
             max_model_len=1000,
         ),
         "parallel_config": SimpleNamespace(
@@ -55,7 +59,9 @@ def engine_config(**changes):
             use_ubatching=False,
             distributed_executor_backend="mp",
         ),
-        "cache_config": SimpleNamespace(block_size=16, cache_dtype="auto"),
+        "cache_config": SimpleNamespace(
+            block_size=16, cache_dtype="auto", kv_sharing_fast_prefill=False
+        ),
         "scheduler_config": SimpleNamespace(
             disable_hybrid_kv_cache_manager=False,
             async_scheduling=True,
@@ -236,8 +242,8 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
     assert [buffers.work.piece_lse.numel(), buffers.extended_work.piece_lse.numel()] == most
     own = buffers.num_bytes + pages * 16 * 2 * 64 * 2 + scores
     own += 11 if method == "ada-criticalkv" else 0
-    # Of the rest each block leaves room for the scores of what it holds.
-    share = 4 * (5 if method == "ada-criticalkv" else 2) / (2 * 16 * 64 * 2)
+    # Of the rest each block leaves room for the scores of the tokens that it holds.
+    share = 4 * (5 if method == "ada-criticalkv" else 2) * 16 / (2 * 16 * 64 * 2)
     own += int((10**9 - own) * share / (1 + share))
     assert worker.determine_available_memory() == 10**9 - own
     # Which vLLM's advice for the next start is made of.

@@ -15,12 +15,12 @@ from vllm_kvcompress.config import (
     KVCompressConfig,
     KVCompressConfigError,
     did_you_mean,
+    is_misspelt_setting,
     join_settings,
     nearest,
     parse_options_json,
 )
 from vllm_kvcompress.policies.recipes import RECIPES
-from vllm_kvcompress.vllm_integration.validate import is_misspelt_setting
 
 _FLAG_KEYS = ("method", "budget", "ratio", "window", "options")
 _FLAGS = (

@@ -12,6 +12,7 @@ from vllm_kvcompress.config import (
     KVCompressConfigError,
     as_settings,
     did_you_mean,
+    is_misspelt_setting,
     join_settings,
     merge_settings,
 )
@@ -20,7 +21,6 @@ from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager
 from vllm_kvcompress.vllm_integration.metrics import merge_rank_stats
 from vllm_kvcompress.vllm_integration.register import register
-from vllm_kvcompress.vllm_integration.validate import is_misspelt_setting
 
 _KEYWORDS = (
     "kv_compress",

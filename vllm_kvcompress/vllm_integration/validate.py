@@ -12,6 +12,7 @@ from vllm_kvcompress.config import (
     KVCompressConfig,
     KVCompressConfigError,
     as_settings,
+    is_misspelt_setting,
     nearest,
 )
 from vllm_kvcompress.model_layers import (
@@ -82,16 +83,6 @@ def prepare_engine_args(engine_args: Any) -> KVCompressConfig | None:
     config.check_block_size(engine_args.block_size)
     engine_args.additional_config = {**additional, "kv_compress": config.to_dict()}
     return config
-
-
-def is_misspelt_setting(key: Any) -> bool:
-    """Whether a key or keyword can only be meant for us, although it is not `kv_compress`."""
-    if not isinstance(key, str) or key == "kv_compress":
-        return False
-    plain = key.replace("-", "").replace("_", "").lower()
-    # A key "compress" may be another plugin's.
-    is_near = plain.startswith("k") and nearest(key, ("kv_compress",)) is not None
-    return is_near or plain.startswith("kvcompres")
 
 
 def _check_keys(additional: Mapping[str, Any]) -> None:
