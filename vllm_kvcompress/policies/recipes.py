@@ -394,6 +394,8 @@ RECIPES: dict[str, Recipe] = {
             "ada",
             "worst case over window and query heads, weighted by value norms",
             "DefensiveKV, arXiv 2510.13334",
+            {"granularity": "token"},
+            window=16,
             published=Form({"mass_first": 0.9, "alpha": 0.0, "granularity": "token"}),
         ),
         Recipe(
@@ -402,6 +404,8 @@ RECIPES: dict[str, Recipe] = {
             "joint",
             "DefensiveKV scores, all layers and heads compete",
             "DefensiveKV, arXiv 2510.13334",
+            {"granularity": "token"},
+            window=16,
             published=Form({"mass_first": 0.9, "floor": 0.0, "granularity": "token"}),
         ),
         Recipe(
