@@ -123,14 +123,19 @@ class KVCompressConfig:
         if self.ratio is not None:
             kept = round((1 - self.ratio) * _LONG_PROMPT)
         assert kept is not None
-        if kept - self.recent_tokens >= _FEW_PAGES * block_size:
+        beside = kept - self.recent_tokens
+        if beside >= _FEW_PAGES * block_size:
             return None
         of = "" if self.ratio is None else f" of {_LONG_PROMPT} tokens"
-        smaller = ", --block-size 16 makes pages smaller" if block_size > 16 else ""
+        ways = ["keep more"]
+        if block_size > 16:
+            ways.append("make pages smaller (--block-size 16)")
+        if option_specs(self.recipe)["granularity"].default == "token":
+            ways.append("keep single tokens (option granularity 'token')")
         return (
-            f"of a prompt{of} each head keeps {kept} tokens, fewer than {_FEW_PAGES} whole pages "
-            f"of {block_size} beside the window, and so few pages lose facts; option granularity "
-            f"'token' keeps single tokens{smaller}"
+            f"of a prompt{of} each head keeps {beside} tokens beside the window, less than "
+            f"{_FEW_PAGES} whole pages of {block_size}; so few pages lose facts: "
+            f"{' or '.join(ways)}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def test_counts_are_in_the_log(batch, expected) -> None:
     _, output = batch
     _, records = expected
     lines = re.findall(
-        r"kv-compress: (\d+) prompts \((\d+) compressed, (\d+) in one shot\), "
+        r"kv-compress: (\d+) prompts \((\d+) compressed, (\d+) in one shot(?:, [^)]*)?\), "
         r"(\d+) of (\d+) prompt tokens kept per head \(\S+% evicted\), "
         r"(\d+) blocks returned to the pool, (\d+) never taken, (\d+) blocks of regions",
         output,

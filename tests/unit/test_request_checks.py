@@ -44,6 +44,13 @@ def test_a_suffix_has_no_prompt_logprobs(wanted):
     validate_logits_processors_parameters(found, SamplingParams(logprobs=5))
 
 
+def test_a_suffix_has_no_logprobs_of_given_tokens():
+    found = processors(suffix_tokens=20)
+    params = SamplingParams(prompt_logprob_token_ids=[[1, 2]])
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs cannot be had"):
+        validate_logits_processors_parameters(found, params)
+
+
 def test_without_a_suffix_nothing_is_added():
     assert not processors()
 

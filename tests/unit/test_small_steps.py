@@ -37,7 +37,8 @@ def first_token_step(kv_compress, num_decoding=NUM_DECODING, budget=8):
 @pytest.mark.parametrize(
     ("kv_compress", "num_collected"),
     [
-        ({"method": "snapkv", "ratio": 0.75}, 32),
+        ({"method": "snapkv", "ratio": 0.75}, 16),
+        ({"method": "snapkv", "ratio": 0.75, "window": 32}, 32),
         ({"method": "snapkv", "ratio": 0.75, "window": 17}, 17),
         # Every query has a say.
         ({"method": "h2o", "ratio": 0.75}, PROMPT_LEN),
@@ -66,3 +67,14 @@ def test_room_for_three_is_made_where_two_would_leave_one():
     _, stock, _ = first_token_step(None, num_decoding=2, budget=3)
     assert len(chunks) <= len(stock) + 2
     assert 1 not in chunks
+
+
+def test_nobody_is_left_out_where_room_is_not_what_is_lacking():
+    """Nothing is offered to a prompt whose image waits for the encoder."""
+    scheduler = make_scheduler({"method": "snapkv", "ratio": 0.75}, 600, 4096)
+    (request,) = make_requests(1, PROMPT_LEN, 10)
+    assert scheduler._reserve_prefill_lookahead(request, 0, 0) == 0
+    assert scheduler._num_lacking == 0
+    # One token of room, of two that it takes.
+    assert scheduler._reserve_prefill_lookahead(request, PROMPT_LEN - 16, 1) == 0
+    assert scheduler._num_lacking == 1

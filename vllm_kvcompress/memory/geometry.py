@@ -118,12 +118,15 @@ class Geometry:
         self.of = functools.lru_cache(maxsize=4096)(self._of)
         self.max_region_blocks = functools.lru_cache(maxsize=4096)(self._max_region_blocks)
 
-    def whole(self, prompt_len: int) -> RequestGeometry:
-        """Geometry of a request that stays whole however long its prompt is."""
+    def of_request(self, prompt_len: int, is_whole: bool) -> RequestGeometry:
+        """Geometry of a request; if it `is_whole` it stays so however long its prompt is."""
+        return self._whole(prompt_len) if is_whole else self.of(prompt_len)
+
+    def _whole(self, prompt_len: int) -> RequestGeometry:
         return RequestGeometry(prompt_len, self.block_size, 0, 0, prompt_len)
 
     def _of(self, prompt_len: int) -> RequestGeometry:
-        dense = self.whole(prompt_len)
+        dense = self._whole(prompt_len)
         window = self.config.window
         compact_len = prompt_len - self.config.option("suffix_tokens")
         if compact_len <= window:

@@ -266,7 +266,7 @@ SCORERS: dict[str, ScorerInfo] = {
     ),
 }
 
-_BETA = OptionSpec(20.0, float, "last layer's share is base/beta; 1 = uniform", minimum=1.0)
+_BETA = OptionSpec(2.0, float, "last layer's share is base/beta; 1 = uniform", minimum=1.0)
 _ALPHA = _share(0.2, "share of the mean budget guaranteed to each head")
 BUDGETS: dict[str, BudgetInfo] = {
     "uniform": BudgetInfo({}, "head", "the same for every layer and head"),
@@ -326,7 +326,7 @@ _WORST_CASE = {
     "pool_kernel": 11,
     "granularity": "token",
 }
-_AS_SNAPKV = Form({"granularity": "token"})
+_AS_SNAPKV = Form({"granularity": "token", "beta": 20.0})
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -347,7 +347,7 @@ RECIPES: dict[str, Recipe] = {
             "pyramid",
             "SnapKV scores, more budget for low layers",
             "PyramidKV, arXiv 2406.02069",
-            {**_WORST_CASE, "beta": 2.0},
+            _WORST_CASE,
             window=16,
             published=_AS_SNAPKV,
         ),
@@ -367,7 +367,7 @@ RECIPES: dict[str, Recipe] = {
             "ada-pyramid",
             "PyramidKV schedule, heads of a layer compete",
             "Ada-KV, arXiv 2407.11550",
-            {**_WORST_CASE, "beta": 2.0},
+            _WORST_CASE,
             window=16,
             published=_AS_SNAPKV,
         ),

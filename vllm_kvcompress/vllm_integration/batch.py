@@ -73,13 +73,12 @@ class RequestStates:
 
     def geometry_of(self, request_id: str, prompt_len: int) -> RequestGeometry:
         """Geometry of a request of the step at hand."""
-        is_whole = request_id in self.whole_ids
-        return (self.geometry.whole if is_whole else self.geometry.of)(prompt_len)
+        return self.geometry.of_request(prompt_len, request_id in self.whole_ids)
 
     def get_or_create(self, request_id: str, prompt_len: int) -> RequestState:
         """The state of a request, new if it is unknown or its prompt length has changed."""
         state = self._states.get(request_id)
-        geometry = self.geometry.of(prompt_len)
+        geometry = self.geometry_of(request_id, prompt_len)
         if state is None or state.prompt.geometry != geometry:
             state = RequestState(PromptCompaction(geometry, self.num_layers))
             self._states[request_id] = state

@@ -95,8 +95,7 @@ class DeviceRequests:
         if not self._free_places:
             self._grow()
         place = self._places[request_id] = self._free_places.pop()
-        is_whole = request_id in self.whole_ids
-        geometry = (self.geometry.whole if is_whole else self.geometry.of)(prompt_len)
+        geometry = self.geometry.of_request(prompt_len, request_id in self.whole_ids)
         region_from = _NEVER
         if geometry.is_compressed:
             prompt = PromptCompaction(geometry, self._num_layers)

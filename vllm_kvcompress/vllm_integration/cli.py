@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_kvcompress.config import (
@@ -118,21 +118,28 @@ def _argument(parser: Any, flag: str, parse: Callable[[str], Any]) -> Callable[[
 
     def parse_argument(text: str) -> Any:
         try:
-            _check_given_once(flag)
-            return parse(text)
+            value = parse(text)
+            _check_given_once(flag, text, parse)
+            return value
         except KVCompressConfigError as error:
             parser.exit(2, f"{parser.prog}: error: argument {flag}: {error}\n")
 
     return parse_argument
 
 
-def _check_given_once(flag: str) -> None:
+def _check_given_once(flag: str, text: str, parse: Callable[[str], Any]) -> None:
     """Refuse a command line that gives a flag two values, of which argparse would take the last.
 
     The command line itself is looked at, because vLLM puts what a --config file says in front of
-    the arguments, where a flag of the command line may well overrule it.
+    the arguments, where a flag of the command line may well overrule it. A parser that is given
+    other arguments than the command line's is none of its business.
     """
-    arguments = sys.argv[1:]
+    values = _values_given(flag, sys.argv[1:])
+    if text in values and any(parse(value) != parse(text) for value in values):
+        raise KVCompressConfigError(f"given twice: {' and '.join(map(repr, values))}; give one")
+
+
+def _values_given(flag: str, arguments: Sequence[str]) -> list[str]:
     values = []
     for i, argument in enumerate(arguments):
         name, is_joined, value = argument.partition("=")
@@ -142,8 +149,7 @@ def _check_given_once(flag: str) -> None:
             following = arguments[i + 1 : i + 2]
             value = following[0] if following and not following[0].startswith("-") else ""
         values.append(value or DEFAULT_METHOD)
-    if len(set(values)) > 1:
-        raise KVCompressConfigError(f"given twice: {' and '.join(map(repr, values))}; give one")
+    return list(dict.fromkeys(values))
 
 
 def _flag_of(name: str) -> str | None:

@@ -305,7 +305,7 @@ class KVCompressManager(FullAttentionManager):
             if "all_queries" in scorer_class(config.recipe.scorer).needs:
                 max_length = 0
             else:
-                # At least two: a single token is never a chunk (see scheduler.py).
+                # At least two: one whose query is collected is never alone (see scheduler.py).
                 max_length = geometry.compact_len - max(config.window, 2)
         return super().find_longest_cache_hit(
             block_hashes,
@@ -325,8 +325,7 @@ def request_geometry(geometry: Geometry, request: Any) -> RequestGeometry:
 
     A streaming-input session stays whole: its prompt grows, and takes in what was generated.
     """
-    is_session = request.streaming_queue is not None
-    return (geometry.whole if is_session else geometry.of)(request.num_prompt_tokens)
+    return geometry.of_request(request.num_prompt_tokens, request.streaming_queue is not None)
 
 
 def tell_whole_ids(scheduler_output: Any, whole_ids: set[str]) -> None:

@@ -15,12 +15,13 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 class _NoPromptLogprobs:
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Refuse a prompt's log-probabilities.
+        """Refuse log-probabilities of a prompt's tokens, its own or given ones.
 
         Raises:
             ValueError: which vLLM answers the request with.
         """
-        if sampling_params.prompt_logprobs is not None:
+        given_tokens = getattr(sampling_params, "prompt_logprob_token_ids", None)
+        if sampling_params.prompt_logprobs is not None or given_tokens is not None:
             raise ValueError(
                 "prompt_logprobs cannot be had with the KV compression option suffix_tokens: the "
                 "prompt's last tokens do not see all of it"

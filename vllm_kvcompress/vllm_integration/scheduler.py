@@ -100,7 +100,8 @@ class _CompressionScheduler:
             return 0
         num_missing = geometry.compact_len - num_computed_tokens
         num_tokens = chunk_tokens(num_missing, num_new_tokens, self._num_collected(geometry))
-        if num_tokens == 0:
+        # Where vLLM offers none, it is not for want of room in the step.
+        if num_tokens == 0 < num_new_tokens:
             self._num_lacking = fewest_tokens(num_missing) - num_new_tokens
         return num_tokens
 

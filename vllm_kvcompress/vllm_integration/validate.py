@@ -32,7 +32,8 @@ CPU_WORKER = "vllm_kvcompress.vllm_integration.worker_cpu.KVCompressCPUWorker"
 CUDA_WORKER = "vllm_kvcompress.vllm_integration.worker_cuda.KVCompressCUDAWorker"
 # vLLM's attention kernels, on a CPU and FlashAttention's, take multiples of it.
 _BLOCK_UNIT = 16
-# A chunk is never one token, nor does it leave one (see scheduler.py).
+# No chunk leaves a single token before the compaction point, nor is the window's token alone in
+# one (see scheduler.py).
 _FEWEST_STEP_TOKENS = 3
 # Which ops a CPU engine uses: 'torch', 'native' (compiled), or whichever there is.
 _CPU_OPS = "VLLM_KVCOMPRESS_OPS"
