@@ -46,6 +46,7 @@ def test_every_method_is_listed_with_every_option(capsys):
             assert f"{option}={json.dumps(spec.default)}".replace('"', "") in entry
         refused = [budgets for budgets in BUDGETS if pair_problem(recipe.scorer, budgets)]
         assert (f"refuses budgets {', '.join(refused)}" in entry) == bool(refused)
+        assert not recipe.weakness or f" it {recipe.weakness}" in entry
     for name, budgets in BUDGETS.items():
         assert f"  {name:<12} {budgets.summary}" in out
 

@@ -68,6 +68,7 @@ def _as_dict(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "summary": recipe.summary,
         "paper": recipe.paper,
+        "weakness": recipe.weakness,
         "scorer": recipe.scorer,
         "window": recipe.window,
         "needs": sorted(scorer_class(recipe.scorer).needs),
@@ -102,6 +103,8 @@ def _entry(recipe: Recipe) -> str:
     lines.append(
         _wrapped(f"window: {recipe.window}; options: {_values(option_specs(recipe))}", "    ")
     )
+    if recipe.weakness:
+        lines.append(_wrapped(f"it {recipe.weakness}", "    "))
     refused = [name for name in BUDGETS if pair_problem(recipe.scorer, name)]
     if refused:
         lines.append(f"    refuses budgets {', '.join(refused)}")
@@ -113,6 +116,8 @@ def _details(recipe: Recipe) -> str:
     needs = [NEEDS[need] for need in sorted(scorer_class(recipe.scorer).needs)]
     lines.append(f"needs beside the keys: {'; '.join(needs) or 'nothing'}")
     lines.append(f"window: {recipe.window} tokens, unless --kv-compress-window says otherwise")
+    if recipe.weakness:
+        lines.append(f"it {recipe.weakness}")
     lines += ["", "options (name, type, default):"]
     for name, spec in option_specs(recipe).items():
         lines += _option(name, spec, "  ")

@@ -126,6 +126,8 @@ class Recipe:
         paper: where the method comes from.
         defaults: option defaults of this recipe that differ from its parts' own.
         window: default of the setting `window`, tokens.
+        weakness: what its answers lack by its nature, whatever its options, to follow "it"; empty
+            if nothing that is known.
         published: defaults as the paper has them, which the option 'published' asks for; None
             where they are the recipe's own.
     """
@@ -138,6 +140,7 @@ class Recipe:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     window: int = 32
     published: Form | None = None
+    weakness: str = ""
 
     def as_published(self) -> Recipe:
         """The same method with its paper's defaults; itself where they are its own."""
@@ -318,6 +321,8 @@ _COMMON = {
     ),
 }
 
+_BLIND = "does not look at the question, so it loses facts that the question asks for"
+
 # Found better than what the papers have, on two models (docs/quality.md): whoever in the window
 # looks at a token counts, facts are widened as a whole, and single tokens fill the pages.
 _WORST_CASE = {
@@ -450,6 +455,7 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "attention that future queries are expected to pay; blind to the question",
             "Expected Attention, arXiv 2510.00636",
+            weakness=_BLIND,
         ),
         Recipe(
             "h2o",
@@ -457,6 +463,7 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "attention summed over all queries, half of the budget for recent tokens",
             "H2O, arXiv 2306.14048",
+            weakness="sums up all queries, so it loses facts that only the question asks for",
         ),
         Recipe("tova", "tova", "uniform", "attention of the last query", "TOVA, arXiv 2401.06104"),
         Recipe(
@@ -473,6 +480,7 @@ RECIPES: dict[str, Recipe] = {
             "keys least like the mean key; blind to the question",
             "KeyDiff, arXiv 2504.15364",
             {"granularity": "token"},
+            weakness=_BLIND,
         ),
         Recipe(
             "knorm",
@@ -480,6 +488,7 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "keys of small L2 norm",
             "L2-norm compression, arXiv 2406.11430",
+            weakness=_BLIND,
         ),
         Recipe(
             "streamingllm",
@@ -487,8 +496,16 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "first tokens and the most recent ones",
             "StreamingLLM, arXiv 2309.17453",
+            weakness="forgets what stands in the middle of a prompt",
         ),
-        Recipe("random", "random", "uniform", "seeded random scores, a control", "control"),
+        Recipe(
+            "random",
+            "random",
+            "uniform",
+            "seeded random scores, a control",
+            "control",
+            weakness="keeps tokens at random, to compare other methods with",
+        ),
     )
 }
 

@@ -188,6 +188,11 @@ class CompressionWorker:
                 shape.num_kv_heads,
                 self._engine.ops_name,
             )
+            weakness = self._config.recipe.weakness
+            if weakness:
+                logger.warning(
+                    "kv-compress: %s %s (docs/quality.md)", self._config.method, weakness
+                )
             advice = self._config.few_pages_advice(shape.block_size)
             if advice is not None:
                 logger.warning("kv-compress: %s", advice)
