@@ -102,12 +102,13 @@ def test_eight_long_requests_share_a_pool_of_two(engine, needle, read_metric) ->
         kept = record["kept_per_head"]
         mean = sum(map(sum, kept)) / sum(map(len, kept))
         assert mean == pytest.approx(record["kept_tokens"])
-        assert 0.8 * (1 - RATIO) * prompt_len - 32 <= mean <= (1 - RATIO) * prompt_len + 1
+        # Rounded to the nearest page.
+        assert abs(mean - (1 - RATIO) * prompt_len) <= 16 + 1
         assert record["blocks_returned"] == (prompt_len - WINDOW) // 32
         # PyramidKV: the first layer keeps more than the last, heads of a layer the same.
         assert sum(kept[0]) > sum(kept[-1])
         assert all(len(set(layer)) == 1 for layer in kept)
-    assert found >= 1
+    assert found >= 6
 
 
 def test_second_request_hits_the_prefix_cache_and_gets_the_same_answer(
@@ -153,7 +154,7 @@ def test_each_prompt_gets_a_budget_for_its_own_length(engine, needle) -> None:
         record = by_id[output.request_id]
         asked = record["prompt_len"] - int(RATIO * record["prompt_len"])
         assert record["prompt_len"] == len(output.prompt_token_ids)
-        assert asked - 32 < record["kept_tokens"] <= asked
+        assert abs(record["kept_tokens"] - asked) <= 16
     assert len({by_id[output.request_id]["region_blocks"] for output in outputs}) == 3
 
 

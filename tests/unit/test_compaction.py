@@ -334,7 +334,7 @@ def test_layer_without_what_the_scorer_needs_is_refused(method, need):
 
 
 def test_two_stages_by_hand():
-    config = config_of("criticalkv", granularity="token")
+    config = config_of("criticalkv", published=True)
     prompt = make_prompt(config, 70)
     kept = kept_tokens(compact(config, prompt))
     scores = expected_scores(config, prompt)
@@ -355,7 +355,7 @@ def test_two_stages_by_hand():
 
 @pytest.mark.parametrize("method", ["kvc", "layer-defensivekv", "span"])
 def test_joint_budget_follows_scores_over_layers(method):
-    config = config_of(method, floor=0.0)
+    config = config_of(method, floor=0.0, granularity="page")
     prompt = make_prompt(config, 70)
     # Layer 1 looks where it looks much more sharply, so squared or largest attention is higher.
     prompt.query[1] *= 4
