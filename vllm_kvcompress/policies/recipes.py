@@ -321,6 +321,7 @@ _COMMON = {
     ),
 }
 
+_ALIKE = "keeps the same tokens in all heads of a layer, so a small share holds few facts"
 _BLIND = "does not look at the question, so it loses facts that the question asks for"
 
 # Found better than what the papers have, on two models (docs/quality.md): whoever in the window
@@ -465,13 +466,21 @@ RECIPES: dict[str, Recipe] = {
             "H2O, arXiv 2306.14048",
             weakness="sums up all queries, so it loses facts that only the question asks for",
         ),
-        Recipe("tova", "tova", "uniform", "attention of the last query", "TOVA, arXiv 2401.06104"),
+        Recipe(
+            "tova",
+            "tova",
+            "uniform",
+            "attention of the last query",
+            "TOVA, arXiv 2401.06104",
+            weakness=_ALIKE,
+        ),
         Recipe(
             "chunkkv",
             "chunkkv",
             "uniform",
             "whole chunks by attention, layers share choices",
             "ChunkKV, arXiv 2502.00299",
+            weakness=_ALIKE,
         ),
         Recipe(
             "keydiff",
