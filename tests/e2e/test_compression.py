@@ -12,7 +12,7 @@ from devices import Text, assert_same_texts
 
 NUM_BLOCKS = 125
 RATIO = 0.875
-WINDOW = 32
+WINDOW = 16
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,8 @@ def test_budget_is_kept_to_the_page(shape, engine, device, stock, method, read_m
         assert all(page == int(page) >= 1 for page in pages)
         assert sum(pages) == record["region_blocks"] * len(pages)
         asked = len(prompt_tokens) - int(RATIO * len(prompt_tokens))
-        assert asked - BLOCK < record["kept_tokens"] <= asked
+        # A ratio is rounded to the nearest page.
+        assert abs(record["kept_tokens"] - asked) <= BLOCK / 2
         assert num_freed > record["region_blocks"] > 0
     # The short prompt stays whole; what is evicted of the others matters.
     assert_same_texts(outputs[2:3], stock[2:3], device)
@@ -231,7 +232,7 @@ def test_scores_are_of_the_models_own_attention(shape, engine, plain, device, mo
         return selections[-1]
 
     monkeypatch.setattr(Compactor, "compact", recording)
-    configure(engine, "snapkv", granularity="token", pool_kernel=1)
+    configure(engine, "snapkv", published=True, pool_kernel=1)
     prompt_tokens = PROMPTS[0]
     prompt_len = len(prompt_tokens)
     (output,) = generate(engine, [prompt_tokens])
