@@ -178,6 +178,8 @@ def score_launches(batch: Batch) -> Calls:
     yield "defensive, lse given", score("defensive", window, near_tokens=8, lse=lse)
     yield "defensive, sinks, lse given", score("defensive", window, lse=lse, sinks=sinks)
     yield "mean, sinks", score("mean", window, sinks=sinks)
+    yield "max", score("max", window)
+    yield "max of squares", score("max", window, power=2)
     yield "mean, window 32", score("mean", 32)
     yield "sum of squares, window 64", score("sum", 64, power=2)
 
