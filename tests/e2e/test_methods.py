@@ -20,7 +20,6 @@ from vllm_kvcompress.policies import RECIPES, scorer_class
 from vllm_kvcompress.policies.recipes import BUDGETS
 
 BUDGET = 320
-WINDOW = 32
 NUM_LAYERS, NUM_HEADS, GROUP, HEAD_SIZE = 30, 3, 3, 64
 # Weights per layer and head; few enough of the pages go anywhere to stay below the prompts.
 TABLE = [[1 + (layer + head) % 3 for head in range(NUM_HEADS)] for layer in range(NUM_LAYERS)]
@@ -94,7 +93,7 @@ def prompts(engine, needle) -> list[dict]:
     return prompts
 
 
-def _pages(record: dict, suffix: int = 0, recent: int = WINDOW) -> list[list[int]]:
+def _pages(record: dict, recent: int, suffix: int = 0) -> list[list[int]]:
     """Region pages of each layer and head, checked for what holds under every method.
 
     `recent` tokens before the compaction point are kept in any case.
@@ -117,7 +116,7 @@ def test_static_table_from_a_file_on_the_command_line(engine, needle) -> None:
     prompt = {"prompt_token_ids": _token_ids(engine, needle(3, 70)[0])}
     outputs = _generate(engine, [prompt])
     (record,) = _records(engine, outputs)
-    pages = _pages(record, suffix=1)
+    pages = _pages(record, recent=KVCompressConfig("snapkv").window, suffix=1)
     unit = record["region_blocks"] / (sum(map(sum, TABLE)) / NUM_LAYERS / NUM_HEADS)
     for layer, weights in zip(pages, TABLE, strict=True):
         for page, weight in zip(layer, weights, strict=True):
