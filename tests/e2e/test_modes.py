@@ -35,7 +35,7 @@ ENGINE = {
     "kv_compress_ratio": 0.75,
     "max_model_len": 1024,
     "max_num_batched_tokens": 320,
-    "num_gpu_blocks_override": 40,
+    "num_gpu_blocks_override": 41,
     "async_scheduling": True,
 }
 
