@@ -450,7 +450,7 @@ def test_serve_stops_with_one_last_line(model) -> None:
     last = _end_of_serve(model, "--kv-compress", "snapkv", "--kv-compress-budget", "40")
     assert last == (
         "vllm: error: KV-compression budget 40 is smaller than the tokens always kept plus one "
-        "page (32 + 32 = 64 tokens); give 64 or more"
+        "page (16 + 32 = 48 tokens); give 48 or more"
     )
 
 
