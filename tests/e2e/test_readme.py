@@ -6,20 +6,15 @@ Put in: the model's folder, a free port, a smaller pool, and a document for "A l
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from readme import blocks, commands
+from server_process import serving
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-STARTUP_S = 400
 DOCUMENT = "A long document ..."
 
 
@@ -33,40 +28,14 @@ def on_a_cpu(device):
 @pytest.fixture(scope="module")
 def port(model, device, tmp_path_factory):
     """Port of a server started by the README's first command."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = next(words for words in commands(README) if words[:2] == ["vllm", "serve"])
     put_in = {"MODEL": model, "4G": "256M"}
     assert set(put_in) <= set(command)
-    command = [put_in.get(word, word) for word in command[1:]]
-    command += ["--served-model-name", "MODEL", "--port", str(port)]
-    path = tmp_path_factory.mktemp("readme") / "log"
-    with path.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", *command],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        deadline = time.monotonic() + STARTUP_S
-        while True:
-            assert process.poll() is None, path.read_text()[-3000:]
-            assert time.monotonic() < deadline, path.read_text()[-3000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except OSError:
-                time.sleep(2)
-        yield port
-        assert "kv-compress: span, ratio 0.875" in path.read_text()
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    arguments = [put_in.get(word, word) for word in command[2:]]
+    arguments += ["--served-model-name", "MODEL"]
+    with serving(arguments, tmp_path_factory.mktemp("readme")) as server:
+        yield server.port
+        assert "kv-compress: span, ratio 0.875" in server.output()
 
 
 def run(command: list[str]) -> str:

@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from compiled_ops import need_compiled_ops
+from server_process import serving
 
 from vllm_kvcompress import ops
-
-STARTUP_S = 400
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    def __init__(self, process: subprocess.Popen, port: int, log) -> None:
-        self.process, self.port, self.log = process, port, log
-
-    def output(self) -> str:
-        self.log.flush()
-        with open(self.log.name) as file:
-            return file.read()
-
-    def metric(self, name: str) -> float:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics") as response:
-            text = response.read().decode()
-        values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text, re.M)
-        assert values, f"no metric {name}"
-        return sum(map(float, values))
 
 
 @pytest.fixture(scope="module")
 def server(model, device, tmp_path_factory):
-    port = _free_port()
     flags = [
-        "--port",
-        str(port),
         "--served-model-name",
         "smollm2",
         "--kv-compress",
@@ -65,32 +32,9 @@ def server(model, device, tmp_path_factory):
         "--max-num-seqs",
         "8",
     ]
-    with open(tmp_path_factory.mktemp("server") / "log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *flags],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "VLLM_LOGGING_LEVEL": "DEBUG"},
-        )
-        server = Server(process, port, log)
-        try:
-            deadline = time.monotonic() + STARTUP_S
-            while True:
-                assert process.poll() is None, server.output()[-3000:]
-                assert time.monotonic() < deadline, server.output()[-3000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                    break
-                except OSError:
-                    time.sleep(1)
-            yield server
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+    folder = tmp_path_factory.mktemp("server")
+    with serving([model, *flags], folder, VLLM_LOGGING_LEVEL="DEBUG") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
