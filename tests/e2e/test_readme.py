@@ -6,6 +6,7 @@ Put in: the model's folder, a free port, a smaller pool, and a document for "A l
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,6 @@ def test_the_offline_script_counts_what_it_removes(model, needle, tmp_path):
     # From a file: vLLM's process reads the script again.
     script = tmp_path / "offline.py"
     script.write_text(block)
-    *_, counts = run([sys.executable, "-P", str(script)]).splitlines()
-    kept, returned = counts.split()
+    output = run([sys.executable, "-P", str(script)])
+    ((kept, returned),) = re.findall(r"^([\d.]+) (\d+)$", output, re.M)
     assert 150 < float(kept) < 260 and int(returned) > 30
