@@ -153,19 +153,11 @@ class KVCompressManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks missing from the request's row, its region included."""
-        if request_id in self.whole_ids:
-            return super().get_num_blocks_to_allocate(
-                request_id,
-                num_tokens,
-                new_computed_blocks,
-                total_computed_tokens,
-                num_local_computed_tokens,
-                num_tokens_main_model,
-                apply_admission_cap,
-                prefill_end,
-            )
+        is_whole = request_id in self.whole_ids
         prompt_len = self._find_prompt_len(request_id, num_tokens, prefill_end)
-        if prompt_len is None:
+        if is_whole:
+            row_tokens = num_tokens
+        elif prompt_len is None:
             # Room for the largest region of a shorter prompt.
             num_blocks = cdiv(num_tokens, self.block_size)
             num_blocks += self.geometry.max_region_blocks(num_tokens)
@@ -174,6 +166,7 @@ class KVCompressManager(FullAttentionManager):
             row_tokens = self._row_tokens(prompt_len, num_tokens)
         if (
             prompt_len is not None
+            and not is_whole
             and total_computed_tokens == 0
             and not self.req_to_blocks.get(request_id)
             and self._may_be_one_shot(self.geometry.of(prompt_len))
@@ -302,7 +295,7 @@ class KVCompressManager(FullAttentionManager):
         geometry = kv_cache_spec.geometry.of(max_length + 1)
         if geometry.is_compressed:
             config = kv_cache_spec.kv_compress
-            if "all_queries" in scorer_class(config.recipe.scorer).needs:
+            if needs_all_queries(config):
                 max_length = 0
             else:
                 # At least two: one whose query is collected is never alone (see scheduler.py).
@@ -318,6 +311,16 @@ class KVCompressManager(FullAttentionManager):
             dcp_world_size,
             pcp_world_size,
         )
+
+
+def needs_all_queries(config: KVCompressConfig) -> bool:
+    """Whether every query of a prompt has a say in what is kept."""
+    return _scorer_needs_all_queries(config.recipe.scorer)
+
+
+@functools.cache
+def _scorer_needs_all_queries(scorer: str) -> bool:
+    return "all_queries" in scorer_class(scorer).needs
 
 
 def request_geometry(geometry: Geometry, request: Any) -> RequestGeometry:

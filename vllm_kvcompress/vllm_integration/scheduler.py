@@ -27,12 +27,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress.memory import RequestGeometry
-from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration.headroom import OutputLengths, has_headroom
 from vllm_kvcompress.vllm_integration.kv_cache import (
     KVCompressManager,
     cache_only_before_compaction,
     compressing_manager,
+    needs_all_queries,
     tell_whole_ids,
 )
 
@@ -108,9 +108,7 @@ class _CompressionScheduler:
     def _num_collected(self, geometry: RequestGeometry) -> int:
         """Tokens before the compaction point whose queries have a say in what is kept."""
         config = self._manager.geometry.config
-        if "all_queries" in scorer_class(config.recipe.scorer).needs:
-            return geometry.compact_len
-        return config.window
+        return geometry.compact_len if needs_all_queries(config) else config.window
 
     def _may_enter(self, request: Any) -> bool:
         geometry = self._manager.geometry
