@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import DTYPES, ON_A_GPU
+from tiny_models import tiny_llama
 
 _SUBJECTS = ("The miller", "A quiet clerk", "The old captain", "Her neighbour", "The gardener")
 _VERBS = ("walked to", "wrote a letter about", "remembered", "painted", "complained about")
@@ -139,6 +140,12 @@ def start_engine(model: str, device: str):
         from vllm.distributed import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def llama(model, tmp_path_factory):
+    """Folder of a tiny model of random weights."""
+    return tiny_llama(tmp_path_factory.mktemp("llama"), model)
 
 
 def metric(engine, name: str) -> float:

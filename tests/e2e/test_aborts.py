@@ -19,7 +19,6 @@ from stepped_runs import (
     step_through,
     tokens_of,
 )
-from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.parametrize("device", ["cpu"], indirect=True, scope="module")
 MAX_LEN = 768
@@ -27,11 +26,6 @@ BLOCK_SIZE = 32
 RATIO = 0.75
 # Tokens of a step.
 CHUNK = 256
-
-
-@pytest.fixture(scope="module")
-def llama(model, tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("llama"), model)
 
 
 def _start(llama, dtype, num_blocks):

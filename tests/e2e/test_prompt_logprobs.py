@@ -18,7 +18,6 @@ from stepped_runs import (
     step_through,
     tokens_of,
 )
-from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.parametrize("device", ["cpu"], indirect=True, scope="module")
 RATIO = 0.75
@@ -27,11 +26,6 @@ CHUNK = 256
 PROMPTS = [prompt_of(length) for length in (700, 450, 40, 222)]
 IS_COMPRESSED = [True, True, False, True]
 NUM_LOGPROBS = 3
-
-
-@pytest.fixture(scope="module")
-def llama(model, tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("llama"), model)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,6 @@ from stepped_runs import (
     step_through,
     tokens_of,
 )
-from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.parametrize("device", ["cpu"], indirect=True, scope="module")
 MAX_LEN = 1024
@@ -48,11 +47,6 @@ def _start(llama, dtype, **settings):
         structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         **settings,
     )
-
-
-@pytest.fixture(scope="module")
-def llama(model, tmp_path_factory):
-    return tiny_llama(tmp_path_factory.mktemp("llama"), model)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Iterable
 from typing import Any
 
+from in_process_engines import SMALL
+
 # Seconds; an engine that has died answers at once, one that hangs does not.
 _PATIENCE = 240
 
@@ -17,16 +19,8 @@ class AsyncEngine:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        defaults = {
-            "max_model_len": 2048,
-            "max_num_seqs": 8,
-            "kv_cache_memory_bytes": 64 << 20,
-            "block_size": 32,
-            "enforce_eager": True,
-            "dtype": "float32",
-        }
         self._loop = asyncio.new_event_loop()
-        args = AsyncEngineArgs(model=path, **{**defaults, **settings})
+        args = AsyncEngineArgs(model=path, **{**SMALL, "dtype": "float32", **settings})
         self.llm = AsyncLLM.from_engine_args(args)
         self._num_requests = 0
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+# An engine for tests.
+SMALL = {
+    "max_model_len": 2048,
+    "max_num_seqs": 8,
+    "kv_cache_memory_bytes": 64 << 20,
+    "block_size": 32,
+    "enforce_eager": True,
+}
+
 
 def start(path: str, **settings: Any):
     """An engine with test-sized defaults; `stop` it before the next one."""
     from vllm_kvcompress import LLM
 
-    defaults = {
-        "max_model_len": 2048,
-        "max_num_seqs": 8,
-        "kv_cache_memory_bytes": 64 << 20,
-        "block_size": 32,
-        "enforce_eager": True,
-        "disable_log_stats": False,
-    }
-    return LLM(path, **{**defaults, **settings})
+    return LLM(path, **{**SMALL, "disable_log_stats": False, **settings})
 
 
 def stop(engine: Any) -> None:
