@@ -230,7 +230,7 @@ def test_what_is_kept_does_not_depend_on_the_suffix(engine, needle, method) -> N
         outputs = _generate(engine, prompts)
         records = _records(engine, outputs)
         for record in records:
-            _pages(record, suffix)
+            _pages(record, KVCompressConfig(method).recent_tokens, suffix)
         kept[suffix > 0] = [record["kept_per_head"] for record in records]
     assert kept[True][0] == kept[True][1]
     assert kept[False][0] != kept[False][1]
@@ -409,7 +409,8 @@ def test_refused_setting_leaves_the_old_one_in_place(engine, prompts, setting, m
     assert "\n" not in str(error.value)
     expected = KVCompressConfig("tova", budget=BUDGET)
     assert _setting(engine) == (expected, expected)
-    _pages(_records(engine, _generate(engine, prompts[:1], max_tokens=2))[0])
+    (record,) = _records(engine, _generate(engine, prompts[:1], max_tokens=2))
+    _pages(record, expected.recent_tokens)
 
 
 def test_reloaded_weights_are_what_scores_are_made_of(engine, in_float32) -> None:
