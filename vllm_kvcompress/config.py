@@ -21,6 +21,8 @@ DEFAULT_BLOCK_SIZE = {"CPU": 32, "CUDA": 16}
 _FEW_PAGES = 4
 # A ratio is looked at for prompts of at least so many tokens; shorter ones are hardly worth it.
 _LONG_PROMPT = 1024
+# Follows an option that only a method's published form takes.
+_OF_PAPER = " (an option of the paper's form: set 'published' to true)"
 _CONFIG_KEYS = ("method", "budget", "ratio", "window", "options")
 
 
@@ -344,7 +346,11 @@ def _fill_options(recipe: Recipe, given: dict[str, Any]) -> tuple[tuple[str, Any
     unknown = sorted(set(given) - set(specs))
     if unknown:
         known = (*specs, *_CONFIG_KEYS)
-        named = ", ".join(f"{name!r}{did_you_mean(name, known)}" for name in unknown)
+        of_paper = option_specs(recipe.as_published(), budgets)
+        named = ", ".join(
+            f"{name!r}" + (_OF_PAPER if name in of_paper else did_you_mean(name, known))
+            for name in unknown
+        )
         raise KVCompressConfigError(
             f"unknown option {named} for KV-compression method "
             f"{recipe.name!r} with budgets {budgets!r}; it takes: {', '.join(sorted(specs))}"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, published_pages, write_model
 
+from vllm_kvcompress import KVCompressConfig
 from vllm_kvcompress.cli import main, plan
 from vllm_kvcompress.cli.methods import NEEDS
 from vllm_kvcompress.config import DEFAULT_METHOD
@@ -70,6 +71,14 @@ def test_one_method_in_detail(capsys, name):
     assert lines[1] == f"source: {recipe.paper}"
     for need in scorer_class(recipe.scorer).needs:
         assert NEEDS[need] in lines[2]
+    assert lines[3] == f"scores: {recipe.scorer}"
+    forms = [line for line in lines if line.startswith("option 'published' set to true: ")]
+    if recipe.published is None:
+        assert not forms
+    else:
+        (form,), paper = forms, KVCompressConfig(name, options=(("published", True),))
+        assert f"scores: {paper.recipe.scorer}; window: {paper.window}; " in form
+        assert "granularity=token" in form
     for option, spec in option_specs(recipe).items():
         (line,) = [line for line in lines if line.split()[:1] == [option] and line[2] != " "]
         assert line.split()[1] == spec.kind.__name__

@@ -185,7 +185,7 @@ def test_parts_of_a_recipe_take_options_of_different_names():
         ("span", {"span_kernel": 11, "near_tokens": 8, "granularity": "token", "floor": 0.05}),
         ("defensivekv", {"mass_first": 0.0, "value_norm": True, "alpha": 0.2}),
         ("snapkv", {"pool_kernel": 11, "window_reduce": "max", "granularity": "token"}),
-        ("ada-pyramidkv", {"alpha": 0.2, "beta": 2.0, "pool_kernel": 11, "pool_kind": "max"}),
+        ("ada-pyramidkv", {"alpha": 0.2, "beta": 2.0, "pool_kernel": 5, "span_kernel": 11}),
         ("criticalkv", {"epsilon": 1e-4, "first_stage": 0.5, "group_reduce": "max"}),
         ("expected-attention", {"num_future": 512, "num_sinks": 4, "covariance": True}),
         ("h2o", {"recent": 0.5, "normalize": False}),
@@ -235,14 +235,37 @@ def test_published_forms(method, expected):
     assert make_scorer(mixed).window_reduce == expected["window_reduce"]
 
 
+def test_an_option_of_the_published_form_alone_says_so():
+    with pytest.raises(
+        KVCompressConfigError,
+        match=r"unknown option 'pool_kind' \(an option of the paper's form: set 'published' to",
+    ):
+        KVCompressConfig("pyramidkv", options=(("pool_kind", "avg"),))
+    options = (("pool_kind", "avg"), ("published", True))
+    assert KVCompressConfig("pyramidkv", options=options).option("pool_kind") == "avg"
+
+
+@pytest.mark.parametrize("method", ["pyramidkv", "ada-snapkv", "ada-pyramidkv"])
+def test_methods_about_budgets_have_the_scores_of_span(method):
+    default = KVCompressConfig(method)
+    published = KVCompressConfig(method, options=(("published", True),))
+    assert (default.recipe.scorer, published.recipe.scorer) == ("span", "snapkv")
+    assert (default.window, default.recent_tokens) == (16, 8)
+    assert published.recent_tokens == published.window == 32
+    assert type(make_scorer(published)) is type(make_scorer(KVCompressConfig("snapkv")))
+    span, own = make_scorer(KVCompressConfig("span")), make_scorer(default)
+    assert (type(own), vars(own)) == (type(span), vars(span))
+
+
 def test_every_published_form_differs_and_has_known_options():
     forms = {name: recipe for name, recipe in RECIPES.items() if recipe.published is not None}
     for recipe in forms.values():
         published = recipe.as_published()
         known = {name for budgets in BUDGETS for name in option_specs(recipe, budgets)}
         assert set(published.defaults) <= known
-        assert (published.scorer, published.budgets) == (recipe.scorer, recipe.budgets)
+        assert (published.name, published.budgets) == (recipe.name, recipe.budgets)
         assert (published.defaults, published.window) != (recipe.defaults, recipe.window)
+        assert pair_problem(published.scorer, published.budgets) is None
     for name in RECIPES.keys() - forms.keys():
         assert RECIPES[name].as_published() is RECIPES[name]
         with pytest.raises(KVCompressConfigError, match="unknown option 'published'"):

@@ -115,7 +115,13 @@ def _details(recipe: Recipe) -> str:
     lines = [f"{recipe.name}: {recipe.summary}", f"source: {recipe.paper}"]
     needs = [NEEDS[need] for need in sorted(scorer_class(recipe.scorer).needs)]
     lines.append(f"needs beside the keys: {'; '.join(needs) or 'nothing'}")
+    lines.append(f"scores: {recipe.scorer}")
     lines.append(f"window: {recipe.window} tokens, unless --kv-compress-window says otherwise")
+    if recipe.published is not None:
+        form, specs = recipe.published, option_specs(recipe.as_published())
+        values = _values({name: specs[name] for name in form.defaults if name in specs})
+        scores = f"scores: {form.scorer}; window: {form.window}"
+        lines.append(f"option 'published' set to true: {scores}; {values}")
     if recipe.weakness:
         lines.append(f"it {recipe.weakness}")
     lines += ["", "options (name, type, default):"]

@@ -103,13 +103,15 @@ class BudgetInfo:
 
 @dataclass(frozen=True)
 class Form:
-    """Defaults of a recipe.
+    """A recipe as its paper has it.
 
     Attributes:
+        scorer: key into `SCORERS`.
         defaults: option defaults that differ from those of the recipe's parts.
         window: default of the setting `window`, tokens.
     """
 
+    scorer: str
     defaults: Mapping[str, Any]
     window: int = 32
 
@@ -128,7 +130,7 @@ class Recipe:
         window: default of the setting `window`, tokens.
         weakness: what its answers lack by its nature, whatever its options, to follow "it"; empty
             if nothing that is known.
-        published: defaults as the paper has them, which the option 'published' asks for; None
+        published: the paper's scorer and defaults, which the option 'published' asks for; None
             where they are the recipe's own.
     """
 
@@ -143,11 +145,12 @@ class Recipe:
     weakness: str = ""
 
     def as_published(self) -> Recipe:
-        """The same method with its paper's defaults; itself where they are its own."""
-        if self.published is None:
+        """The same method with its paper's scorer and defaults; itself where they are its own."""
+        form = self.published
+        if form is None:
             return self
-        defaults = {**self.published.defaults, "published": True}
-        return replace(self, defaults=defaults, window=self.published.window)
+        defaults = {**form.defaults, "published": True}
+        return replace(self, scorer=form.scorer, defaults=defaults, window=form.window)
 
 
 def _flag(default: bool, help: str) -> OptionSpec:
@@ -332,7 +335,10 @@ _WORST_CASE = {
     "pool_kernel": 11,
     "granularity": "token",
 }
-_AS_SNAPKV = Form({"granularity": "token", "beta": 20.0})
+# Where the paper is about budgets, the scores are those that are best under any budget.
+_BY_SPAN = {"granularity": "token", "page_reduce": "mean"}
+_AS_SNAPKV = Form("snapkv", {"granularity": "token", "beta": 20.0})
+_AS_CRITICALKV = replace(_AS_SNAPKV, scorer="critical")
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
@@ -349,31 +355,31 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "pyramidkv",
-            "snapkv",
+            "span",
             "pyramid",
-            "SnapKV scores, more budget for low layers",
+            "more budget for low layers, by the scores of span",
             "PyramidKV, arXiv 2406.02069",
-            _WORST_CASE,
+            _BY_SPAN,
             window=16,
             published=_AS_SNAPKV,
         ),
         Recipe(
             "ada-snapkv",
-            "snapkv",
+            "span",
             "ada",
-            "SnapKV scores, heads of a layer compete for its budget",
+            "heads of a layer compete for its budget, by the scores of span",
             "Ada-KV, arXiv 2407.11550",
-            _WORST_CASE,
+            _BY_SPAN,
             window=16,
             published=_AS_SNAPKV,
         ),
         Recipe(
             "ada-pyramidkv",
-            "snapkv",
+            "span",
             "ada-pyramid",
-            "PyramidKV schedule, heads of a layer compete",
+            "PyramidKV schedule, heads of a layer compete by the scores of span",
             "Ada-KV, arXiv 2407.11550",
-            _WORST_CASE,
+            _BY_SPAN,
             window=16,
             published=_AS_SNAPKV,
         ),
@@ -387,12 +393,13 @@ RECIPES: dict[str, Recipe] = {
             {**_WORST_CASE, "score_power": 2, "granularity": "page"},
             window=16,
             published=Form(
+                "snapkv",
                 {
                     "score_power": 2,
                     "window_reduce": "sum",
                     "group_reduce": "sum",
                     "granularity": "token",
-                }
+                },
             ),
         ),
         Recipe(
@@ -402,7 +409,7 @@ RECIPES: dict[str, Recipe] = {
             "worst case over window and query heads, weighted by value norms",
             "DefensiveKV, arXiv 2510.13334",
             window=16,
-            published=Form({"mass_first": 0.9, "alpha": 0.0, "granularity": "token"}),
+            published=Form("defensive", {"mass_first": 0.9, "alpha": 0.0, "granularity": "token"}),
         ),
         Recipe(
             "layer-defensivekv",
@@ -411,7 +418,7 @@ RECIPES: dict[str, Recipe] = {
             "DefensiveKV scores, all layers and heads compete",
             "DefensiveKV, arXiv 2510.13334",
             window=16,
-            published=Form({"mass_first": 0.9, "floor": 0.0, "granularity": "token"}),
+            published=Form("defensive", {"mass_first": 0.9, "floor": 0.0, "granularity": "token"}),
         ),
         Recipe(
             "span",
@@ -419,7 +426,7 @@ RECIPES: dict[str, Recipe] = {
             "joint",
             "DefensiveKV scores widened to whole facts, all layers and heads compete",
             "ours, docs/quality.md",
-            {"granularity": "token", "page_reduce": "mean"},
+            _BY_SPAN,
             window=16,
         ),
         Recipe(
@@ -437,7 +444,7 @@ RECIPES: dict[str, Recipe] = {
             "CriticalKV, arXiv 2502.03805",
             _WORST_CASE,
             window=16,
-            published=_AS_SNAPKV,
+            published=_AS_CRITICALKV,
         ),
         Recipe(
             "ada-criticalkv",
@@ -447,7 +454,7 @@ RECIPES: dict[str, Recipe] = {
             "CriticalKV, arXiv 2502.03805",
             _WORST_CASE,
             window=16,
-            published=_AS_SNAPKV,
+            published=_AS_CRITICALKV,
         ),
         Recipe(
             "expected-attention",
