@@ -180,27 +180,6 @@ def test_abort_in_mid_prefill_and_mid_decode(engine, device, needle, read_metric
     _assert_same_text(outputs["r2"], alone, device)
 
 
-def test_preemption_and_resume_when_tails_outgrow_the_pool(
-    engine, device, needle, read_metric
-) -> None:
-    before = read_metric(engine, "vllm:num_preemptions")
-    num_records = _num_records(engine)
-    prompts = [_prompt(engine, needle(seed)[0]) for seed in range(80, 88)]
-    outputs, _ = _run(engine, prompts, _params(max_tokens=380, ignore_eos=True), read_metric)
-    assert read_metric(engine, "vllm:num_preemptions") > before
-    assert len(outputs) == 8
-    # The resumed request was compacted twice and counts once.
-    records = _new_records(engine, num_records)
-    assert len(records) == 8
-    assert max(record["num_prefills"] for record in records) > 1
-    assert all(len(o.outputs[0].token_ids) == 380 for o in outputs.values())
-    # A resumed request goes on with the text that it would have had alone.
-    preempted = [r["request_id"] for r in records if r["num_prefills"] > 1]
-    name = preempted[0]
-    (again,) = _generate(engine, [prompts[int(name[1:])]], max_tokens=380, ignore_eos=True)
-    _assert_same_text(outputs[name], again, device)
-
-
 def test_parallel_samples_stop_strings_and_logprobs(engine, needle) -> None:
     chat, _ = needle(90)
     before = _num_records(engine)

@@ -14,7 +14,7 @@ WORKERS = {
 
 @pytest.fixture(scope="module")
 def prompts(prose) -> list[str]:
-    return [prose(seed, 2 + 8 * seed) for seed in range(10)]
+    return [prose(seed, 2 + 14 * seed) for seed in range(6)]
 
 
 def _generate(engine, prompts: list[str]) -> list[list[tuple[int, ...]]]:
@@ -79,7 +79,9 @@ def test_plugin_installed_but_not_asked_for(start_engine, device, prompts, stock
     assert _generate(engine, prompts) == stock_tokens
 
 
-def test_budget_above_every_prompt(start_engine, device, prompts, stock_tokens) -> None:
+def test_budget_above_every_prompt(
+    engines_in_process, start_engine, device, prompts, stock_tokens
+) -> None:
     engine = start_engine(kv_compress="pyramidkv", kv_compress_budget=2500)
     tokens = _generate(engine, prompts)
     if device == "cpu":

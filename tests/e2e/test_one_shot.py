@@ -1,14 +1,15 @@
 """Prompts computed in one shot, in the real engine and a pool of little more than one dense
 request.
 
-On a CPU the model runs in float32, so that greedy texts do not depend on which requests share a
-batch.
+The model is a small one of random weights: texts are compared, not read. On a CPU it runs in
+float32, so that greedy texts do not depend on which requests share a batch.
 """
 
 from __future__ import annotations
 
 import pytest
 from devices import Text, assert_same_texts
+from in_process_engines import start, stop
 
 NUM_BLOCKS = 78
 RATIO = 0.875
@@ -16,16 +17,18 @@ METHODS = ("ada-criticalkv", "keydiff", "h2o")
 
 
 @pytest.fixture(scope="module")
-def engine(start_engine, dtype, engines_in_process):
-    return start_engine(
+def engine(device, dtype, engines_in_process, llama):
+    engine = start(
+        llama,
         kv_compress="span",
         kv_compress_ratio=RATIO,
         dtype=dtype,
-        max_model_len=2048,
         max_num_batched_tokens=2048,
         num_gpu_blocks_override=NUM_BLOCKS,
         enable_prefix_caching=True,
     )
+    yield engine
+    stop(engine)
 
 
 @pytest.fixture(autouse=True)

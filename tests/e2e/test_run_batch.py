@@ -58,7 +58,7 @@ def batch(model, device, chats, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(model, batch, chats, start_engine):
+def expected(model, batch, chats, engines_in_process, start_engine):
     """Answers and records of the same chats, one by one in an engine of ours."""
     from vllm import SamplingParams
 

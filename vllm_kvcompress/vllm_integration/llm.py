@@ -89,7 +89,8 @@ class LLM(vllm.LLM):
         method is only computed from its window on under the next.
 
         Args:
-            settings: method, budget or ratio, window, options, as in `KVCompressConfig`.
+            settings: method, budget or ratio, window, options, as in `KVCompressConfig`. Prompt
+                logprobs beside `suffix_tokens` are refused only if the engine was started with it.
 
         Raises:
             KVCompressConfigError: if a setting cannot work, or needs what this engine was not
