@@ -210,6 +210,7 @@ _SPAN = {
         8, int, "keys up to a query's own that do not count for it", minimum=1
     ),
 }
+_LAST_POOLING = {"span_kernel": _kernel(1, "width of a last max pooling")}
 _CHUNK = {
     "chunk_length": OptionSpec(10, int, "tokens per chunk", minimum=1),
     "reuse_layers": OptionSpec(2, int, "layers that share the first one's choice", minimum=1),
@@ -256,8 +257,8 @@ SCORERS: dict[str, ScorerInfo] = {
             "normalize": _flag(False, "divide by the number of queries that saw the token"),
         }
     ),
-    "tova": ScorerInfo({}, "head", _EVERY_HEAD_ALIKE),
-    "keydiff": ScorerInfo({"span_kernel": _kernel(1, "width of a last max pooling")}, signed=True),
+    "tova": ScorerInfo(_LAST_POOLING, "head", _EVERY_HEAD_ALIKE),
+    "keydiff": ScorerInfo(_LAST_POOLING, signed=True),
     "knorm": ScorerInfo(
         {}, "layer", "key norms of different layers have different scales", signed=True
     ),
@@ -478,6 +479,9 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "attention of the last query",
             "TOVA, arXiv 2401.06104",
+            {"granularity": "token", "span_kernel": 11},
+            window=16,
+            published=Form("tova", {"granularity": "token"}),
             weakness=_ALIKE,
         ),
         Recipe(
@@ -486,6 +490,9 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "whole chunks by attention, layers share choices",
             "ChunkKV, arXiv 2502.00299",
+            {"granularity": "token"},
+            window=16,
+            published=Form("chunkkv", {"granularity": "token"}),
             weakness=_ALIKE,
         ),
         Recipe(
@@ -547,7 +554,7 @@ def option_specs(recipe: Recipe, budgets: str | None = None) -> dict[str, Option
     }
     if recipe.published is not None:
         specs["published"] = _flag(
-            False, "take the paper's window, scores, budgets and single tokens"
+            False, "take the form of the paper: its scores, window, budgets and single tokens"
         )
     if SCORERS[recipe.scorer].scores_window:
         specs["recent_tokens"] = OptionSpec(

@@ -14,9 +14,15 @@ class TOVA(Scorer):
     Source: "Transformers are Multi-State RNNs", arXiv 2401.06104, section 3.2. Parity target:
     kvpress' TOVAPress, which keeps the last token only (our window = 1); a wider window is kept
     as well. A rank of tensor parallelism averages over its own heads.
+
+    Args:
+        span_kernel: odd width of a last max pooling along keys; 1 = none, as in the paper.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"window_query"})
+
+    def __init__(self, span_kernel: int = 1):
+        self.span_kernel = span_kernel
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """The last query's mean attention, for every KV head alike."""
@@ -26,4 +32,5 @@ class TOVA(Scorer):
             last, inputs.key, inputs.scale, inputs.logits_soft_cap, inputs.sinks
         )
         mean = attention[..., : inputs.num_candidates].mean(dim=(0, 1, 2))
-        return LayerScores(mean.expand(inputs.key.shape[0], -1))
+        scores = ops.pool_scores(mean[None], self.span_kernel, "max")
+        return LayerScores(scores.expand(inputs.key.shape[0], -1))
