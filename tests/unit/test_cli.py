@@ -163,7 +163,7 @@ def test_settings_without_a_method_mean_the_default_one(capsys, model):
     [
         ((), "plan needs --kv-compress or --kv-compress-budget or --kv-compress-ratio"),
         (
-            ("--kv-compress", "tova", "--kv-compress-budget", "40"),
+            ("--kv-compress", "h2o", "--kv-compress-budget", "40"),
             "budget 40 is smaller than the tokens always kept plus one page (32 + 16 = 48 tokens)",
         ),
         (

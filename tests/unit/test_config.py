@@ -113,7 +113,7 @@ def test_window_is_the_methods_own_unless_given():
     assert KVCompressConfig("span", window=32).window == 32
     assert KVCompressConfig("pyramidkv").window == 16
     assert KVCompressConfig("pyramidkv", options=(("published", True),)).window == 32
-    assert KVCompressConfig("tova").window == 32
+    assert KVCompressConfig("h2o").window == 32
 
 
 def test_recent_tokens_are_the_window_unless_the_scorer_rates_the_window():
@@ -416,14 +416,14 @@ def test_the_blocker_above_blocks(tmp_path):
     ("setting", "block_size", "words"),
     [
         (
-            {"method": "tova", "ratio": 0.9375},
+            {"method": "h2o", "ratio": 0.9375},
             32,
             "of a prompt of 1024 tokens each head keeps 32 tokens beside the window, less than 4 "
             "whole pages of 32; so few pages lose facts: keep more or make pages smaller "
             "(--block-size 16)",
         ),
-        ({"method": "tova", "ratio": 0.9375}, 16, "facts: keep more"),
-        ({"method": "chunkkv", "budget": 128}, 32, "of a prompt each head keeps 96 tokens"),
+        ({"method": "h2o", "ratio": 0.9375}, 16, "facts: keep more"),
+        ({"method": "knorm", "budget": 128}, 32, "of a prompt each head keeps 96 tokens"),
         (
             {"method": "span", "granularity": "page", "ratio": 0.9375},
             16,
@@ -434,7 +434,7 @@ def test_the_blocker_above_blocks(tmp_path):
 def test_few_whole_pages_are_advised_against(setting, block_size, words):
     advice = KVCompressConfig.from_dict(setting).few_pages_advice(block_size)
     assert words in advice
-    # Not where it would tear chunks, or facts, apart.
+    # Not where single tokens are worse.
     assert ("'token'" in advice) == (setting["method"] == "span")
     by_token = KVCompressConfig.from_dict({**setting, "granularity": "token"})
     assert by_token.few_pages_advice(block_size) is None
@@ -443,10 +443,10 @@ def test_few_whole_pages_are_advised_against(setting, block_size, words):
 @pytest.mark.parametrize(
     ("setting", "block_size"),
     [
-        ({"method": "tova", "ratio": 0.75}, 32),
-        ({"method": "tova", "ratio": 0.0}, 128),
-        ({"method": "chunkkv", "budget": 160}, 32),
-        ({"method": "tova"}, 128),
+        ({"method": "h2o", "ratio": 0.75}, 32),
+        ({"method": "h2o", "ratio": 0.0}, 128),
+        ({"method": "knorm", "budget": 160}, 32),
+        ({"method": "h2o"}, 128),
     ],
 )
 def test_enough_pages_need_no_advice(setting, block_size):

@@ -189,7 +189,8 @@ def test_parts_of_a_recipe_take_options_of_different_names():
         ("criticalkv", {"epsilon": 1e-4, "first_stage": 0.5, "group_reduce": "max"}),
         ("expected-attention", {"num_future": 512, "num_sinks": 4, "covariance": True}),
         ("h2o", {"recent": 0.5, "normalize": False}),
-        ("chunkkv", {"chunk_length": 10, "reuse_layers": 2}),
+        ("tova", {"span_kernel": 11, "granularity": "token"}),
+        ("chunkkv", {"chunk_length": 10, "reuse_layers": 2, "granularity": "token"}),
         ("keydiff", {"granularity": "token"}),
     ],
 )

@@ -297,7 +297,7 @@ def test_h2o_keeps_the_latest_and_the_heaviest(recent):
 def test_tova(shape):
     """The last query's attention, mean over every query head of the layer, alike for all heads."""
     inputs, _ = random_inputs(seed=9, **shape)
-    scores = make_scorer(KVCompressConfig("tova")).score(inputs).first
+    scores = make_scorer(token_config("tova")).score(inputs).first
     num_heads, group = inputs.window_query.shape[:2]
     rows = [
         causal_softmax(inputs.window_query[h, g, -1], inputs.key[h], inputs.scale)
@@ -348,7 +348,7 @@ def test_chunkkv_with_layer_reuse(budget, reuse):
 
 def test_chunkkv_takes_a_short_last_chunk_by_its_sum():
     inputs, _ = random_inputs(seed=1, num_tokens=68, window=5)
-    scores = make_scorer(KVCompressConfig("chunkkv")).score(inputs).first
+    scores = make_scorer(token_config("chunkkv")).score(inputs).first
     expected = torch.tensor(chunk_sums(inputs, 10))
     torch.testing.assert_close(scores[0, ::10], expected, rtol=1e-4, atol=1e-6)
     assert (scores[0, 60:] == scores[0, 60]).all()

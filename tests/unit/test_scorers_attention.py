@@ -14,6 +14,7 @@ from vllm_kvcompress.policies.keydiff import KeyDiff
 from vllm_kvcompress.policies.snapkv import SnapKV
 from vllm_kvcompress.policies.span import Span
 from vllm_kvcompress.policies.span_keydiff import SpanKeyDiff
+from vllm_kvcompress.policies.tova import TOVA
 
 NUM_HEADS, GROUP, WINDOW, NUM_KEYS, HEAD_SIZE = 2, 2, 4, 64, 8
 NUM_CANDIDATES = 48
@@ -231,3 +232,11 @@ def test_span_keydiff_is_span_first_and_keydiff_second():
     assert torch.equal(scores.first, span.first)
     torch.testing.assert_close(scores.second, keydiff.first + 1)
     assert (scores.second >= 0).all()
+
+
+def test_tova_keeps_the_neighbours_of_what_it_looks_at():
+    score_inputs, _ = random_inputs(num_candidates=NUM_CANDIDATES)
+    narrow = TOVA().score(score_inputs).first
+    wide = TOVA(span_kernel=5).score(score_inputs).first
+    assert torch.equal(wide, ops.pool_scores(narrow, 5, "max"))
+    assert not torch.equal(wide, narrow)

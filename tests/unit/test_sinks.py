@@ -196,7 +196,7 @@ def test_each_layer_is_scored_with_its_own_sinks(method):
             assert torch.equal(scores, plain[i]) == (i != layer)
 
 
-@pytest.mark.parametrize("method", ["snapkv", "ada-snapkv", "tova"])
+@pytest.mark.parametrize("method", ["snapkv", "kvc", "tova"])
 def test_batches_on_a_gpus_pages_count_the_sink(method):
     num_tokens, block_size = 101, 16
     shape = CacheShape(2, 2, 3, 64, block_size)
