@@ -11,7 +11,6 @@ import torch
 from layer_inputs import observe, random_inputs
 from paper_forms import token_config
 
-from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.budgets import layer_pages
 from vllm_kvcompress.policies.selection import select
