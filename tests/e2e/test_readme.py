@@ -1,6 +1,7 @@
 """The README's server, client and offline script, run as they are written.
 
 Put in: the model's folder, a free port, a smaller pool, and a document for "A long document ...".
+The server does not compile the model, the script does.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def port(model, device, tmp_path_factory):
     put_in = {"MODEL": model, "4G": "256M"}
     assert set(put_in) <= set(command)
     arguments = [put_in.get(word, word) for word in command[2:]]
-    arguments += ["--served-model-name", "MODEL"]
+    arguments += ["--served-model-name", "MODEL", "--enforce-eager"]
     with serving(arguments, tmp_path_factory.mktemp("readme")) as server:
         yield server.port
         assert "kv-compress: span, ratio 0.875" in server.output()
