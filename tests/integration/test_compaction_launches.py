@@ -24,6 +24,7 @@ WINDOW = 8
 MOST_LAUNCHES = 12
 COUNTS = ["joint_digit_kernel"] * 4 + ["share_pages_kernel"]
 COPY = ["select_kernel", "compact_kernel"]
+SNAPKV = ["window_scores_kernel", "join_scores_kernel"]
 DEFENSIVE = [
     "window_sums_kernel",
     "defensive_scores_kernel",
@@ -32,8 +33,8 @@ DEFENSIVE = [
 ]
 
 
-def config_of(method):
-    return KVCompressConfig(method, budget=64, window=WINDOW)
+def config_of(method, **options):
+    return KVCompressConfig(method, budget=64, window=WINDOW, options=tuple(options.items()))
 
 
 def shape_of(num_layers):
@@ -79,23 +80,20 @@ class Steps:
 
 
 @pytest.mark.parametrize(
-    ("method", "tells_lse", "expected"),
+    ("method", "options", "tells_lse", "expected"),
     [
-        ("span", True, DEFENSIVE + COUNTS + COPY),
-        ("span", False, DEFENSIVE + COUNTS + COPY),
-        ("snapkv", True, ["window_scores_kernel", "join_scores_kernel", *COPY]),
-        (
-            "pyramidkv",
-            False,
-            ["window_sums_kernel", "window_scores_kernel", "join_scores_kernel", *COPY],
-        ),
-        ("ada-snapkv", True, ["window_scores_kernel", "join_scores_kernel", *COUNTS, *COPY]),
+        ("span", {}, True, DEFENSIVE + COUNTS + COPY),
+        ("span", {}, False, DEFENSIVE + COUNTS + COPY),
+        ("pyramidkv", {}, True, DEFENSIVE + COPY),
+        ("snapkv", {}, True, [*SNAPKV, *COPY]),
+        ("pyramidkv", {"published": True}, False, ["window_sums_kernel", *SNAPKV, *COPY]),
+        ("ada-snapkv", {"published": True}, True, [*SNAPKV, *COUNTS, *COPY]),
     ],
 )
 @pytest.mark.parametrize("num_layers", [2, 8])
-def test_launches_of_a_prompts_end(monkeypatch, method, tells_lse, expected, num_layers):
+def test_launches_of_a_prompts_end(monkeypatch, method, options, tells_lse, expected, num_layers):
     version = 3 if tells_lse else 4
-    steps = Steps(monkeypatch, config_of(method), num_layers, version)
+    steps = Steps(monkeypatch, config_of(method, **options), num_layers, version)
     # Budgets of a prompt's length are made on the host, once.
     steps.step((Request("a", 205), 205))
     assert steps.step((Request("b", 205), 205)) == expected
@@ -147,7 +145,7 @@ def test_a_window_over_several_steps_costs_its_copies_only(monkeypatch, num_laye
 
 @pytest.mark.parametrize(
     ("method", "window", "num_layers"),
-    [("span", 16, 16), ("snapkv", 32, 11), ("pyramidkv", 32, 11)],
+    [("span", 16, 16), ("snapkv", 32, 11), ("pyramidkv", 16, 16)],
 )
 def test_layers_of_a_long_prompt_that_are_scored_at_once(method, window, num_layers):
     """32,768 tokens in the 8B shape: all; 131,072: `num_layers`."""

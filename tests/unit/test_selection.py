@@ -135,7 +135,7 @@ def test_token_granularity_gathers_the_best_tokens():
 @pytest.mark.parametrize("granularity", ["page", "token"])
 def test_heads_that_win_pages_fill_them_with_their_own_next_best(granularity):
     scores = random_scores(2, 2, 64, seed=3)
-    config = config_of("ada-snapkv", granularity=granularity)
+    config = config_of("ada-snapkv", granularity=granularity, page_reduce="max")
     selection = select(scores, config, 3, 8)
     entries = torch.stack([s.first for s in scores]).flatten(0, 1)
     if granularity == "page":
