@@ -59,7 +59,7 @@ CASES = {
 CONFIGS = {
     "span": {"method": "span"},
     "snapkv": {"method": "snapkv"},
-    "ada-snapkv, tokens": {"method": "ada-snapkv", "granularity": "token"},
+    "ada-snapkv": {"method": "ada-snapkv"},
 }
 
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parametrize(
 )
 RANK, ALPHA = 8, 32
 # Scores by queries alone, and by the output projection, which the adapter leaves as it is.
-METHODS = ("ada-snapkv", "span")
+METHODS = ("snapkv", "span")
 
 
 def prompt(length):

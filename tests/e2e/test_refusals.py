@@ -156,7 +156,7 @@ GOOD = {"method": "snapkv", "budget": 128}
         ({"methd": "snapkv"}, "unknown key 'methd' in kv_compress; did you mean 'method'"),
         ("pyramid", "unknown KV-compression method 'pyramid' .did you mean 'pyramidkv'"),
         (7, "kv_compress must be a mapping, a method's name or true, got int 7"),
-        ({"method": "tova", "budget": 63}, r"63 is smaller than .* \(32 \+ 32 = 64 tokens\)"),
+        ({"method": "h2o", "budget": 63}, r"63 is smaller than .* \(32 \+ 32 = 64 tokens\)"),
         ({"method": "snapkv", "ratio": 1.0}, r"ratio must be in \[0, 1\).*1.0"),
         ({"method": "snapkv", "ratio": -0.1}, r"ratio must be in \[0, 1\).*-0.1"),
         ({"method": "snapkv", "ratio": 0.5, "budget": 99}, r"\(99\) and ratio \(0.5\) exclude"),

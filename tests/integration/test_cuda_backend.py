@@ -202,7 +202,7 @@ def test_scores_use_what_attention_tells_of_sums(monkeypatch, version, tells, re
 
     monkeypatch.setattr(ops, "window_scores", watch)
     shape = SHAPES["gqa_3_to_1"]
-    config = config_of({"mean": "ada-snapkv", "defensive": "span"}[reduce], 16)
+    config = config_of({"mean": "snapkv", "defensive": "span"}[reduce], 16)
     rig = Rig(monkeypatch, shape, config, DTYPE, "reference", version)
     # Windows of one chunk, of three, and of one that starts with the prompt's beginning.
     whole, parts = Request("whole", 150), Request("parts", 170)

@@ -18,7 +18,7 @@ PLANNED = [
     ("snapkv", {"pool_kind": "avg", "pool_kernel": 5, "window_reduce": "max"}),
     ("snapkv", {"pool_first": False, "group_reduce": "sum", "window_reduce": "sum"}),
     ("kvc", {}),
-    ("ada-pyramidkv", {}),
+    ("ada-pyramidkv", {"published": True}),
     ("span", {}),
     ("span", {"value_norm": False, "span_kernel": 1, "near_tokens": 3}),
     ("defensivekv", {"value_norm": False, "pool_kernel": 7}),

@@ -336,7 +336,8 @@ _WORST_CASE = {
     "pool_kernel": 11,
     "granularity": "token",
 }
-# Where the paper is about budgets, the scores are those that are best under any budget.
+# Where the paper is about budgets, the scores are span's: level with SnapKV's on a 1.5B model, far
+# ahead on a 135M one.
 _BY_SPAN = {"granularity": "token", "page_reduce": "mean"}
 _AS_SNAPKV = Form("snapkv", {"granularity": "token", "beta": 20.0})
 _AS_CRITICALKV = replace(_AS_SNAPKV, scorer="critical")
