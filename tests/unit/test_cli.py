@@ -77,8 +77,12 @@ def test_one_method_in_detail(capsys, name):
         assert not forms
     else:
         (form,), paper = forms, KVCompressConfig(name, options=(("published", True),))
-        assert f"scores: {paper.recipe.scorer}; window: {paper.window}; " in form
-        assert "granularity=token" in form
+        assert f"scores: {paper.recipe.scorer}; window: {paper.window}" in form
+        own = dict(KVCompressConfig(name).options)
+        for option, value in paper.options:
+            differs = option != "published" and (option not in own or own[option] != value)
+            shown = json.dumps(value).strip('"')
+            assert (f" {option}={shown}" in form) == differs
     for option, spec in option_specs(recipe).items():
         (line,) = [line for line in lines if line.split()[:1] == [option] and line[2] != " "]
         assert line.split()[1] == spec.kind.__name__

@@ -118,10 +118,17 @@ def _details(recipe: Recipe) -> str:
     lines.append(f"scores: {recipe.scorer}")
     lines.append(f"window: {recipe.window} tokens, unless --kv-compress-window says otherwise")
     if recipe.published is not None:
-        form, specs = recipe.published, option_specs(recipe.as_published())
-        values = _values({name: specs[name] for name in form.defaults if name in specs})
+        form, own = recipe.published, option_specs(recipe)
+        specs = option_specs(recipe.as_published())
+        values = _values(
+            {
+                name: spec
+                for name, spec in specs.items()
+                if name != "published" and (name not in own or own[name].default != spec.default)
+            }
+        )
         scores = f"scores: {form.scorer}; window: {form.window}"
-        lines.append(f"option 'published' set to true: {scores}; {values}")
+        lines.append(f"option 'published' set to true: {scores}{values and '; ' + values}")
     if recipe.weakness:
         lines.append(f"it {recipe.weakness}")
     lines += ["", "options (name, type, default):"]
