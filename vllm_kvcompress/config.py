@@ -21,8 +21,12 @@ DEFAULT_BLOCK_SIZE = {"CPU": 32, "CUDA": 16}
 _FEW_PAGES = 4
 # A ratio is looked at for prompts of at least so many tokens; shorter ones are hardly worth it.
 _LONG_PROMPT = 1024
-# Follows an option that only a method's published form takes.
-_OF_PAPER = " (an option of the paper's form: set 'published' to true)"
+# Follows an option that only the other of a method's two forms takes, by whether this one is the
+# published one.
+_OTHER_FORM = {
+    False: " (an option of the paper's form: set 'published' to true)",
+    True: " (not an option of the paper's form: leave out 'published')",
+}
 _CONFIG_KEYS = ("method", "budget", "ratio", "window", "options")
 
 
@@ -345,11 +349,13 @@ def _fill_options(recipe: Recipe, given: dict[str, Any]) -> tuple[tuple[str, Any
     specs = option_specs(recipe, budgets)
     unknown = sorted(set(given) - set(specs))
     if unknown:
-        known = (*specs, *_CONFIG_KEYS)
-        of_paper = option_specs(recipe.as_published(), budgets)
+        own = RECIPES[recipe.name]
+        is_published = recipe is not own
+        others = option_specs(own if is_published else own.as_published(), budgets)
+        hints = {name: _OTHER_FORM[is_published] for name in others}
+        known = (*specs, *_CONFIG_KEYS, *others)
         named = ", ".join(
-            f"{name!r}" + (_OF_PAPER if name in of_paper else did_you_mean(name, known))
-            for name in unknown
+            f"{name!r}{hints.get(name) or did_you_mean(name, known)}" for name in unknown
         )
         raise KVCompressConfigError(
             f"unknown option {named} for KV-compression method "

@@ -236,14 +236,42 @@ def test_published_forms(method, expected):
     assert make_scorer(mixed).window_reduce == expected["window_reduce"]
 
 
-def test_an_option_of_the_published_form_alone_says_so():
-    with pytest.raises(
-        KVCompressConfigError,
-        match=r"unknown option 'pool_kind' \(an option of the paper's form: set 'published' to",
-    ):
-        KVCompressConfig("pyramidkv", options=(("pool_kind", "avg"),))
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pool_kind": "avg"}, "'pool_kind' (an option of the paper's form: set 'published' to"),
+        (
+            {"recent_tokens": 4, "published": True},
+            "'recent_tokens' (not an option of the paper's form: leave out 'published')",
+        ),
+        ({"pool_knid": "avg"}, "'pool_knid' (did you mean 'pool_kind'?)"),
+        ({"span_kernal": 5, "published": True}, "'span_kernal' (did you mean 'span_kernel'?)"),
+    ],
+)
+def test_an_option_of_the_other_form_says_so(options, words):
+    with pytest.raises(KVCompressConfigError) as error:
+        KVCompressConfig("pyramidkv", options=tuple(options.items()))
+    assert f"unknown option {words}" in str(error.value)
+
+
+def test_an_option_of_the_published_form_is_taken_beside_it():
     options = (("pool_kind", "avg"), ("published", True))
     assert KVCompressConfig("pyramidkv", options=options).option("pool_kind") == "avg"
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("tova", {"span_kernel": 1, "granularity": "token"}),
+        ("chunkkv", {"chunk_length": 10, "reuse_layers": 2, "granularity": "token"}),
+        ("defensivekv", {"mass_first": 0.9, "alpha": 0.0, "granularity": "token"}),
+        ("layer-defensivekv", {"mass_first": 0.9, "floor": 0.0, "granularity": "token"}),
+    ],
+)
+def test_other_published_forms(method, expected):
+    config = KVCompressConfig(method, options=(("published", True),))
+    assert {name: config.option(name) for name in expected} == expected
+    assert (config.window, KVCompressConfig(method).window) == (32, 16)
 
 
 @pytest.mark.parametrize("method", ["pyramidkv", "ada-snapkv", "ada-pyramidkv"])
@@ -265,7 +293,11 @@ def test_every_published_form_differs_and_has_known_options():
         known = {name for budgets in BUDGETS for name in option_specs(recipe, budgets)}
         assert set(published.defaults) <= known
         assert (published.name, published.budgets) == (recipe.name, recipe.budgets)
-        assert (published.defaults, published.window) != (recipe.defaults, recipe.window)
+        own, paper = (
+            {name: spec.default for name, spec in option_specs(form).items()}
+            for form in (recipe, published)
+        )
+        assert (published.scorer, published.window, paper) != (recipe.scorer, recipe.window, own)
         assert pair_problem(published.scorer, published.budgets) is None
     for name in RECIPES.keys() - forms.keys():
         assert RECIPES[name].as_published() is RECIPES[name]
