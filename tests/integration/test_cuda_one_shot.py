@@ -29,6 +29,7 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 METHODS = [
     ("pyramidkv", {}),
     ("ada-snapkv", {}),
+    ("ada-snapkv", {"published": True}),
     ("span", {}),
     ("kvc", {"floor": 0.5}),
     ("ada-criticalkv", {}),
@@ -98,7 +99,9 @@ def narrowings(monkeypatch):
     return known
 
 
-@pytest.mark.parametrize(("method", "options"), METHODS, ids=[m for m, _ in METHODS])
+@pytest.mark.parametrize(
+    ("method", "options"), METHODS, ids=["-".join([m, *options]) for m, options in METHODS]
+)
 def test_staged_prompts_keep_what_the_policy_chooses(
     monkeypatch, method, options, granularity, narrowings
 ):

@@ -55,8 +55,13 @@ CONFIGS = {
     for granularity in ("page", "token")
 } | {
     "snapkv_token_narrow_pool": ("snapkv", {"granularity": "token", "pool_kernel": 3}),
-    "pyramidkv_page_gentle": ("pyramidkv", {"beta": 4}),
-    "ada_snapkv_page_no_pool": ("ada-snapkv", {"pool_kernel": 1}),
+    "pyramidkv_page_gentle": ("pyramidkv", {"granularity": "page", "beta": 4}),
+    "ada_snapkv_page_no_pool": (
+        "ada-snapkv",
+        {"published": True, "granularity": "page", "pool_kernel": 1},
+    ),
+    "snapkv_pyramid": ("snapkv", {"budgets": "pyramid"}),
+    "snapkv_ada_pyramid": ("snapkv", {"budgets": "ada-pyramid"}),
     "ada_snapkv_token_nothing_sure": ("ada-snapkv", {"granularity": "token", "alpha": 0.0}),
     "criticalkv_joint": ("criticalkv", {"budgets": "joint", "granularity": "token"}),
     "expected_attention_ada": ("expected-attention", {"budgets": "ada"}),
