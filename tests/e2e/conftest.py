@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from devices import DTYPES, ON_A_GPU
+from in_process_engines import SHUTDOWN_S
 from tiny_models import tiny_llama
 
 _SUBJECTS = ("The miller", "A quiet clerk", "The old captain", "Her neighbour", "The gardener")
@@ -134,7 +135,7 @@ def start_engine(model: str, device: str):
 
     yield start
     for engine in engines:
-        engine.llm_engine.engine_core.shutdown()
+        engine.llm_engine.engine_core.shutdown(timeout=SHUTDOWN_S)
     if torch.distributed.is_initialized():
         # An engine in this process; the next one wants a process without.
         from vllm.distributed import cleanup_dist_env_and_memory

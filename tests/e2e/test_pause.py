@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from in_process_engines import SHUTDOWN_S
 from stepped_runs import params_of, prompt_of
 from tiny_models import tiny_llama
 
@@ -58,7 +59,7 @@ class Engine:
 
     def stop(self) -> None:
         """End the engine's process."""
-        self.llm.shutdown()
+        self.llm.shutdown(timeout=SHUTDOWN_S)
         self.loop.close()
 
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Iterable
 from typing import Any
 
-from in_process_engines import SMALL
+from in_process_engines import SHUTDOWN_S, SMALL
 
 # Seconds; an engine that has died answers at once, one that hangs does not.
 _PATIENCE = 240
@@ -26,7 +26,7 @@ class AsyncEngine:
 
     def stop(self) -> None:
         """Shut the engine down."""
-        self.llm.shutdown()
+        self.llm.shutdown(timeout=SHUTDOWN_S)
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 

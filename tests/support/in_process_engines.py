@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# For engines in processes of their own. After its own 5 seconds vLLM kills what is left, and fails
+# if a process has just ended by itself.
+SHUTDOWN_S = 60.0
 # An engine for tests.
 SMALL = {
     "max_model_len": 2048,
