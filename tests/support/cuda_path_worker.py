@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm.v1.attention import selector
@@ -35,7 +36,7 @@ class CUDAPathWorker(CompressionWorker, CPUWorker):
             max_num_reqs=self.vllm_config.scheduler_config.max_num_seqs,
             stats=self._stats,
             one_shot_tokens=self._step_tokens(),
-            backend="reference",
+            backend=os.environ.get("KVC_TEST_OPS", "reference"),
         )
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
