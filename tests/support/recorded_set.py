@@ -5,10 +5,10 @@ keeps, and a digest of the region's keys and values, which says which tokens wer
 In float32, on one machine, two versions that do the same have the same records. Records of
 different machines are not comparable: sums of floats differ in their last bits.
 
-As a script::
+As a script, with PYTHONPATH=tests/support::
 
-    python tests/support/recorded_set.py record --side cpu --prefill chunked --model MODEL --out A
-    python tests/support/recorded_set.py compare A B
+    python -m recorded_set record --side cpu --prefill chunked --model MODEL --out A
+    python -m recorded_set compare A B
 
 `--side cuda` runs the CUDA side without a GPU (see `cuda_on_cpu`), its kernels in Triton's
 interpreter, on a tiny random model with the tokenizer of `--model`.
