@@ -28,11 +28,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape, Compactor, LayerParameters, PromptCompaction
+from vllm_kvcompress.compaction.compactor import Compactor
+from vllm_kvcompress.compaction.parameters import LayerParameters
+from vllm_kvcompress.compaction.prompts import PromptCompaction
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.memory import CacheShape, Geometry
 from vllm_kvcompress.ops import native
-from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
+from vllm_kvcompress.vllm_integration.platforms.cpu.page_order import find_page_order
 
 BLOCK_SIZE = 32
 RATIO = 0.75

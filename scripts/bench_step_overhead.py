@@ -1,28 +1,24 @@
 """Time what a step costs the host on the CUDA side: whose its rows are, and what they are to us.
 
-    python scripts/bench_step_overhead.py --against 46c98fa --out step_overhead.json
+    python scripts/bench_step_overhead.py --out step_overhead.json
 
 Needs no GPU: nothing of it touches the device. `names` tells request ids and prompt lengths of the
 rows as either of vLLM's model runners has them, `plan` is `plan_step`, and `total` both, p20, p50
 and p80 of many steps in microseconds of the processor, which others on the machine do not add to,
-though they slow it down. Code of the commit `--against` is timed in the same process, taking turns.
+though they slow it down.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -30,9 +26,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import machine
 
+from vllm_kvcompress.compaction.requests import Requests
+from vllm_kvcompress.compaction.step_plan import StepPlan, plan_step
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
-from vllm_kvcompress.vllm_integration import batch_cuda, worker_cuda
+from vllm_kvcompress.vllm_integration.platforms.cuda.worker import rows_of_v2
+from vllm_kvcompress.vllm_integration.worker.worker import rows_of_v1
 
 SIZES = (32, 256, 1024)
 BLOCK_SIZE, NUM_LAYERS, WINDOW = 16, 32, 32
@@ -47,19 +46,13 @@ class Step:
     """Rows of a step as either model runner has them, with requests that are known already.
 
     Args:
-        code: modules `batch_cuda` and `worker_cuda` of some commit.
         num_rows: in all.
         num_prompts: rows of several tokens among them, behind the others.
         runner: 'v1' or 'v2'.
     """
 
-    def __init__(
-        self, code: tuple[ModuleType, ModuleType], num_rows: int, num_prompts: int, runner: str
-    ) -> None:
-        self.batch, worker = code
-        self.requests = self.batch.DeviceRequests(
-            Geometry(CONFIG, BLOCK_SIZE), NUM_LAYERS, num_rows
-        )
+    def __init__(self, num_rows: int, num_prompts: int, runner: str) -> None:
+        self.requests = Requests(Geometry(CONFIG, BLOCK_SIZE), NUM_LAYERS, num_rows)
         ids = [f"chatcmpl-{i:08x}-0a1b2c3d" for i in range(num_rows)]
         lens = np.full(num_rows, PROMPT_LEN, np.int32)
         lens[::4] = SHORT_LEN
@@ -76,7 +69,7 @@ class Step:
         self.seq_lens = before + counts
         if runner == "v1":
             batch = SimpleNamespace(req_ids=ids, num_prompt_tokens=lens, num_reqs=num_rows)
-            self.names = worker._rows_of_v1(SimpleNamespace(input_batch=batch))
+            self.names = rows_of_v1(SimpleNamespace(input_batch=batch))
             self.common = None
             return
         # Requests have come and gone, so that places are in no order.
@@ -87,37 +80,21 @@ class Step:
             index_to_req_id=dict(zip(places.tolist(), ids, strict=True)),
             prompt_len=SimpleNamespace(np=prompt_len),
         )
-        self.names = worker._rows_of_v2(SimpleNamespace(req_states=states))
+        self.names = rows_of_v2(SimpleNamespace(req_states=states))
         self.common = SimpleNamespace(req_idx=places)
+
+    def plan(self, ids: Sequence[str], lens: np.ndarray) -> StepPlan:
+        """Of the step."""
+        return plan_step(self.requests, WINDOW, ids, lens, self.starts, self.seq_lens)
 
     def run(self) -> tuple[float, float]:
         """Microseconds of the names and of the plan."""
         begin = time.thread_time_ns()
         ids, lens = self.names(self.common)
         between = time.thread_time_ns()
-        self.batch.plan_step(self.requests, WINDOW, ids, lens, self.starts, self.seq_lens)
+        self.plan(ids, lens)
         end = time.thread_time_ns()
         return (between - begin) / 1e3, (end - between) / 1e3
-
-
-def code_of(commit: str, folder: Path) -> tuple[ModuleType, ModuleType]:
-    """The two modules as a commit has them, beside the rest as it is here."""
-    modules = []
-    for name in ("batch_cuda", "worker_cuda"):
-        path = f"vllm_kvcompress/vllm_integration/{name}.py"
-        source = subprocess.run(
-            ["git", "show", f"{commit}:{path}"], cwd=machine.ROOT, capture_output=True, check=True
-        )
-        file = folder / f"{name}_of_{commit}.py"
-        file.write_bytes(source.stdout)
-        spec = importlib.util.spec_from_file_location(file.stem, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses look their module up.
-        sys.modules[file.stem] = module
-        spec.loader.exec_module(module)
-        modules.append(module)
-    return modules[0], modules[1]
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -129,51 +106,37 @@ def percentiles(values: list[float]) -> dict[str, float]:
     }
 
 
-def measure(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, Any]]:
-    """By code: names, plan and total; all take turns."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(20):
-            step.run()
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(step.run())
+def measure(step: Step, repeats: int) -> dict[str, dict[str, float]]:
+    """Names, plan and total."""
+    for _ in range(20):
+        step.run()
+    pairs = [step.run() for _ in range(repeats)]
     parts: dict[str, Callable[[tuple[float, float]], float]] = {
         "names": lambda pair: pair[0],
         "plan": lambda pair: pair[1],
         "total": sum,
     }
-    return {
-        name: {part: percentiles([take(p) for p in pairs]) for part, take in parts.items()}
-        for name, pairs in times.items()
-    }
+    return {part: percentiles([take(pair) for pair in pairs]) for part, take in parts.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="host cost of a step on the CUDA side")
-    parser.add_argument("--against", help="commit whose code is timed too", metavar="COMMIT")
     parser.add_argument("--repeats", type=int, default=300, help="steps per row")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     rows = []
-    with TemporaryDirectory() as folder:
-        codes = {"here": (batch_cuda, worker_cuda)}
-        if args.against:
-            codes[args.against] = code_of(args.against, Path(folder))
-        for runner in ("v1", "v2"):
-            for num_prompts in (0, NUM_PROMPTS):
-                for size in SIZES:
-                    kind = "mixed" if num_prompts else "decode"
-                    steps = {n: Step(c, size, num_prompts, runner) for n, c in codes.items()}
-                    for name, found in measure(steps, args.repeats).items():
-                        row = {"runner": runner, "step": kind, "num_rows": size, "code": name}
-                        rows.append({**row, **found})
-                        total, plan = found["total"], found["plan"]["p50_us"]
-                        print(
-                            f"{runner} {kind:6} {size:5} rows, {name:8}: {total['p50_us']:7.1f} us "
-                            f"({total['p20_us']:.1f} to {total['p80_us']:.1f}), plan {plan:.1f}",
-                            flush=True,
-                        )
+    for runner in ("v1", "v2"):
+        for num_prompts in (0, NUM_PROMPTS):
+            for size in SIZES:
+                kind = "mixed" if num_prompts else "decode"
+                found = measure(Step(size, num_prompts, runner), args.repeats)
+                rows.append({"runner": runner, "step": kind, "num_rows": size, **found})
+                total, plan = found["total"], found["plan"]["p50_us"]
+                print(
+                    f"{runner} {kind:6} {size:5} rows: {total['p50_us']:7.1f} us "
+                    f"({total['p20_us']:.1f} to {total['p80_us']:.1f}), plan {plan:.1f}",
+                    flush=True,
+                )
     if args.out:
         said = {
             "command": machine.command(),

@@ -43,8 +43,8 @@ MODULES = (
     "vllm.vllm_flash_attn._vllm_fa3_C",
     "vllm_kvcompress",
     "vllm_kvcompress.vllm_integration.register",
-    "vllm_kvcompress.vllm_integration.worker_cuda",
-    "vllm_kvcompress.vllm_integration.backend_cuda",
+    "vllm_kvcompress.vllm_integration.platforms.cuda.worker",
+    "vllm_kvcompress.vllm_integration.platforms.cuda.attention",
 )
 FUNCTIONS = (("_C", "rms_norm"), ("_C", "silu_and_mul"), ("_vllm_fa3_C", "fwd"))
 # Of the driver's library; 999 is its unknown error.

@@ -25,11 +25,12 @@ NUM_BLOCKS = 8192
 
 def warm_up(has_graphs: bool) -> None:
     """What `CompressionWorker.compile_or_warm_up_model` launches of ours."""
-    from vllm_kvcompress.compaction import CacheShape, LayerParameters
+    from vllm_kvcompress.compaction.parameters import LayerParameters
     from vllm_kvcompress.config import KVCompressConfig
-    from vllm_kvcompress.vllm_integration.backend_cuda import KVCompressCUDAImpl
-    from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
-    from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+    from vllm_kvcompress.memory import CacheShape
+    from vllm_kvcompress.vllm_integration.platforms.cuda.attention import KVCompressCUDAImpl
+    from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
+    from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
     model = read_shapes()[SHAPE]
     settings = engine_run.gpu_plan(has_graphs).settings

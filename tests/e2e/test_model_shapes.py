@@ -27,7 +27,7 @@ from tiny_models import (
     tiny_qwen3,
 )
 
-from vllm_kvcompress.compaction import Compactor
+from vllm_kvcompress.compaction.compactor import Compactor
 
 pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 RATIO, LOW_RATIO = 0.75, 0.6

@@ -13,12 +13,11 @@ from cuda_rig import Request, Rig
 from device_work import DeviceWork
 from gpu.recording import record
 
-from vllm_kvcompress import score_memory
-from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.compaction import score_memory
+from vllm_kvcompress.compaction.score_memory import ScoreMemory
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry
-from vllm_kvcompress.score_memory import ScoreMemory
-from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
+from vllm_kvcompress.memory import CacheShape, Geometry
+from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
 
 WINDOW = 8
 MOST_LAUNCHES = 12

@@ -13,8 +13,9 @@ import torch
 from compiled_ops import need_compiled_ops
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.policies.base import Rotary
 
 vllm = pytest.importorskip("vllm")
@@ -23,15 +24,17 @@ from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
 from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
 
-from vllm_kvcompress.vllm_integration.backend_cpu import (  # noqa: E402
+from vllm_kvcompress.vllm_integration.platforms.cpu.attention import (  # noqa: E402
     KVCompressCPUImpl,
     KVCompressCPUMetadataBuilder,
 )
-from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order  # noqa: E402
-from vllm_kvcompress.vllm_integration.engine import WorkerEngine, flat_pool  # noqa: E402
-from vllm_kvcompress.vllm_integration.metrics import CompressionStats  # noqa: E402
+from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine  # noqa: E402
+from vllm_kvcompress.vllm_integration.platforms.cpu.page_order import find_page_order  # noqa: E402
+from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats  # noqa: E402
+from vllm_kvcompress.vllm_integration.worker.pool import flat_pool  # noqa: E402
 
 WINDOW = 8
+MAX_ROWS = 8
 
 
 @pytest.fixture(autouse=True, scope="module", params=["torch", "native"])
@@ -57,6 +60,7 @@ class Request:
         self.row: list[int] = []
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
+        self.kept: list[torch.Tensor] = []
 
 
 class Rig:
@@ -85,15 +89,17 @@ class Rig:
         self.layer_views = {f"layers.{i}": views[:, i] for i in range(shape.num_layers)}
         self.free = torch.randperm(num_blocks - 1, generator=self.generator).add(1).tolist()
         isa = _get_attn_isa(dtype, shape.block_size, shape.head_size, "auto")
-        self.batch = SimpleNamespace(req_ids=[], num_prompt_tokens=np.zeros(0, np.int32))
+        self.names: tuple[list[str], np.ndarray] = ([], np.zeros(0, np.int32))
         self.stats = CompressionStats(log=False)
-        self.engine = WorkerEngine(
+        self.order = find_page_order(isa, shape.block_size, shape.head_size, dtype)
+        self.engine = CPUEngine(
             config,
             shape,
             self.layer_views,
-            find_page_order(isa, shape.block_size, shape.head_size, dtype),
+            self.order,
             [self._layer_parameters() for _ in range(shape.num_layers)],
-            self.batch,
+            lambda common: self.names,
+            MAX_ROWS,
             self.stats,
             Rig.ops_backend,
         )
@@ -142,6 +148,10 @@ class Rig:
         sinks = None if self.sinks is None else self.sinks.float().view(weight_size[:2])
         return LayerParameters(SCALE, 0.0, weight, ops.output_root(weight), rotary, sinks)
 
+    def geometry(self, request: Request) -> RequestGeometry:
+        """Where the request's pages go."""
+        return self.engine.requests.geometry.of(request.prompt_len)
+
     def random(self, *size: int) -> torch.Tensor:
         return torch.randn(*size, generator=self.generator).to(self.dtype)
 
@@ -162,7 +172,7 @@ class Rig:
         tables = np.zeros((len(chunks), 64), np.int32)
         starts, seq_lens, slots = [0], [], []
         for i, (request, count) in enumerate(chunks):
-            geometry = self.engine.states.geometry.of(request.prompt_len)
+            geometry = self.geometry(request)
             end = request.num_computed + count
             if request.is_one_shot and not request.row:
                 # Block 0 is nobody's and full of NaN.
@@ -182,8 +192,10 @@ class Rig:
             for position in range(request.num_computed, end):
                 block = tables[i, position // shape.block_size]
                 slots.append(int(block) * shape.block_size + position % shape.block_size)
-        self.batch.req_ids = [request.name for request, _ in chunks]
-        self.batch.num_prompt_tokens = np.array([r.prompt_len for r, _ in chunks])
+        self.names = (
+            [request.name for request, _ in chunks],
+            np.array([r.prompt_len for r, _ in chunks]),
+        )
         query_start_loc = torch.tensor(starts, dtype=torch.int32)
         common = CommonAttentionMetadata(
             query_start_loc=query_start_loc,
@@ -196,12 +208,14 @@ class Rig:
             block_table_tensor=torch.from_numpy(tables),
             slot_mapping=torch.tensor(slots),
         )
+        compressed = [self.geometry(request).is_compressed for request, _ in chunks]
         compressed = [
-            request.num_computed >= self.engine.states.geometry.of(request.prompt_len).compact_len
-            and self.engine.states.geometry.of(request.prompt_len).is_compressed
-            for request, _ in chunks
+            is_compressed and request.num_computed >= self.geometry(request).compact_len
+            for is_compressed, (request, _) in zip(compressed, chunks, strict=True)
         ]
-        metadata = self.builder.build(0, common)
+        one_shot = {r.name for r, _ in chunks if r.is_one_shot and not r.num_computed}
+        with self.engine.scheduled_step(one_shot):
+            metadata = self.builder.build(0, common)
         queries = []
         for i, (request, count) in enumerate(chunks):
             key, value, query = (
@@ -232,7 +246,31 @@ class Rig:
                     compressed[i],
                 )
         for request, count in chunks:
+            before = request.num_computed
             request.num_computed += count
+            geometry = self.geometry(request)
+            if geometry.is_compressed and before < geometry.compact_len <= request.num_computed:
+                request.kept = self._read_kept(request)
+
+    def _read_kept(self, request: Request) -> list[torch.Tensor]:
+        """[S] positions that each stream's region holds, found by the keys."""
+        shape, geometry = self.shape, self.geometry(request)
+        slot = self.engine.requests.get(request.name).slot
+        assert slot > 0
+        counts = self.engine.page_offsets[slot].diff()
+        first = geometry.boundary_block
+        region = torch.tensor(request.row[first : first + geometry.num_region_blocks])
+        ids = ops.region_page_ids(region, shape.pages_per_block)
+        assert int(counts.sum()) == len(ids)
+        pages = ops.unpack_pages(self.engine.pool.flatten(1), ids[:, None], self.order, "key")
+        kept = []
+        for stream, keys in enumerate(pages.split(counts.tolist())):
+            layer, head = divmod(stream, shape.num_kv_heads)
+            known = torch.cat([k[layer] for k in request.keys])[:, head]
+            is_same = (keys.flatten(0, 1)[:, None] == known).all(dim=-1)
+            assert (is_same.sum(dim=1) == 1).all()
+            kept.append(is_same.int().argmax(dim=1))
+        return kept
 
     def _check(
         self,
@@ -250,7 +288,7 @@ class Rig:
         is_read = torch.ones(num_new, num_tokens, dtype=torch.bool)
         is_read = is_read.tril(num_tokens - num_new).repeat(shape.num_kv_heads, 1, 1)
         if compressed:
-            tail = self.engine.states.geometry.of(request.prompt_len).num_candidate_tokens
+            tail = self.geometry(request).num_candidate_tokens
             for head, kept in enumerate(self.kept_tokens(request, layer)):
                 evicted = torch.ones(tail, dtype=torch.bool)
                 evicted[kept] = False
@@ -270,15 +308,8 @@ class Rig:
 
     def kept_tokens(self, request: Request, layer: int) -> list[torch.Tensor]:
         """Positions each head of a layer keeps in the region."""
-        selection = self.engine.states.get_or_create(request.name, request.prompt_len).selection
-        unit = 1 if selection.granularity == "page" else self.shape.block_size
-        counts = (selection.num_pages.flatten() * unit).tolist()
-        parts = selection.indices.split(counts)
-        heads = parts[layer * self.shape.num_kv_heads : (layer + 1) * self.shape.num_kv_heads]
-        if unit == 1:
-            size = self.shape.block_size
-            return [(p[:, None] * size + torch.arange(size)).flatten() for p in heads]
-        return list(heads)
+        heads = slice(layer * self.shape.num_kv_heads, (layer + 1) * self.shape.num_kv_heads)
+        return request.kept[heads]
 
 
 SHAPES = {
@@ -318,9 +349,9 @@ def test_all_kinds_of_steps(
     # in the chunk before.
     rig.step([(long, 6 * block), (short, block + 3)])
     rig.step([(long, 4 * block + 2), (short, 1), (even, 3 * block)])
-    assert rig.engine.states.get_or_create("long", long.prompt_len).selection is None
+    assert not long.kept
     rig.step([(short, 1), (long, 3), (even, 5 * block)])
-    assert rig.engine.states.get_or_create("long", long.prompt_len).selection is not None
+    assert long.kept
     # Decode of two compressed and one dense row beside a prefill in one shot.
     rig.step([(long, 1), (short, 1), (even, 1), (late, late.prompt_len)])
     # Several tokens over a region (a resumed request), then tails that grow over blocks.
@@ -329,8 +360,8 @@ def test_all_kinds_of_steps(
         rig.step([(long, 1), (even, 1), (late, 1)])
     rig.step([(late, 1), (long, 1)])
     records = rig.stats.snapshot()["requests"]
-    assert [r["request_id"] for r in records] == ["short", "long", "even", "late"]
-    assert [r["compressed"] for r in records] == [False, True, True, True]
+    compressed = {r["request_id"]: r["compressed"] for r in records}
+    assert compressed == {"short": False, "long": True, "even": True, "late": True}
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -383,9 +414,9 @@ def test_chunks_of_a_prompt_select_what_a_single_step_does(method: str, granular
             rig.step([(request, count), (other, 40)], given)
             start += count
         rig.step([(request, 1)])
-        selections.append(rig.engine.states.get_or_create("a", 325).selection)
-    assert torch.equal(selections[0].num_pages, selections[1].num_pages)
-    assert torch.equal(selections[0].indices, selections[1].indices)
+        selections.append(request.kept)
+    for whole, chunked in zip(*selections, strict=True):
+        assert torch.equal(whole, chunked)
 
 
 @pytest.mark.parametrize("method", ["span", "ada-criticalkv"])
@@ -403,9 +434,9 @@ def test_new_weights_serve_a_prompt_that_has_begun(method: str) -> None:
         if weights == "new in between":
             rig.engine.use_parameters(new)
         rig.step([(request, 125)], [x[200:] for x in whole])
-        kept.append(rig.engine.states.get_or_create("a", 325).selection.indices)
-    assert torch.equal(kept[1], kept[2])
-    assert not torch.equal(kept[0], kept[1])
+        kept.append(torch.cat(request.kept).tolist())
+    assert kept[1] == kept[2]
+    assert kept[0] != kept[1]
 
 
 @pytest.mark.parametrize(
@@ -436,25 +467,25 @@ def test_one_shot_prompts_keep_what_they_would_with_blocks(
         rig.step([(request, length), (decoding, 1), (short, 10), (other, 8 * block)], whole)
         for _ in range(block + 1):
             rig.step([(request, 1), (other, 1), (short, 1), (decoding, 1)])
-        # Resumed, ahead of a decoding row: the chunk holds two tokens generated before.
+        # Resumed, ahead of a decoding row; two tokens that were generated before follow.
         rig.engine.forget(["other"])
         again = Request("other", 8 * block, is_one_shot=True)
-        rig.step([(again, 8 * block + 2), (request, 1)])
+        rig.step([(again, 8 * block), (request, 1)])
+        rig.step([(again, 2), (request, 1)])
         rig.step([(request, 1), (again, 1)])
-        state = rig.engine.states.get_or_create("a", length)
-        geometry = state.prompt.geometry
+        geometry = rig.geometry(request)
         first = geometry.boundary_block
         region = torch.tensor(request.row[first : first + geometry.num_region_blocks])
-        pages = rig.engine.pool[ops.region_page_ids(region, shape.pages_per_block)]
-        kept.append((state.selection, pages))
+        pages = rig.engine.pool.flatten(1)[ops.region_page_ids(region, shape.pages_per_block)]
+        kept.append((request.kept, pages))
         by_id = {r["request_id"]: r for r in rig.stats.snapshot()["requests"]}
         assert by_id["a"]["one_shot"] == is_one_shot
         spared = (0, geometry.first_kept_block) if is_one_shot else (geometry.first_kept_block, 0)
         assert (by_id["a"]["blocks_returned"], by_id["a"]["blocks_not_taken"]) == spared
         assert by_id["other"]["one_shot"] and not by_id["decoding"]["one_shot"]
     (expected, usual), (selection, pages) = kept
-    assert torch.equal(selection.num_pages, expected.num_pages)
-    assert torch.equal(selection.indices, expected.indices)
+    for stream, other in zip(selection, expected, strict=True):
+        assert torch.equal(stream, other)
     assert torch.equal(pages, usual)
 
 
@@ -478,7 +509,7 @@ def test_preempted_request_compacts_again_past_its_prompt_end(granularity: str) 
     assert snapshot["totals"]["prompts"] == 1
     assert snapshot["totals"]["recomputed_prompts"] == 1
     rig.engine.forget(["a"])
-    assert len(rig.engine.states) == 0
+    assert len(rig.engine.requests) == 0
 
 
 def test_pool_views_that_are_no_slices_of_one_buffer_are_refused() -> None:

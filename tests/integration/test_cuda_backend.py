@@ -18,11 +18,13 @@ from gpu.recording import record
 from paged_pool import DEVICE
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
-from vllm_kvcompress import ops, paged_compaction, score_memory
-from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress import ops
+from vllm_kvcompress.compaction import score_memory, scoring
+from vllm_kvcompress.compaction.staging import Staging
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.staging import Staging
-from vllm_kvcompress.vllm_integration import backend_cuda, engine_cuda
+from vllm_kvcompress.memory import CacheShape
+from vllm_kvcompress.vllm_integration.platforms.cuda import attention as backend_cuda
+from vllm_kvcompress.vllm_integration.platforms.cuda import engine as engine_cuda
 
 pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
@@ -152,13 +154,13 @@ def test_layers_are_scored_in_groups_that_fit_memory(monkeypatch, method, flash_
     # Two layers of two prompts: groups of two, two and one.
     layer_bytes = 2 * WINDOW * 2 * (64 * DTYPE.itemsize + 4)
     monkeypatch.setattr(score_memory, "MOST_WINDOW_BYTES", 2 * layer_bytes)
-    groups, planned = [], paged_compaction.planned_scores
+    groups, planned = [], scoring.planned_scores
 
     def count(plan, prompts, query, *args, layer, **kwargs):
         groups.append((layer, query.shape[1]))
         return planned(plan, prompts, query, *args, layer=layer, **kwargs)
 
-    monkeypatch.setattr(paged_compaction, "planned_scores", count)
+    monkeypatch.setattr(scoring, "planned_scores", count)
     # One's window is cut by a step's end, the other's is not.
     parts, whole = Request("parts", 150), Request("whole", 170)
     rig.step([(parts, 147)])
@@ -392,7 +394,7 @@ def test_as_many_layers_as_happen_to_be_known_compile_nothing(monkeypatch, granu
     rig = Rig(monkeypatch, shape, config, DTYPE)
     rig.buffer[0] = 0
     # In which six layers of 700 tokens fit, and four of 900.
-    rig.engine._buffer = rig.engine._buffer[:300]
+    rig.engine.compactor.use_buffer(rig.engine.compactor.buffer[:300])
     known_layers, narrow = [], Staging._narrow
     monkeypatch.setattr(
         Staging,

@@ -28,12 +28,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
-from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
-from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
+from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 SHAPE = CacheShape(2, 2, 3, 64, 16)
 NUM_HEADS = SHAPE.num_kv_heads * SHAPE.num_queries_per_kv

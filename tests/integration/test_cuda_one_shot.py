@@ -15,10 +15,11 @@ from cuda_rig import Request, Rig
 from paged_pool import DEVICE
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.compaction.staging import Staging
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import cdiv
-from vllm_kvcompress.staging import Staging, can_stage, most_share, staging_pages
+from vllm_kvcompress.memory import CacheShape, cdiv
+from vllm_kvcompress.memory.one_shot import counted_buffer_pages, fits_counted_buffer, most_share
+from vllm_kvcompress.ops import PageOrder
 
 pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
@@ -62,8 +63,8 @@ def shrink_buffer(rig: Rig, *requests: Request) -> None:
     if rig.config.option("budgets") != "joint":
         held = 0
     num_pages = area + 2 * num_lists * held
-    assert num_pages <= len(rig.engine._buffer)
-    rig.engine._buffer = rig.engine._buffer[:num_pages].fill_(torch.nan)
+    assert num_pages <= len(rig.engine.compactor.buffer)
+    rig.engine.compactor.use_buffer(rig.engine.compactor.buffer[:num_pages].fill_(torch.nan))
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +182,7 @@ def test_a_prompt_that_is_not_whole_is_refused(monkeypatch):
 
 def test_more_than_the_buffer_holds_is_refused(monkeypatch):
     rig = Rig(monkeypatch, FLAT, config_of("span", "page"), DTYPE, "reference")
-    rig.engine._buffer = rig.engine._buffer[:30]
+    rig.engine.compactor.use_buffer(rig.engine.compactor.buffer[:30])
     request = Request("a", 200, is_one_shot=True)
     with pytest.raises(RuntimeError, match="do not fit a buffer of 30 pages"):
         rig.metadata([(request, 200)])
@@ -222,8 +223,10 @@ def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, 
     geometry = rig.engine.requests.geometry
     draw = np.random.default_rng(0)
     max_tokens, max_prompts = 700, 8
-    num_pages = staging_pages(config, FLAT, max_tokens, max_prompts)
-    buffer = rig.engine._buffer.new_empty(num_pages, *rig.engine._buffer.shape[1:])
+    num_pages = counted_buffer_pages(config, FLAT, max_tokens, max_prompts)
+    buffer = rig.engine.compactor.buffer.new_empty(
+        num_pages, *rig.engine.compactor.buffer.shape[1:]
+    )
     table = torch.zeros(max_prompts, 80, dtype=torch.int32, device=DEVICE)
     num_full = 0
     for mean in np.repeat([20, 40, 80, 160, 320, 650], 50):
@@ -231,13 +234,24 @@ def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, 
         while left and len(lens) < max_prompts:
             lens.append(min(left, 1 + int(draw.exponential(mean))))
             left -= lens[-1]
-        geometries = [g for g in map(geometry.of, lens) if g.is_compressed and can_stage(config, g)]
+        geometries = [
+            g for g in map(geometry.of, lens) if g.is_compressed and fits_counted_buffer(config, g)
+        ]
         if not geometries:
             continue
         num_full += sum(g.prompt_len for g in geometries) > 0.9 * max_tokens
         sure = [0] * len(geometries)
         rows = table[: len(geometries)]
         Staging(
-            config, FLAT, buffer, rig.engine.pool, geometries, rows, sure, "reference", "reference"
+            config,
+            FLAT,
+            buffer,
+            rig.engine.pool,
+            PageOrder.plain(FLAT.block_size, FLAT.head_size),
+            geometries,
+            rows,
+            sure,
+            "reference",
+            "reference",
         )
     assert num_full > 10

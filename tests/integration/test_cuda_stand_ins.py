@@ -35,10 +35,10 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.vllm_integration import backend_cuda
-from vllm_kvcompress.vllm_integration.backend_cuda import (
+from vllm_kvcompress.memory import CacheShape
+from vllm_kvcompress.vllm_integration.platforms.cuda import attention as backend_cuda
+from vllm_kvcompress.vllm_integration.platforms.cuda.attention import (
     KVCompressCUDAImpl,
     KVCompressCUDAMetadata,
     KVCompressCUDAMetadataBuilder,

@@ -25,11 +25,11 @@ from vllm.v1.core.sched.utils import check_stop
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.vllm_integration.kv_cache import (
+from vllm_kvcompress.vllm_integration.scheduler.manager import (
     KVCompressManager,
     cache_only_before_compaction,
 )
-from vllm_kvcompress.vllm_integration.scheduler import KVCompressScheduler
+from vllm_kvcompress.vllm_integration.scheduler.scheduler import KVCompressScheduler
 
 
 class Machine:

@@ -9,7 +9,7 @@ from vllm.v1.request import Request
 
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
+from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 
 # A token id no family of prompts uses; ids from here on are handed out once.
 FIRST_UNIQUE_TOKEN = 10_000_000

@@ -11,11 +11,14 @@ import torch
 from compiled_ops import need_compiled_ops
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape, Compactor, LayerParameters, PromptCompaction
-from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.compaction.compactor import Compactor
+from vllm_kvcompress.compaction.parameters import LayerParameters
+from vllm_kvcompress.compaction.prompts import LayerPages, PromptCompaction
+from vllm_kvcompress.compaction.scoring import Backends
+from vllm_kvcompress.memory import CacheShape, Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, Rotary, ScoreInputs
-from vllm_kvcompress.policies.selection import select
+from vllm_kvcompress.policies.selection import Selection, entry_scores, select
 
 SHAPE = CacheShape(num_layers=3, num_kv_heads=2, num_queries_per_kv=3, head_size=6, block_size=4)
 WINDOW = 5
@@ -107,6 +110,18 @@ def make_prompt(config, prompt_len, seed=0, geometry=None):
     return Prompt(key, value, query, pool, order, blocks, region, geometry)
 
 
+def in_one_pool(prompts):
+    """The same prompts, one after another in one pool."""
+    pool = torch.cat([prompt.pool for prompt in prompts])
+    for i, prompt in enumerate(prompts):
+        prompt.pool = pool
+        prompt.blocks, prompt.region = (
+            prompt.blocks + i * NUM_BLOCKS,
+            prompt.region + i * NUM_BLOCKS,
+        )
+    return prompts
+
+
 # Of every compactor that is made here; see `on_backend`.
 _BACKEND = "torch"
 
@@ -123,7 +138,9 @@ def on_backend(backend):
 
 
 def make_compactor(config, prompt, layers=LAYERS):
-    return Compactor(config, SHAPE, prompt.order, layers, _BACKEND)
+    pool = prompt.pool.view(-1, SHAPE.block_size, 2 * SHAPE.head_size)
+    backends = Backends(_BACKEND, _BACKEND)
+    return Compactor(config, SHAPE, pool, prompt.order, layers, backends)
 
 
 def collection_of(prompt):
@@ -133,13 +150,12 @@ def collection_of(prompt):
 def deliver_chunk(compactor, collected, prompt, first, end, query=None):
     """One step: its K and V are stored, then each layer's queries are collected."""
     prompt.write(first, end)
-    blocks = prompt.blocks[: cdiv(prompt.geometry.compact_len, SHAPE.block_size)].clone()
+    blocks = compaction_blocks(prompt).clone()
     blocks[cdiv(end, SHAPE.block_size) :] = NO_BLOCK
     query = prompt.query if query is None else query
     for layer in range(SHAPE.num_layers):
-        chunk = query[layer, first:end]
-        pages = SHAPE.layer_pages(prompt.pool, layer, blocks)
-        compactor.collect(collected, layer, chunk, first, pages)
+        pages = LayerPages.of_pool(prompt.pool, SHAPE, layer, blocks)
+        compactor.scoring.collect(collected, layer, query[layer, first:end], first, pages)
 
 
 def deliver(compactor, collected, prompt, cuts=()):
@@ -155,19 +171,62 @@ def compaction_blocks(prompt):
 
 
 def compaction_pages(prompt, layer):
-    return SHAPE.layer_pages(prompt.pool, layer, compaction_blocks(prompt))
+    return LayerPages.of_pool(prompt.pool, SHAPE, layer, compaction_blocks(prompt))
+
+
+def block_row(prompt):
+    """The prompt's block-table row, its region among its blocks."""
+    boundary = prompt.geometry.boundary_block
+    parts = (prompt.blocks[:boundary], prompt.region, prompt.blocks[boundary:])
+    return torch.cat(parts).int()
+
+
+def batch_of(compactor, collected, prompts):
+    """Prompts in one pool, ready to be scored."""
+    rows = [block_row(prompt) for prompt in prompts]
+    table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-7)
+    return compactor.batch(collected, table)
+
+
+def score_layer(compactor, batch, prompts, layer):
+    pages = [compaction_pages(prompt, layer) for prompt in prompts]
+    compactor.score_layer(batch, layer, [None] * len(prompts), pages)
 
 
 def score(compactor, collected, prompt):
+    """A batch of one prompt, all its layers scored."""
+    batch = batch_of(compactor, [collected], [prompt])
     for layer in range(SHAPE.num_layers):
-        assert not collected.is_scored
-        compactor.score_layer(collected, layer, compaction_pages(prompt, layer))
-    assert collected.is_scored
+        score_layer(compactor, batch, [prompt], layer)
+    return batch
 
 
 def finish(compactor, collected, prompt):
-    score(compactor, collected, prompt)
-    return compactor.compact(collected, prompt.pool, compaction_blocks(prompt), prompt.region)
+    batch = score(compactor, collected, prompt)
+    num_pages, page_offsets = compactor.compact(batch)
+    return selection_of(compactor.config, prompt, num_pages[0], page_offsets[0])
+
+
+def selection_of(config, prompt, num_pages, page_offsets):
+    """What a region holds, found by its keys, which no two tokens of a head share."""
+    assert torch.equal(page_offsets.diff(), num_pages) and int(page_offsets[0]) == 0
+    ids = ops.region_page_ids(prompt.region, SHAPE.pages_per_block)
+    assert int(page_offsets[-1]) == len(ids)
+    keys = ops.unpack_pages(prompt.pool, ids[:, None], prompt.order, "key")
+    indices = []
+    for stream, pages in enumerate(keys.split(num_pages.tolist())):
+        layer, head = divmod(stream, SHAPE.num_kv_heads)
+        is_same = (pages.flatten(0, 1)[:, None] == prompt.key[layer, head]).all(dim=-1)
+        assert (is_same.sum(dim=1) == 1).all(), "a place in the region holds no token's key"
+        tokens = is_same.int().argmax(dim=1)
+        if config.granularity == "page":
+            first = tokens[:: SHAPE.block_size]
+            slots = torch.arange(SHAPE.block_size)
+            assert torch.equal(tokens, (first[:, None] + slots).flatten())
+            tokens = first // SHAPE.block_size
+        indices.append(tokens)
+    shape = (SHAPE.num_layers, SHAPE.num_kv_heads)
+    return Selection(num_pages.view(shape).long(), torch.cat(indices), config.granularity)
 
 
 def compact(config, prompt, cuts=()):
@@ -178,11 +237,24 @@ def compact(config, prompt, cuts=()):
 
 
 def scores_of(config, prompt, cuts=()):
+    """Per layer the scores of its entries."""
     compactor = make_compactor(config, prompt)
     collected = collection_of(prompt)
     deliver(compactor, collected, prompt, cuts)
-    score(compactor, collected, prompt)
-    return collected.layer_scores
+    return batch_scores(score(compactor, collected, prompt))
+
+
+def batch_scores(batch):
+    """Per layer the scores of a batch's only prompt."""
+    num_entries = int(batch.num_entries[0])
+    parts = [
+        None if kind is None else kind[0, :, :num_entries].unflatten(0, (SHAPE.num_layers, -1))
+        for kind in (batch.first, batch.second)
+    ]
+    return [
+        LayerScores(parts[0][layer], None if parts[1] is None else parts[1][layer])
+        for layer in range(SHAPE.num_layers)
+    ]
 
 
 def expected_scores(config, prompt):
@@ -217,6 +289,13 @@ def expected_scores(config, prompt):
         )
         scores.append(scorer.score(inputs))
     return scores
+
+
+def expected_entry_scores(config, prompt):
+    """The same of what is chosen from: pages, or tokens."""
+    return [
+        entry_scores(layer, config, SHAPE.block_size) for layer in expected_scores(config, prompt)
+    ]
 
 
 def expected_selection(config, prompt):

@@ -9,9 +9,9 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
-from vllm_kvcompress.vllm_integration.worker import CompressionWorker
-from vllm_kvcompress.vllm_integration.worker_cuda import _BACKEND_PATH, _rows_of_v1, _rows_of_v2
+from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
+from vllm_kvcompress.vllm_integration.platforms.cuda.worker import _BACKEND_PATH, rows_of_v2
+from vllm_kvcompress.vllm_integration.worker.worker import CompressionWorker, rows_of_v1
 
 
 class CUDAPathWorker(CompressionWorker, CPUWorker):
@@ -26,7 +26,7 @@ class CUDAPathWorker(CompressionWorker, CPUWorker):
         super().init_device()
 
     def _make_engine(self, shape: Any, attention: dict[str, Any], layers: list[Any]) -> CUDAEngine:
-        names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
+        names = rows_of_v2 if self.use_v2_model_runner else rows_of_v1
         return CUDAEngine(
             config=self._config,
             shape=shape,

@@ -28,16 +28,16 @@ from rig_checks import Request, check_output, check_region, expected_selection
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import NULL_BLOCK
+from vllm_kvcompress.memory import NULL_BLOCK, CacheShape
 from vllm_kvcompress.policies.base import Rotary
-from vllm_kvcompress.vllm_integration.backend_cuda import (
+from vllm_kvcompress.vllm_integration.platforms.cuda.attention import (
     KVCompressCUDAImpl,
     KVCompressCUDAMetadata,
 )
-from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
-from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
+from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 # Which score and share budgets in different ways.
 METHODS = (
@@ -335,7 +335,7 @@ class Rig:
             request, self.config, self.shape, geometry, self.parameters
         )
         state = self.engine.requests.get_or_create(request.name, request.prompt_len)
-        offsets = self.engine._page_offsets[state.slot]
+        offsets = self.engine.page_offsets[state.slot]
         boundary = geometry.boundary_block
         region = request.row[boundary : boundary + geometry.num_region_blocks]
         pages = self.buffer[region].flatten(0, 2)

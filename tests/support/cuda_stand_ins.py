@@ -18,12 +18,12 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_kvcompress.compaction import CacheShape
-from vllm_kvcompress.vllm_integration.backend_cuda import (
+from vllm_kvcompress.memory import CacheShape
+from vllm_kvcompress.vllm_integration.platforms.cuda.attention import (
     KVCompressCUDABackend,
     KVCompressCUDAMetadataBuilder,
 )
-from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine
+from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
 
 SCALE = 0.2
 

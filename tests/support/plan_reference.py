@@ -31,6 +31,7 @@ class PlainPlan:
     """As `StepPlan`, in lists; a chunk is a tuple of its attributes, its request being an id."""
 
     numbers: list[tuple[int, int, int, int]] = field(default_factory=list)
+    is_compacted: list[bool] = field(default_factory=list)
     num_single: int = 0
     has_regions: bool = False
     extended: list[tuple[int, int, int, int]] = field(default_factory=list)
@@ -67,7 +68,12 @@ class PlainRequests:
             self.free_slots.append(slot)
 
     def plan(
-        self, rows: list[Row], window: int, num_padded: int = 0, collect_all: bool = False
+        self,
+        rows: list[Row],
+        window: int,
+        num_padded: int = 0,
+        collect_all: bool = False,
+        shows_single: bool = False,
     ) -> PlainPlan:
         """What `plan_step` should say of a step; raises what it should raise."""
         plan = PlainPlan()
@@ -77,9 +83,11 @@ class PlainRequests:
         start = 0
         for number, row in enumerate(rows):
             plan.numbers.append((0, 0, 0, 0))
-            self._plan_row(plan, number, row, start, window, collect_all)
+            plan.is_compacted.append(False)
+            self._plan_row(plan, number, row, start, window, collect_all, shows_single)
             start += row.count
         plan.numbers += [(0, 0, 0, 0)] * num_padded
+        plan.is_compacted += [False] * num_padded
         plan.runs = self._runs(plan, counts)
         return plan
 
@@ -91,6 +99,7 @@ class PlainRequests:
         start: int,
         window: int,
         collect_all: bool,
+        shows_single: bool,
     ) -> None:
         geometry = self.geometry.of(row.prompt_len)
         slot = self.see(row.request_id, row.prompt_len)
@@ -115,9 +124,10 @@ class PlainRequests:
                 first_kept,
                 slot,
             )
-            if not is_single and before < compact_len and not row.is_one_shot:
+            if before < compact_len and not row.is_one_shot:
                 plan.cut.append((number, after, geometry))
         if before >= compact_len:
+            plan.is_compacted[number] = True
             if not is_single:
                 plan.extended.append((number, start, row.count, after))
             return
@@ -132,7 +142,7 @@ class PlainRequests:
         collected = [position for position in range(before, after) if position in wanted]
         if not collected:
             return
-        if is_single:
+        if is_single and not shows_single:
             raise RuntimeError(
                 f"request {row.request_id} computes a single token of its scoring window, token "
                 f"{before} of {compact_len}; the scheduler should not have cut it so"

@@ -89,7 +89,7 @@ class Digests:
 
     def read(self) -> None:
         """Take in the requests that run."""
-        from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager
+        from vllm_kvcompress.vllm_integration.scheduler.manager import compressing_manager
 
         scheduler = self._core.scheduler
         manager = compressing_manager(scheduler.kv_cache_manager.coordinator)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from cuda_stand_ins import SCALE
 
-from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import RequestGeometry
+from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs
 from vllm_kvcompress.policies.selection import Selection, select

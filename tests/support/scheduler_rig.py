@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
+from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 
 BLOCK_SIZE = 16
 # Any model's config will do.

@@ -74,7 +74,7 @@ def assert_pool_is_whole(engine: Any) -> None:
 
     What a failed test has left is aborted first, so that the next one starts from nothing.
     """
-    from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager
+    from vllm_kvcompress.vllm_integration.scheduler.manager import compressing_manager
 
     scheduler = scheduler_of(engine)
     left = list(scheduler.requests)

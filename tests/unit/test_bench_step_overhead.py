@@ -9,18 +9,13 @@ pytest.importorskip("vllm")
 
 import bench_step_overhead as bench
 
-CODE = (bench.batch_cuda, bench.worker_cuda)
-
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
 def test_steps_are_of_the_kind_that_they_are_called(runner):
     plans = []
     for num_prompts in (0, bench.NUM_PROMPTS):
-        step = bench.Step(CODE, 32, num_prompts, runner)
-        ids, lens = step.names(step.common)
-        plans.append(
-            step.batch.plan_step(step.requests, bench.WINDOW, ids, lens, step.starts, step.seq_lens)
-        )
+        step = bench.Step(32, num_prompts, runner)
+        plans.append(step.plan(*step.names(step.common)))
     decode, mixed = plans
     assert decode.num_single == 32
     assert not decode.chunks and not decode.extended and not decode.finished_dense

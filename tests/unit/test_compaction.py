@@ -12,22 +12,26 @@ from compaction_prompts import (
     SHAPE,
     WINDOW,
     assert_scores_close,
+    batch_of,
+    batch_scores,
     bits,
     collection_of,
     compact,
-    compaction_blocks,
-    compaction_pages,
     deliver,
     deliver_chunk,
+    expected_entry_scores,
     expected_scores,
     expected_selection,
     finish,
+    in_one_pool,
     kept_tokens,
     make_compactor,
     make_prompt,
     on_backend,
     score,
+    score_layer,
     scores_of,
+    selection_of,
 )
 
 from vllm_kvcompress import ops
@@ -124,7 +128,7 @@ def test_region_holds_the_selected_tokens_and_nothing_else_changes(config, promp
 def test_scorer_sees_the_prompts_tensors_unpermuted(method):
     config = config_of(method)
     prompt = make_prompt(config, 71)
-    assert_scores_close(scores_of(config, prompt), expected_scores(config, prompt))
+    assert_scores_close(scores_of(config, prompt), expected_entry_scores(config, prompt))
 
 
 # Chunks that end before the window, inside it, at a block's end, and of one token each.
@@ -200,7 +204,6 @@ def test_compacted_prompt_can_be_compacted_again_elsewhere(method):
     assert collected.window_query is None
     assert collected.observed == [None] * SHAPE.num_layers
     assert collected.layer_scores == []
-    assert not collected.is_scored
     content = prompt.pool[ops.region_page_ids(prompt.region, SHAPE.pages_per_block)]
     taken = {*prompt.blocks.tolist(), *prompt.region.tolist()}
     free = [block for block in range(NUM_BLOCKS) if block not in taken]
@@ -216,7 +219,9 @@ def test_compacted_prompt_can_be_compacted_again_elsewhere(method):
 def test_one_compactor_serves_interleaved_prompts(method):
     # Nothing of one request, not even its budget, may leak into the next.
     config = config_of(method)
-    prompts = [make_prompt(config, n, seed) for seed, n in enumerate((70, 118, 41, 70))]
+    prompts = in_one_pool(
+        [make_prompt(config, n, seed) for seed, n in enumerate((70, 118, 41, 70))]
+    )
     compactor = make_compactor(config, prompts[0])
     collected = [collection_of(prompt) for prompt in prompts]
     for prompt, one in zip(prompts, collected, strict=True):
@@ -225,14 +230,22 @@ def test_one_compactor_serves_interleaved_prompts(method):
         deliver_chunk(
             compactor, one, prompt, prompt.geometry.compact_len - 2, prompt.geometry.compact_len
         )
+    # Three end in one step, the fourth in another that runs beside it.
+    batches = [
+        (batch_of(compactor, collected[part], prompts[part]), prompts[part])
+        for part in (slice(3), slice(3, 4))
+    ]
     for layer in range(SHAPE.num_layers):
-        for prompt, one in zip(prompts, collected, strict=True):
-            compactor.score_layer(one, layer, compaction_pages(prompt, layer))
-    for prompt, one in zip(prompts, collected, strict=True):
-        selection = compactor.compact(one, prompt.pool, compaction_blocks(prompt), prompt.region)
-        expected = expected_selection(config, prompt)
-        assert torch.equal(selection.num_pages, expected.num_pages)
-        assert torch.equal(selection.indices, expected.indices)
+        for batch, own in batches:
+            score_layer(compactor, batch, own, layer)
+    for batch, own in batches:
+        for prompt, *result in zip(own, *compactor.compact(batch), strict=True):
+            selection, expected = (
+                selection_of(config, prompt, *result),
+                expected_selection(config, prompt),
+            )
+            assert torch.equal(selection.num_pages, expected.num_pages)
+            assert torch.equal(selection.indices, expected.indices)
 
 
 @pytest.mark.parametrize("method", ["snapkv", "h2o"])
@@ -244,8 +257,7 @@ def test_scale_and_soft_cap_reach_the_scorer(method):
         prompt = make_prompt(config, 70)
         compactor, collected = make_compactor(config, prompt, layers), collection_of(prompt)
         deliver(compactor, collected, prompt)
-        score(compactor, collected, prompt)
-        return collected.layer_scores[1].first
+        return batch_scores(score(compactor, collected, prompt))[1].first
 
     plain = scores(0.7, 0.0)
     assert plain.isfinite().all()
@@ -277,7 +289,7 @@ def test_missing_window_queries_are_noticed():
     with pytest.raises(AssertionError, match="of layer 0 arrive at 3, expected 2"):
         deliver_chunk(compactor, collected, prompt, 68, 70)
     with pytest.raises(AssertionError):
-        compactor.score_layer(collected, 0, compaction_pages(prompt, 0))
+        score(compactor, collected, prompt)
 
 
 @pytest.mark.parametrize("method", ["h2o", "expected-attention"])
@@ -292,7 +304,7 @@ def test_missing_queries_are_noticed_by_scorers_that_need_all(method):
         deliver_chunk(compactor, collected, prompt, 21, 70)
     deliver_chunk(compactor, collected, prompt, 20, 69)
     with pytest.raises(AssertionError):
-        compactor.score_layer(collected, 0, compaction_pages(prompt, 0))
+        score(compactor, collected, prompt)
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -301,13 +313,12 @@ def test_layers_scored_out_of_order_are_noticed(layer):
     prompt = make_prompt(config, 70)
     compactor, collected = make_compactor(config, prompt), collection_of(prompt)
     deliver(compactor, collected, prompt)
+    batch = batch_of(compactor, [collected], [prompt])
     with pytest.raises(AssertionError, match=f"layer {layer} is scored after 0 others"):
-        compactor.score_layer(collected, layer, compaction_pages(prompt, layer))
-    compactor.score_layer(collected, 0, compaction_pages(prompt, 0))
+        score_layer(compactor, batch, [prompt], layer)
+    score_layer(compactor, batch, [prompt], 0)
     with pytest.raises(AssertionError, match="layer 0 is scored after 1 others"):
-        compactor.score_layer(collected, 0, compaction_pages(prompt, 0))
-    with pytest.raises(AssertionError):
-        compactor.compact(collected, prompt.pool, prompt.blocks, prompt.region)
+        score_layer(compactor, batch, [prompt], 0)
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -316,7 +327,7 @@ def test_only_what_the_scorer_needs_is_stored(method):
     prompt = make_prompt(config, 70)
     compactor, collected = make_compactor(config, prompt), collection_of(prompt)
     deliver(compactor, collected, prompt)
-    needs = compactor.scorer.needs
+    needs = compactor.scoring.scorer.needs
     assert (collected.window_query is None) == ("window_query" not in needs)
     observed = ["all_queries" in needs] * SHAPE.num_layers
     assert [x is not None for x in collected.observed] == observed

@@ -14,18 +14,19 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.compaction.requests import EMPTY_SLOT, Requests
+from vllm_kvcompress.compaction.score_memory import score_memory_of
+from vllm_kvcompress.compaction.step_plan import plan_step
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.memory import CacheShape, Geometry
+from vllm_kvcompress.memory.one_shot import counted_buffer_pages
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.score_memory import score_memory_of
-from vllm_kvcompress.staging import staging_pages
-from vllm_kvcompress.vllm_integration import validate, worker_cuda
-from vllm_kvcompress.vllm_integration.batch_cuda import EMPTY_SLOT, DeviceRequests, plan_step
-from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
-from vllm_kvcompress.vllm_integration.metrics import CompressionStats
-from vllm_kvcompress.vllm_integration.scheduler import chunk_tokens, fewest_tokens
-from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
+from vllm_kvcompress.vllm_integration import validate
+from vllm_kvcompress.vllm_integration.platforms.cuda import worker as worker_cuda
+from vllm_kvcompress.vllm_integration.platforms.cuda.step_buffers import StepBuffers
+from vllm_kvcompress.vllm_integration.scheduler.scheduler import chunk_tokens, fewest_tokens
+from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
+from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 CONFIG = KVCompressConfig("snapkv", budget=64, window=16)
 
@@ -175,13 +176,13 @@ def test_rows_of_both_model_runners():
     batch = SimpleNamespace(
         req_ids=["b", "a"], num_prompt_tokens=np.array([7, 9, 0, 0]), num_reqs=2
     )
-    ids, lens = worker_cuda._rows_of_v1(SimpleNamespace(input_batch=batch))(None)
+    ids, lens = worker_cuda.rows_of_v1(SimpleNamespace(input_batch=batch))(None)
     assert (ids, lens.tolist()) == (["b", "a"], [7, 9])
     states = SimpleNamespace(
         index_to_req_id={3: "a", 0: "b", 2: "c"},
         prompt_len=SimpleNamespace(np=np.array([7, 0, 5, 9])),
     )
-    names = worker_cuda._rows_of_v2(SimpleNamespace(req_states=states))
+    names = worker_cuda.rows_of_v2(SimpleNamespace(req_states=states))
     ids, lens = names(SimpleNamespace(req_idx=np.array([0, 3])))
     assert (ids, lens.tolist()) == (["b", "a"], [7, 9])
 
@@ -231,7 +232,7 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
     copied = dict(zip(layers.values(), (5, 6), strict=True))
     monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[layer])
     shape = CacheShape(2, 2, 3, 64, 16)
-    pages = staging_pages(config, shape, 2048, 16)
+    pages = counted_buffer_pages(config, shape, 2048, 16)
     memory = score_memory_of(config, shape, 2)
     scores = memory.most_bytes(1000, 8) + memory.staged_entry_bytes(2048)
     assert pages > 0 and scores > 0
@@ -288,7 +289,7 @@ def test_another_attention_in_a_layer_is_refused(monkeypatch):
 
 
 def requests_of(config=CONFIG, max_num_reqs=4):
-    return DeviceRequests(Geometry(config, 16), 2, max_num_reqs)
+    return Requests(Geometry(config, 16), 2, max_num_reqs)
 
 
 def plan(requests, rows, num_padded=0, **options):

@@ -13,7 +13,11 @@ from vllm.sampling_params import SamplingParams
 
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
-from vllm_kvcompress.vllm_integration.headroom import OutputLengths, blocks_short, has_headroom
+from vllm_kvcompress.vllm_integration.scheduler.headroom import (
+    OutputLengths,
+    blocks_short,
+    has_headroom,
+)
 
 PROMPT_LEN, ANSWER_LEN = 800, 160
 

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from vllm_kvcompress.vllm_integration.huge_pages import use_huge_pages
+from vllm_kvcompress.vllm_integration.platforms.cpu.huge_pages import use_huge_pages
 
 MIB = 1 << 20
 HAS_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled").exists()

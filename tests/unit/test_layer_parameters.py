@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvcompress.compaction import LayerParameters
-from vllm_kvcompress.layer_parameters import StackedParameters
+from vllm_kvcompress.compaction.parameters import LayerParameters, StackedParameters
 
 POOL = torch.empty(0, dtype=torch.bfloat16)
 

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 
 from vllm_kvcompress.config import KVCompressConfigError
-from vllm_kvcompress.vllm_integration.layers import layer_parameters, output_copy_bytes
+from vllm_kvcompress.vllm_integration.worker.layers import layer_parameters, output_copy_bytes
 
 NUM_KV_HEADS, GROUP, HEAD_SIZE, HIDDEN = 2, 3, 4, 10
 NAME = "block.attn"

@@ -9,15 +9,15 @@ from reachable import tensors_of
 
 pytest.importorskip("vllm")
 
-from vllm_kvcompress import transfers
 from vllm_kvcompress.memory import RequestGeometry
-from vllm_kvcompress.vllm_integration import metrics
-from vllm_kvcompress.vllm_integration.metrics import (
+from vllm_kvcompress.ops import transfers
+from vllm_kvcompress.vllm_integration.worker import metrics
+from vllm_kvcompress.vllm_integration.worker.metrics import (
     CompressionStats,
     external_request_id,
     merge_rank_stats,
 )
-from vllm_kvcompress.vllm_integration.worker import CompressionWorker
+from vllm_kvcompress.vllm_integration.worker.worker import CompressionWorker
 
 GEOMETRY = RequestGeometry(
     prompt_len=200, block_size=16, first_kept_block=11, num_region_blocks=2, compact_len=200

@@ -10,7 +10,7 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
-from vllm_kvcompress.vllm_integration.kv_cache import cache_only_before_compaction
+from vllm_kvcompress.vllm_integration.scheduler.manager import cache_only_before_compaction
 
 BLOCK, PROMPT_LEN, NUM_OUTPUT = 16, 208, 96
 

@@ -13,7 +13,7 @@ from vllm_kvcompress import KVCompressConfigError
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.model_layers import FULL, WINDOWED, LayerKind, read_layers
-from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
+from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 
 BLOCK = 16
 SETTING = KVCompressConfig.from_dict({"method": "snapkv", "budget": 128})

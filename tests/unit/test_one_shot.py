@@ -8,19 +8,27 @@ from compaction_prompts import (
     NO_BLOCK,
     SHAPE,
     bits,
+    block_row,
     collection_of,
     compact,
+    deliver,
     make_compactor,
     make_prompt,
     on_backend,
+    score,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.candidates import LayerPages
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import cdiv
+from vllm_kvcompress.memory.one_shot import (
+    buffer_pages,
+    counted_buffer_pages,
+    fits_counted_buffer,
+    most_held_pages,
+)
 from vllm_kvcompress.policies import RECIPES
 from vllm_kvcompress.policies.base import LayerScores
 from vllm_kvcompress.policies.budgets import joint_most_entries
@@ -58,28 +66,35 @@ def config_of(case, granularity="page", budget=28):
     return KVCompressConfig.from_dict(raw)
 
 
-def compact_in_one_shot(config, prompt, on_layer=lambda collected: None):
-    """As a step does it: one layer's pages at a time, in a scratch that the next overwrites."""
+def compact_in_one_shot(config, prompt, buffer=None):
+    """As a step does it: each layer's pages lie in the buffer, and nowhere else."""
     compactor, collected = make_compactor(config, prompt), collection_of(prompt)
-    block_size, num_heads = SHAPE.block_size, SHAPE.num_kv_heads
+    if buffer is not None:
+        compactor.use_buffer(buffer)
     end = prompt.geometry.compact_len
-    blocks = torch.randperm(cdiv(end, block_size) + 3, generator=torch.Generator().manual_seed(1))
-    scratch = torch.empty(len(blocks) * num_heads, prompt.pool.shape[1])
-    tokens = torch.arange(end)
+    row = block_row(prompt)
+    # Whoever looks for what is evicted fails.
+    row[: prompt.geometry.first_kept_block] = NO_BLOCK
+    batch = compactor.batch([collected], row[None], is_one_shot=True)
+    num_heads = SHAPE.num_kv_heads
     for layer in range(SHAPE.num_layers):
-        scratch.fill_(float("nan"))
-        pages = LayerPages(scratch, blocks[: cdiv(end, block_size)], num_heads, 0)
+        area = compactor.begin_layer(batch, layer)
+        slots = batch.staging.slots(slice(1))
+        assert len(slots) == end
+        blocks, slots = slots // SHAPE.block_size, slots % SHAPE.block_size
+        pages = area.flatten(2)
         for head in range(num_heads):
-            ids = (blocks[tokens // block_size] * num_heads + head)[:, None]
-            slots = tokens % block_size
-            scratch[ids, prompt.order.key_offsets[slots]] = prompt.key[layer, head, :end]
-            scratch[ids, prompt.order.value_offsets[slots]] = prompt.value[layer, head, :end]
-        compactor.collect(collected, layer, prompt.query[layer, :end], 0, pages)
-        compactor.score_layer(collected, layer, pages)
-        compactor.hold(collected, pages)
-        on_layer(collected)
-    nowhere = torch.full((cdiv(end, block_size),), NO_BLOCK)
-    return compactor.compact(collected, prompt.pool, nowhere, prompt.region)
+            where = (blocks[:, None], head)
+            pages[(*where, prompt.order.key_offsets[slots])] = prompt.key[layer, head, :end]
+            pages[(*where, prompt.order.value_offsets[slots])] = prompt.value[layer, head, :end]
+        own = batch.staging.pages(0)
+        compactor.scoring.collect(collected, layer, prompt.query[layer, :end], 0, own)
+        compactor.score_layer(batch, layer, [None], [own])
+    return tuple(result[0] for result in compactor.compact(batch))
+
+
+def region_of(prompt):
+    return prompt.pool[ops.region_page_ids(prompt.region, SHAPE.pages_per_block)]
 
 
 @pytest.mark.parametrize("prompt_len", [61, 150])
@@ -89,43 +104,39 @@ def test_region_is_the_one_that_blocks_would_have_given(case, granularity, promp
     config = config_of(case, granularity)
     usual, prompt = make_prompt(config, prompt_len), make_prompt(config, prompt_len)
     expected = compact(config, usual)
-    selection = compact_in_one_shot(config, prompt)
-    assert torch.equal(selection.num_pages, expected.num_pages)
-    assert torch.equal(selection.indices, expected.indices)
-    region = ops.region_page_ids(prompt.region, SHAPE.pages_per_block)
-    assert not prompt.pool[region].isnan().any()
-    assert torch.equal(bits(prompt.pool[region]), bits(usual.pool[region]))
+    num_pages, page_offsets = compact_in_one_shot(config, prompt)
+    assert torch.equal(num_pages, expected.num_pages.flatten().int())
+    assert torch.equal(page_offsets, expected.page_offsets.int())
+    assert not region_of(prompt).isnan().any()
+    assert torch.equal(bits(region_of(prompt)), bits(region_of(usual)))
     # And nothing else was written.
-    prompt.pool[region] = float("nan")
+    prompt.pool[ops.region_page_ids(prompt.region, SHAPE.pages_per_block)] = float("nan")
     assert prompt.pool.isnan().all()
 
 
 @pytest.mark.parametrize("granularity", ["page", "token"])
-def test_what_cannot_be_kept_is_let_go(granularity):
-    config = config_of({"method": "span"}, granularity)
-    prompt = make_prompt(config, 200)
-    per_page = entries_per_page(config, SHAPE.block_size)
-    geometry = prompt.geometry
-    kept = geometry.num_region_blocks * SHAPE.pages_per_block * per_page
-    held = []
-    compact_in_one_shot(config, prompt, lambda c: held.append(c.candidates.num_held))
-    # After a layer: one and a half times what is kept, or what is kept and a page per head.
-    rounding = SHAPE.pages_per_block * (per_page if per_page > 1 else 0)
-    assert max(held) <= max(1.5 * kept, kept + rounding)
-    layer_size = geometry.first_kept_block * per_page * SHAPE.num_kv_heads
-    assert max(held) < 1.5 * layer_size
+@pytest.mark.parametrize("method", ["span", "span-keydiff", "ada-snapkv"])
+def test_a_buffer_of_fixed_size_gives_the_same(method, granularity):
+    config = config_of({"method": method, "budgets": "joint"}, granularity, budget=20)
+    usual, prompt = make_prompt(config, 150), make_prompt(config, 150)
+    assert fits_counted_buffer(config, prompt.geometry)
+    # The smallest there can be: what cannot win is dropped after every layer.
+    num_blocks = cdiv(150, SHAPE.block_size)
+    held = most_held_pages(config, SHAPE, prompt.geometry.num_region_blocks)
+    num_pages = num_blocks * SHAPE.num_kv_heads + 2 * held
+    assert num_pages < num_blocks * SHAPE.pages_per_block
+    assert num_pages <= counted_buffer_pages(config, SHAPE, 160, 1)
+    compact(config, usual)
+    buffer = torch.zeros(num_pages, SHAPE.block_size, 2 * SHAPE.head_size)
+    compact_in_one_shot(config, prompt, buffer)
+    assert torch.equal(bits(region_of(prompt)), bits(region_of(usual)))
 
 
-def test_a_lost_candidate_is_noticed():
-    config = config_of({"method": "snapkv", "budgets": "joint"})
-    prompt = make_prompt(config, 61)
-
-    def lose(collected):
-        candidates = collected.candidates
-        candidates._narrow(0, candidates._keys[0][:1])
-
-    with pytest.raises(RuntimeError, match="a candidate was dropped"):
-        compact_in_one_shot(config, prompt, lose)
+def test_a_buffer_made_for_a_step_is_smaller_than_its_prompts():
+    config = config_of({"method": "span"})
+    geometry = make_prompt(config, 200).geometry
+    dense = SHAPE.pages_per_block * cdiv(200, SHAPE.block_size)
+    assert buffer_pages(config, SHAPE, [geometry]) < 0.75 * dense
 
 
 @given(st.data())
@@ -186,17 +197,18 @@ def spoil(prompt, what):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
 def test_a_region_is_filled_all_the_same(case, granularity, what):
     config = config_of(case, granularity)
-    selections = []
+    regions, counts = [], []
     for in_one_shot in (False, True):
         prompt = spoil(make_prompt(config, 150), what)
-        selections.append((compact_in_one_shot if in_one_shot else compact)(config, prompt))
-        selection, geometry = selections[-1], prompt.geometry
-        assert int(selection.num_pages.min()) >= 1
-        num_pages = geometry.num_region_blocks * SHAPE.pages_per_block
-        assert int(selection.num_pages.sum()) == num_pages
-        assert int(selection.indices.min()) >= 0
-        per_page = SHAPE.block_size if granularity == "token" else 1
-        assert int(selection.indices.max()) < geometry.first_kept_block * per_page
-    usual, one_shot = selections
-    assert torch.equal(usual.num_pages, one_shot.num_pages)
-    assert torch.equal(usual.indices, one_shot.indices)
+        if in_one_shot:
+            num_pages, _ = compact_in_one_shot(config, prompt)
+        else:
+            compactor, collected = make_compactor(config, prompt), collection_of(prompt)
+            deliver(compactor, collected, prompt)
+            num_pages = compactor.compact(score(compactor, collected, prompt))[0][0]
+        assert int(num_pages.min()) >= 1
+        assert int(num_pages.sum()) == len(prompt.region) * SHAPE.pages_per_block
+        counts.append(num_pages)
+        regions.append(region_of(prompt))
+    assert torch.equal(counts[0], counts[1])
+    assert torch.equal(bits(regions[0]), bits(regions[1]))

@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_kvcompress import score_memory
-from vllm_kvcompress.compaction import CacheShape, LayerParameters, PromptCompaction
+from vllm_kvcompress.compaction import score_memory
+from vllm_kvcompress.compaction.compactor import Compactor
+from vllm_kvcompress.compaction.parameters import LayerParameters
+from vllm_kvcompress.compaction.prompts import PromptCompaction
+from vllm_kvcompress.compaction.score_memory import ScoreMemory, score_memory_of
+from vllm_kvcompress.compaction.scoring import Backends
+from vllm_kvcompress.compaction.windows import Window
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.layer_windows import Window
-from vllm_kvcompress.memory import Geometry
-from vllm_kvcompress.paged_compaction import PagedCompactor
-from vllm_kvcompress.score_memory import ScoreMemory, score_memory_of
+from vllm_kvcompress.memory import CacheShape, Geometry
+from vllm_kvcompress.ops import PageOrder
 
 META = torch.device("meta")
 LONG = 5000
@@ -52,7 +55,8 @@ def compactor_of(config, shape):
         shape.pages_per_block, shape.block_size, 2 * shape.head_size, device=META
     ).bfloat16()
     layers = [LayerParameters(0.1, output_weight=weight, output_root=root)] * shape.num_layers
-    return PagedCompactor(config, shape, pool, layers)
+    order = PageOrder.plain(shape.block_size, shape.head_size)
+    return Compactor(config, shape, pool, order, layers, Backends("triton", "triton"))
 
 
 def end(compactor, lengths, tells_lse):
@@ -142,9 +146,9 @@ def test_roots_are_held_once():
     """One stack in the pool's type, of which every layer has a part."""
     shape = CacheShape(3, 2, 3, 64, 16)
     compactor = compactor_of(config_of("span", 16), shape)
-    stacked = compactor._parameters.output_root
+    stacked = compactor.scoring._stacked.output_root
     assert stacked.shape == (3, 2, 64, 64) and stacked.dtype == torch.bfloat16
-    for layer in compactor._general.layers:
+    for layer in compactor.scoring.layers:
         assert layer.output_root._base is stacked
 
 

@@ -12,12 +12,13 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_kvcompress.compaction.requests import Requests
+from vllm_kvcompress.compaction.step_plan import plan_step
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
-from vllm_kvcompress.vllm_integration.batch import RequestStates
-from vllm_kvcompress.vllm_integration.batch_cuda import DeviceRequests, plan_step
-from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager, told_whole_ids
-from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+from vllm_kvcompress.vllm_integration.scheduler.manager import compressing_manager
+from vllm_kvcompress.vllm_integration.step_messages import told_whole_ids
+from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 SETTING = {"method": "snapkv", "ratio": 0.75}
 NUM_BLOCKS = 400
@@ -156,13 +157,9 @@ def test_a_setting_cannot_change_while_a_session_waits():
 def test_workers_take_a_sessions_rows_for_whole():
     """On a CPU and on a GPU, from the first part to those that the prompt grows by."""
     geometry = Geometry(KVCompressConfig.from_dict(SETTING), BLOCK_SIZE)
-    states, requests = RequestStates(geometry, 2), DeviceRequests(geometry, 2, 4)
-    states.whole_ids = requests.whole_ids = {"session"}
+    requests = Requests(geometry, 2, 4)
+    requests.whole_ids = {"session"}
     for prompt_len in (20, 600, 657):
-        assert states.geometry_of("session", prompt_len) == geometry.of_request(
-            prompt_len, is_whole=True
-        )
-        assert states.geometry_of("other", 600).is_compressed
         names, lens = ["session", "other"], np.array([prompt_len, 600], np.int32)
         starts = np.array([0, 7, 14])
         plan = plan_step(requests, 32, names, lens, starts, lens, one_shot_ids=())

@@ -11,6 +11,7 @@ from compaction_prompts import (
     LAYERS,
     SHAPE,
     WINDOW,
+    batch_scores,
     collection_of,
     deliver,
     make_compactor,
@@ -20,10 +21,13 @@ from compaction_prompts import (
 from layer_inputs import observe, random_inputs
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape, LayerParameters, PromptCompaction
+from vllm_kvcompress.compaction.compactor import Compactor
+from vllm_kvcompress.compaction.parameters import LayerParameters
+from vllm_kvcompress.compaction.prompts import PromptCompaction
+from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry
-from vllm_kvcompress.paged_compaction import PagedCompactor
+from vllm_kvcompress.memory import CacheShape, Geometry
+from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.policies import RECIPES, make_scorer
 from vllm_kvcompress.policies.base import ScoreInputs
 from vllm_kvcompress.policies.expected_attention import ExpectedAttention, QueryMoments
@@ -185,8 +189,7 @@ def test_each_layer_is_scored_with_its_own_sinks(method):
     def layer_scores(layers):
         compactor, collected = make_compactor(config, prompt, layers), collection_of(prompt)
         deliver(compactor, collected, prompt, (40,))
-        score(compactor, collected, prompt)
-        return [scores.first for scores in collected.layer_scores]
+        return [scores.first for scores in batch_scores(score(compactor, collected, prompt))]
 
     plain = layer_scores(LAYERS)
     for layer in range(SHAPE.num_layers):
@@ -211,15 +214,21 @@ def test_batches_on_a_gpus_pages_count_the_sink(method):
     pool = torch.randn(20, 2, 2, block_size, 2 * 64, generator=generator)
     query = torch.randn(2, num_tokens, 6, 64, generator=generator)
     layers = [LayerParameters(0.4, sinks=drawn_sinks(2, 3) + layer) for layer in range(2)]
-    compactor = PagedCompactor(
-        config, shape, pool.view(-1, block_size, 128), layers, backend="reference"
+    compactor = Compactor(
+        config,
+        shape,
+        pool.view(-1, block_size, 128),
+        PageOrder.plain(block_size, 64),
+        layers,
+        Backends("reference", "reference"),
     )
-    assert compactor.is_fused == (method != "tova")
+    scorer = compactor.scoring.scorer
+    assert compactor.scoring.is_fused == (method != "tova")
     prompt = PromptCompaction(geometry, 2)
     batch = compactor.batch([prompt], row[None])
     for layer in range(2):
         pages = compactor.pages(layer, blocks)
-        compactor.collect(prompt, layer, query[layer], 0, pages)
+        compactor.scoring.collect(prompt, layer, query[layer], 0, pages)
         compactor.score_layer(batch, layer, [None], [pages])
     num_candidates = geometry.num_candidate_tokens
     for layer, parameters in enumerate(layers):
@@ -231,8 +240,8 @@ def test_batches_on_a_gpus_pages_count_the_sink(method):
             sinks=parameters.sinks,
             window_query=query[layer, -WINDOW:].unflatten(1, (2, 3)).permute(1, 2, 0, 3),
         )
-        expected = compactor.scorer.score(inputs).first
+        expected = scorer.score(inputs).first
         found = batch.first[0, 2 * layer : 2 * layer + 2, :num_candidates]
         torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-8)
-        plain = compactor.scorer.score(dataclasses.replace(inputs, sinks=None)).first
+        plain = scorer.score(dataclasses.replace(inputs, sinks=None)).first
         assert not torch.allclose(plain, expected, rtol=0.01)

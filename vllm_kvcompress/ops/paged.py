@@ -34,6 +34,12 @@ class PageOrder:
             "key and value offsets are not a permutation of the page",
         )
 
+    @classmethod
+    def plain(cls, block_size: int, head_size: int) -> PageOrder:
+        """Token after token, its key before its value: vLLM's `BLHNC` pages on a GPU."""
+        keys = torch.arange(block_size)[:, None] * 2 * head_size + torch.arange(head_size)
+        return cls(keys, keys + head_size)
+
     @functools.cached_property
     def key_strides(self) -> tuple[int, int, int] | None:
         """First offset and steps per token and per element of the keys; None if not regular."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
-from vllm_kvcompress.transfers import to_device
 
 
 class Random(Scorer):

@@ -18,9 +18,9 @@ from vllm_kvcompress.config import (
 )
 from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
-from vllm_kvcompress.vllm_integration.kv_cache import compressing_manager
-from vllm_kvcompress.vllm_integration.metrics import merge_rank_stats
 from vllm_kvcompress.vllm_integration.register import register
+from vllm_kvcompress.vllm_integration.scheduler.manager import compressing_manager
+from vllm_kvcompress.vllm_integration.worker.metrics import merge_rank_stats
 
 _KEYWORDS = (
     "kv_compress",

@@ -28,8 +28,8 @@ from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.policies.budgets import check_table
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
-CPU_WORKER = "vllm_kvcompress.vllm_integration.worker_cpu.KVCompressCPUWorker"
-CUDA_WORKER = "vllm_kvcompress.vllm_integration.worker_cuda.KVCompressCUDAWorker"
+CPU_WORKER = "vllm_kvcompress.vllm_integration.platforms.cpu.worker.KVCompressCPUWorker"
+CUDA_WORKER = "vllm_kvcompress.vllm_integration.platforms.cuda.worker.KVCompressCUDAWorker"
 # vLLM's attention kernels, on a CPU and FlashAttention's, take multiples of it.
 _BLOCK_UNIT = 16
 # No chunk leaves a single token before the compaction point, nor is the window's token alone in
@@ -376,7 +376,7 @@ def _use_own_scheduler(scheduler_config: Any) -> None:
     name = (
         "KVCompressAsyncScheduler" if scheduler_config.async_scheduling else "KVCompressScheduler"
     )
-    path = f"vllm_kvcompress.vllm_integration.scheduler.{name}"
+    path = f"vllm_kvcompress.vllm_integration.scheduler.scheduler.{name}"
     if scheduler_config.scheduler_cls not in (None, path):
         raise KVCompressConfigError(
             "KV compression brings its own scheduler class and cannot use "

@@ -9,7 +9,7 @@ from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLine
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import LayerParameters
+from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfigError
 from vllm_kvcompress.policies.base import Rotary
 

@@ -1,4 +1,4 @@
-"""What scoring must know of all attention layers, as kernels that score several of them want it."""
+"""What scoring must know of attention layers: of each, and of all as kernels want it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,29 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_kvcompress.compaction import LayerParameters
-from vllm_kvcompress.transfers import to_device
+from vllm_kvcompress.ops.transfers import to_device
+from vllm_kvcompress.policies.base import Rotary
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """What scoring must know of one attention layer.
+
+    Attributes:
+        scale: factor on query-key products.
+        logits_soft_cap: attention logits are squashed into (-cap, cap); 0 = not.
+        output_weight: [H, g, d, m] of the output projection, if a scorer needs it.
+        output_root: [H, d, d] root of the output projection's squares, if a scorer needs it.
+        rotary: position encoding, if a scorer needs it.
+        sinks: [H, g] float32 logits of attention sinks, if the layer has them.
+    """
+
+    scale: float
+    logits_soft_cap: float = 0.0
+    output_weight: torch.Tensor | None = None
+    output_root: torch.Tensor | None = None
+    rotary: Rotary | None = None
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """vLLM's CPU attention with compressed rows: stock kernels on per-head pages.
 
 Rows that are not compressed run the stock backend on the stock block table. So does a prompt
-computed in one shot, on a scratch of one layer instead of the pool. A compressed row
+computed in one shot, in a buffer instead of the pool. A compressed row
 becomes one sequence per KV head, each with its own page table and length, for the same kernel:
 the pool is one buffer [block, layer, head, token, K|V], so that a page of one head looks like
 a block of a model with a single KV head.
@@ -24,8 +24,8 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_kvcompress.vllm_integration.batch import StepRows
-from vllm_kvcompress.vllm_integration.engine import WorkerEngine
+from vllm_kvcompress.compaction.requests import FIRST_KEPT_BLOCK
+from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine, HostStep
 
 
 class KVCompressCPUBackend(CPUAttentionBackend):
@@ -104,12 +104,12 @@ class KVCompressCPUMetadata:
         slot_mapping: [T] int64 cache slot of every token; -1 for one that gets none.
         dense: stock metadata of the dense rows; None if there are none.
         dense_tokens: [t] int64 tokens of the dense rows, or None when they are all tokens.
-        one_shot: stock metadata of the one-shot rows on the step's scratch; None if there are
+        one_shot: stock metadata of the one-shot rows in the step's buffer; None if there are
             none.
         one_shot_tokens: [t] int64 tokens of the one-shot rows.
         compressed: the other rows; None if there are none.
-        rows: how rows were told apart, for prefill rows.
-        engine: the worker's state; None before the cache is bound (profiling).
+        step: how rows were told apart; None before the cache is bound (profiling).
+        engine: the worker's state, with `step`.
     """
 
     slot_mapping: torch.Tensor
@@ -118,8 +118,8 @@ class KVCompressCPUMetadata:
     one_shot: CPUAttentionMetadata | None = None
     one_shot_tokens: torch.Tensor | None = None
     compressed: CompressedRows | RowsByHead | None = None
-    rows: StepRows | None = None
-    engine: WorkerEngine | None = field(default=None, repr=False)
+    step: HostStep | None = None
+    engine: CPUEngine | None = field(default=None, repr=False)
 
 
 class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
@@ -127,9 +127,9 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.engine: WorkerEngine | None = None
+        self.engine: CPUEngine | None = None
 
-    def bind(self, engine: WorkerEngine) -> None:
+    def bind(self, engine: CPUEngine) -> None:
         """Tell rows apart from now on."""
         self.engine = engine
         self._table_key: list[int] = []
@@ -143,59 +143,47 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if self.engine is None:
             dense = super().build(common_prefix_len, common, fast_build)
             return KVCompressCPUMetadata(common.slot_mapping, dense)
-        rows = self.engine.classify(common)
-        metadata = KVCompressCPUMetadata(rows.slot_mapping, None, rows=rows, engine=self.engine)
-        if rows.compressed_rows:
-            metadata.compressed = self._build_compressed(common, rows)
-        if rows.one_shot_rows:
-            tokens, only = _only_rows(common, rows.one_shot_rows, rows)
+        step = self.engine.prepare(common)
+        metadata = KVCompressCPUMetadata(common.slot_mapping, None, step=step, engine=self.engine)
+        if step.compacted_rows:
+            metadata.compressed = self._build_compressed(common, step)
+        if step.one_shot_rows:
+            table, slots = self.engine.staged_places(step, 0, len(step.one_shot_rows))
+            tokens, only = _only_rows(common, step.one_shot_rows, table, slots)
             metadata.one_shot_tokens = tokens
-            only = _on_scratch(only, rows, self.engine.shape.block_size)
             metadata.one_shot = super().build(common_prefix_len, only, fast_build)
-        if rows.dense_rows:
-            if rows.compressed_rows or rows.one_shot_rows:
-                metadata.dense_tokens, common = _only_rows(common, rows.dense_rows, rows)
+        if step.dense_rows:
+            if step.compacted_rows or step.one_shot_rows:
+                table = step.dense_table[torch.tensor(step.dense_rows)]
+                metadata.dense_tokens, common = _only_rows(common, step.dense_rows, table)
             else:
-                common = replace(common, block_table_tensor=rows.block_table)
+                common = replace(common, block_table_tensor=step.dense_table)
             metadata.dense = super().build(common_prefix_len, common, fast_build)
         return metadata
 
-    def _build_compressed(self, common: Any, rows: StepRows) -> CompressedRows | RowsByHead:
+    def _build_compressed(self, common: Any, step: HostStep) -> CompressedRows | RowsByHead:
         engine = self.engine
         assert engine is not None
         shape = engine.shape
         num_heads = shape.num_kv_heads
         starts = common.query_start_loc_cpu
-        seq_lens = common.seq_lens
-        tables, key = [], []
-        num_rows = len(rows.compressed_rows)
-        lens = torch.empty(shape.num_layers, num_rows, num_heads, dtype=torch.int32)
-        for i, (row, state) in enumerate(
-            zip(rows.compressed_rows, rows.compressed_states, strict=True)
-        ):
-            assert state.selection is not None
-            geometry = state.prompt.geometry
-            tail_len = int(seq_lens[row]) - geometry.num_candidate_tokens
-            table = state.page_table(
-                common.block_table_tensor[row].numpy(), -(-tail_len // shape.block_size)
-            )
-            tables.append(table)
-            key.append(id(table))
-            lens[:, i] = state.selection.num_pages * shape.block_size + tail_len
+        rows = torch.tensor(step.compacted_rows)
+        first_kept = torch.from_numpy(step.plan.numbers[FIRST_KEPT_BLOCK, step.compacted_rows])
+        tails = common.seq_lens[rows] - first_kept * shape.block_size
+        lens = step.page_counts * shape.block_size + tails[:, None]
+        lens = lens.view(-1, shape.num_layers, num_heads).transpose(0, 1).contiguous()
+        key = [id(table) for table in step.page_tables]
         if key != self._table_key:
-            self._page_tables = _stack_tables(tables, shape.num_layers, num_heads)
+            self._page_tables = _stack_tables(step.page_tables, shape.num_layers, num_heads)
             # Kept alive, or an id could be used again by another table.
-            self._tables_alive: list[torch.Tensor] = tables
+            self._tables_alive: list[torch.Tensor] = step.page_tables
             self._table_key = key
-        row_starts = torch.tensor([int(starts[row]) for row in rows.compressed_rows])
-        row_lens = torch.tensor(
-            [int(starts[row + 1] - starts[row]) for row in rows.compressed_rows]
-        )
+        row_starts, row_lens = starts[rows].long(), (starts[rows + 1] - starts[rows]).long()
         if engine.has_sinks:
             return self._build_by_head(lens, row_starts, row_lens, common.num_actual_tokens)
         query_start_loc = _starts(row_lens.repeat_interleave(num_heads))
         query_index = None
-        if rows.dense_rows or rows.one_shot_rows or int(row_lens.max()) > 1:
+        if step.dense_rows or step.one_shot_rows or int(row_lens.max()) > 1:
             query_index = _query_index(row_starts, row_lens, num_heads)
         lens = lens.reshape(shape.num_layers, -1)
         scheduler: list[torch.Tensor] = []
@@ -283,23 +271,25 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         engine = metadata.engine
         if engine is None:
             return output
-        assert metadata.rows is not None
+        step = metadata.step
+        assert step is not None
+        layer_index = engine.layer_index[layer.layer_name]
         if metadata.one_shot is not None:
             tokens, one_shot = metadata.one_shot_tokens, metadata.one_shot
-            scratch = engine.scratch(metadata.rows.num_scratch_blocks)
             if owns_cache:
+                staged = engine.begin_layer(step, layer_index)
                 self.do_kv_cache_update(
-                    layer, key[tokens], value[tokens], scratch, one_shot.slot_mapping
+                    layer, key[tokens], value[tokens], staged, one_shot.slot_mapping
                 )
-            self._attend(layer, query, scratch, one_shot, tokens, output)
-        layer_index = engine.layer_index[layer.layer_name]
+            else:
+                staged = engine.current_layer(step)
+            self._attend(layer, query, staged, one_shot, tokens, output)
         if isinstance(metadata.compressed, RowsByHead):
             self._attend_by_head(layer, query, metadata.compressed, output, engine, layer_index)
         elif metadata.compressed is not None:
             self._attend_compressed(layer, query, metadata.compressed, output, engine, layer_index)
         if owns_cache:
-            for row in metadata.rows.prefill_rows:
-                engine.collect(row, layer_index, query[row.token_start : row.token_end])
+            engine.after_attention(step, layer_index, query)
         return output
 
     def _attend(
@@ -326,7 +316,7 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         query: torch.Tensor,
         rows: CompressedRows,
         output: torch.Tensor,
-        engine: WorkerEngine,
+        engine: CPUEngine,
         layer_index: int,
     ) -> None:
         shape = engine.shape
@@ -359,7 +349,7 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         query: torch.Tensor,
         rows: RowsByHead,
         output: torch.Tensor,
-        engine: WorkerEngine,
+        engine: CPUEngine,
         layer_index: int,
     ) -> None:
         shape = engine.shape
@@ -389,7 +379,7 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         layer: Any,
         query: torch.Tensor,
         output: torch.Tensor,
-        engine: WorkerEngine,
+        engine: CPUEngine,
         query_start_loc: torch.Tensor,
         seq_lens: torch.Tensor,
         page_table: torch.Tensor,
@@ -419,8 +409,20 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         )
 
 
-def _only_rows(common: Any, wanted: list[int], rows: StepRows) -> tuple[torch.Tensor, Any]:
-    """The tokens of some rows, and the common metadata as if only they were there."""
+def _only_rows(
+    common: Any,
+    wanted: list[int],
+    block_table: torch.Tensor,
+    slot_mapping: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Any]:
+    """The tokens of some rows, and the common metadata as if only they were there.
+
+    Args:
+        common: of all rows.
+        wanted: their numbers.
+        block_table: [r, W] int32 of these rows.
+        slot_mapping: [t] int64 of their tokens; None = as in `common`.
+    """
     starts = common.query_start_loc_cpu
     index = torch.tensor(wanted)
     lens = starts[index + 1] - starts[index]
@@ -436,26 +438,8 @@ def _only_rows(common: Any, wanted: list[int], rows: StepRows) -> tuple[torch.Te
         num_actual_tokens=len(tokens),
         max_query_len=int(lens.max()),
         max_seq_len=int(seq_lens.max()),
-        block_table_tensor=rows.block_table[index],
-        slot_mapping=rows.slot_mapping[tokens],
-    )
-
-
-def _on_scratch(only: Any, rows: StepRows, block_size: int) -> Any:
-    """The common metadata of the one-shot rows with blocks and slots of the scratch."""
-    seq_lens = only.seq_lens
-    blocks = -(-seq_lens // block_size)
-    starts = torch.tensor(rows.scratch_starts, dtype=torch.int32)
-    table = starts[:, None] + torch.arange(int(blocks.max()), dtype=torch.int32)
-    slots = [
-        torch.arange(start * block_size, start * block_size + length)
-        for start, length in zip(rows.scratch_starts, seq_lens.tolist(), strict=True)
-    ]
-    return replace(
-        only,
-        # Past a row's end the numbers would be other rows' or of no block.
-        block_table_tensor=table.where(torch.arange(table.shape[1]) < blocks[:, None], 0),
-        slot_mapping=torch.cat(slots),
+        block_table_tensor=block_table,
+        slot_mapping=common.slot_mapping[tokens] if slot_mapping is None else slot_mapping,
     )
 
 

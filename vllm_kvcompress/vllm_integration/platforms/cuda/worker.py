@@ -13,31 +13,29 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.compaction.parameters import LayerParameters
+from vllm_kvcompress.compaction.score_memory import score_memory_of
 from vllm_kvcompress.config import KVCompressConfigError
+from vllm_kvcompress.memory import CacheShape
+from vllm_kvcompress.memory.one_shot import counted_buffer_pages
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.score_memory import score_memory_of
-from vllm_kvcompress.staging import staging_pages
-from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, RowNames
-from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec
-from vllm_kvcompress.vllm_integration.layers import output_copy_bytes
-from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
+from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
+from vllm_kvcompress.vllm_integration.platforms.cuda.step_buffers import StepBuffers
+from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 from vllm_kvcompress.vllm_integration.validate import check_gpu_heads
-from vllm_kvcompress.vllm_integration.worker import CompressionWorker
+from vllm_kvcompress.vllm_integration.worker.engine import RowNames
+from vllm_kvcompress.vllm_integration.worker.layers import output_copy_bytes
+from vllm_kvcompress.vllm_integration.worker.worker import CompressionWorker, rows_of_v1
 
 logger = init_logger(f"vllm.{__name__}")
 
-_BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cuda.KVCompressCUDABackend"
+_BACKEND_PATH = "vllm_kvcompress.vllm_integration.platforms.cuda.attention.KVCompressCUDABackend"
 
 
 class KVCompressCUDAWorker(CompressionWorker, Worker):
     """GPU worker of an engine with compression, on either of vLLM's model runners."""
 
-    _is_staged = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._is_warming_up = False
+    _is_buffer_counted = True
 
     def init_device(self) -> None:
         """As the stock worker, with our backend registered before the model is built."""
@@ -83,7 +81,9 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         spec = next(iter(specs.values()))
         meta, num_sms = torch.device("meta"), ops.num_multiprocessors(self.device)
         own = StepBuffers(shape, self._max_num_reqs(), spec.dtype, meta, num_sms).num_bytes
-        pages = staging_pages(self._config, shape, self._staged_tokens(), self._max_num_reqs())
+        pages = counted_buffer_pages(
+            self._config, shape, self._staged_tokens(), self._max_num_reqs()
+        )
         own += pages * spec.page_size_bytes // spec.num_kv_heads
         scores = score_memory_of(self._config, shape, spec.dtype.itemsize)
         own += scores.staged_entry_bytes(self._staged_tokens())
@@ -121,7 +121,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         missing = ops.native_problem("cuda")
         if missing and self.rank == 0:
             logger.info("kv-compress: no compiled selection, Triton's instead: %s", missing)
-        names = _rows_of_v2 if self.use_v2_model_runner else _rows_of_v1
+        names = rows_of_v2 if self.use_v2_model_runner else rows_of_v1
         impls = [layer.impl for layer in attention.values()]
         self._impl = impls[0]
         # Layers are scored together: all of them tell their sums, or nobody is asked.
@@ -145,18 +145,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         # Layers differ in weights only.
         self._impl.warm_up(self._engine)
         self._engine.warm_up(max_len, self._tells_lse)
-        self._is_warming_up = True
-        try:
-            return super().compile_or_warm_up_model()
-        finally:
-            self._is_warming_up = False
-
-    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock worker, the engine knowing that these are requests."""
-        if self._engine is None or self._is_warming_up:
-            return super().execute_model(scheduler_output, *args, **kwargs)
-        with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
-            return super().execute_model(scheduler_output, *args, **kwargs)
+        return super().compile_or_warm_up_model()
 
 
 def _is_ours(layer: Attention) -> bool:
@@ -164,17 +153,7 @@ def _is_ours(layer: Attention) -> bool:
     return layer.get_attn_backend().get_name() == AttentionBackendEnum.CUSTOM.name
 
 
-def _rows_of_v1(runner: Any) -> RowNames:
-    """Rows of Model Runner V1, whose batch is in the order of the step's."""
-    batch = runner.input_batch
-
-    def names(common: Any) -> tuple[Sequence[str], np.ndarray]:
-        return batch.req_ids, batch.num_prompt_tokens[: batch.num_reqs]
-
-    return names
-
-
-def _rows_of_v2(runner: Any) -> RowNames:
+def rows_of_v2(runner: Any) -> RowNames:
     """Rows of Model Runner V2, whose metadata has each row's place in the table of requests."""
     states = runner.req_states
 

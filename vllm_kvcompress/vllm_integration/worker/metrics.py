@@ -14,7 +14,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_kvcompress.memory import RequestGeometry
-from vllm_kvcompress.transfers import HostCopy
+from vllm_kvcompress.ops.transfers import HostCopy
 
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
 logger = init_logger(f"vllm.{__name__}")

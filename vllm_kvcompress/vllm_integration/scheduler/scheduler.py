@@ -27,14 +27,14 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress.memory import RequestGeometry
-from vllm_kvcompress.vllm_integration.headroom import OutputLengths, has_headroom
-from vllm_kvcompress.vllm_integration.kv_cache import (
+from vllm_kvcompress.vllm_integration.scheduler.headroom import OutputLengths, has_headroom
+from vllm_kvcompress.vllm_integration.scheduler.manager import (
     KVCompressManager,
     cache_only_before_compaction,
     compressing_manager,
     needs_all_queries,
-    tell_whole_ids,
 )
+from vllm_kvcompress.vllm_integration.step_messages import tell_whole_ids
 
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
 logger = init_logger(f"vllm.{__name__}")

@@ -10,9 +10,8 @@ of what the prompts' blocks take, which is set aside (`entry_share`).
 from __future__ import annotations
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.memory import CacheShape, Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import WindowPlan
 from vllm_kvcompress.policies.selection import entries_per_page

@@ -11,16 +11,17 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvcompress.compaction import CacheShape, LayerParameters
-from vllm_kvcompress.vllm_integration.cpu_page_order import find_page_order
-from vllm_kvcompress.vllm_integration.engine import WorkerEngine
-from vllm_kvcompress.vllm_integration.huge_pages import use_huge_pages
+from vllm_kvcompress.compaction.parameters import LayerParameters
+from vllm_kvcompress.memory import CacheShape
+from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine
+from vllm_kvcompress.vllm_integration.platforms.cpu.huge_pages import use_huge_pages
+from vllm_kvcompress.vllm_integration.platforms.cpu.page_order import find_page_order
 from vllm_kvcompress.vllm_integration.validate import choose_cpu_ops
-from vllm_kvcompress.vllm_integration.worker import CompressionWorker
+from vllm_kvcompress.vllm_integration.worker.worker import CompressionWorker, rows_of_v1
 
 logger = init_logger(f"vllm.{__name__}")
 
-_BACKEND_PATH = "vllm_kvcompress.vllm_integration.backend_cpu.KVCompressCPUBackend"
+_BACKEND_PATH = "vllm_kvcompress.vllm_integration.platforms.cpu.attention.KVCompressCPUBackend"
 
 
 class KVCompressCPUWorker(CompressionWorker, CPUWorker):
@@ -38,7 +39,7 @@ class KVCompressCPUWorker(CompressionWorker, CPUWorker):
         shape: CacheShape,
         attention: dict[str, Attention],
         layers: list[LayerParameters],
-    ) -> WorkerEngine:
+    ) -> CPUEngine:
         first: Any = next(iter(attention.values()))
         dtype = first.kv_cache.dtype
         # All layers share this storage, and nothing is in it yet.
@@ -48,13 +49,14 @@ class KVCompressCPUWorker(CompressionWorker, CPUWorker):
                 "kv-compress: no huge pages for the KV cache, which costs nothing but speed"
             )
         backend, why_torch = choose_cpu_ops()
-        return WorkerEngine(
+        return CPUEngine(
             config=self._config,
             shape=shape,
             layer_views={name: layer.kv_cache for name, layer in attention.items()},
             order=find_page_order(first.isa, shape.block_size, shape.head_size, dtype),
             layers=layers,
-            input_batch=self.model_runner.input_batch,
+            row_names=rows_of_v1(self.model_runner),
+            max_num_reqs=self.vllm_config.scheduler_config.max_num_seqs,
             stats=self._stats,
             backend=backend,
             why_torch=why_torch,

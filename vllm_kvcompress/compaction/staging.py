@@ -1,10 +1,13 @@
-"""Prompts of one step that have no blocks for what they evict (one-shot prefill), on a GPU.
+"""Prompts of one step that have no blocks for what they evict (one-shot prefill).
 
 Their keys and values lie in a buffer outside the pool, one area per layer. Where a layer's budget
 does not depend on the others', what it keeps moves to the regions before the next layer starts,
 and one area serves all layers. Where all layers compete, areas stay until the buffer is full; then
-what cannot be kept any more is dropped, as in `candidates.py`, and the areas are used again. How
-much that leaves is known beforehand, so the host waits for nothing.
+what cannot be kept any more is dropped, and the areas are used again. How much that leaves is known
+beforehand, so the host waits for nothing.
+
+On a GPU the buffer is there from the start, and its memory counted. On a CPU each step makes one,
+as large as its prompts need.
 
 An entry is what is chosen: a page, or a token. R is the number of prompts, L of layers, H of KV
 heads, S = L * H of streams, N of a stream's entries, b of tokens per page.
@@ -18,76 +21,18 @@ import numpy as np
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.candidates import LayerPages
-from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.compaction.prompts import LayerPages
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import RequestGeometry, cdiv
+from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
+from vllm_kvcompress.memory.one_shot import (
+    buffer_pages,
+    is_joint,
+    most_held_pages,
+    num_score_lists,
+)
+from vllm_kvcompress.ops import PageOrder
+from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.policies.selection import entries_per_page
-from vllm_kvcompress.transfers import to_device
-
-# With one score for each entry; with more, the buffer has to hold more of a prompt.
-_MOST_JOINT_SHARE = 0.25
-
-
-def can_stage(config: KVCompressConfig, geometry: RequestGeometry) -> bool:
-    """Whether a prompt may be staged, as far as its region goes.
-
-    Where all layers compete, a large one would need as much memory beside the pool as the prompt's
-    blocks do in it.
-    """
-    most_blocks = most_share(config) * geometry.first_kept_block
-    return config.option("one_shot") != "never" and geometry.num_region_blocks <= most_blocks
-
-
-def most_share(config: KVCompressConfig) -> float:
-    """Share of a prompt's pages that its region may have for `can_stage`."""
-    return _MOST_JOINT_SHARE / _num_lists(config) if is_joint(config) else 1.0
-
-
-def staging_pages(
-    config: KVCompressConfig, shape: CacheShape, max_tokens: int, max_prompts: int
-) -> int:
-    """Pages of a buffer that one step's prompts fit, whatever they are.
-
-    Args:
-        config: validated setting.
-        shape: of the paged cache.
-        max_tokens: of all prompts together.
-        max_prompts: number of them.
-    """
-    block_size, num_heads = shape.block_size, shape.num_kv_heads
-    if config.option("one_shot") == "never":
-        return 0
-    if not is_joint(config):
-        # A prompt is compressed from two blocks on.
-        num_prompts = min(max_prompts, max_tokens // (2 * block_size))
-        return num_heads * (max_tokens // block_size + num_prompts)
-    share = most_share(config)
-    num_prompts = min(max_prompts, int(share * max_tokens) // block_size)
-    region_blocks = int(share * max_tokens) // block_size
-    if config.ratio is not None:
-        # Every head keeps at least one page.
-        asked = cdiv(int((1 - config.ratio) * max_tokens), block_size)
-        region_blocks = min(region_blocks, asked + num_prompts)
-    held = region_blocks * shape.pages_per_block
-    held = _num_lists(config) * (held + _slack_pages(config, shape) * num_prompts)
-    area = num_heads * (max_tokens // block_size + num_prompts)
-    return 2 * held + area * max(1, cdiv(held, 2 * area)) if area else 0
-
-
-def is_joint(config: KVCompressConfig) -> bool:
-    """Whether all layers compete for pages."""
-    return config.option("budgets") == "joint"
-
-
-def _num_lists(config: KVCompressConfig) -> int:
-    """Scores by either of which an entry may be kept."""
-    return 2 if "first_stage" in dict(config.options) else 1
-
-
-def _slack_pages(config: KVCompressConfig, shape: CacheShape) -> int:
-    """Pages that a prompt may hold above its region: shares of tokens are rounded up to pages."""
-    return shape.pages_per_block if config.granularity == "token" else 0
 
 
 def flat_places(
@@ -119,13 +64,14 @@ class Staging:
     Args:
         config: validated setting.
         shape: of the paged cache.
-        buffer: [pages, b, 2 d], on the pool's device.
+        buffer: [pages, b, 2 d], on the pool's device, all of it finite; None = made here.
         pool: [num_pages, b, 2 d], written at the regions' pages only.
+        order: element order of pages.
         geometries: of the prompts.
         block_table: [R, W] int32, their rows, `[evicted][region blocks][later blocks]`.
         guaranteed: per prompt, entries that each stream is assured of where all layers compete.
-        backend: of the op that moves, 'triton' or 'reference'.
-        select_backend: of those that select, 'native' too.
+        move_backend: of the op that moves, 'triton' or 'reference'; on a CPU torch moves.
+        select_backend: of the ops that select.
 
     Raises:
         RuntimeError: if the prompts do not fit the buffer.
@@ -135,27 +81,33 @@ class Staging:
         self,
         config: KVCompressConfig,
         shape: CacheShape,
-        buffer: torch.Tensor,
+        buffer: torch.Tensor | None,
         pool: torch.Tensor,
+        order: PageOrder,
         geometries: Sequence[RequestGeometry],
         block_table: torch.Tensor,
         guaranteed: Sequence[int],
-        backend: str,
+        move_backend: str,
         select_backend: str,
     ) -> None:
         self.is_joint = is_joint(config)
-        self._shape, self._buffer = shape, buffer
-        self._backend, self._select_backend = backend, select_backend
+        self._is_fresh = buffer is None
+        if buffer is None:
+            num_pages = buffer_pages(config, shape, geometries)
+            buffer = pool.new_empty(num_pages, *pool.shape[1:])
+        self._shape, self._buffer, self._pool, self._order = shape, buffer, pool, order
+        self._move_backend, self._select_backend = move_backend, select_backend
         self._geometries, self._guaranteed = geometries, guaranteed
         self._per_page = entries_per_page(config, shape.block_size)
-        self._buffer_entries = self._as_entries(buffer)
-        self._pool_entries = self._as_entries(pool)
         self._num_blocks = [cdiv(g.compact_len, shape.block_size) for g in geometries]
         ends = np.cumsum(self._num_blocks)
         self._block_starts = ends - self._num_blocks
         self._area_pages = int(ends[-1]) * shape.num_kv_heads
-        self._num_lists = _num_lists(config)
-        self._slack_pages = _slack_pages(config, shape)
+        self._num_lists = num_score_lists(config)
+        self._most_held = [
+            most_held_pages(config, shape, g.num_region_blocks) if self.is_joint else 0
+            for g in geometries
+        ]
         self._plan_areas()
         device = buffer.device
         table = np.zeros((len(geometries), max(self._num_blocks)), np.int32)
@@ -170,21 +122,11 @@ class Staging:
         size = (len(geometries), streams * self._width + 1)
         self._where = torch.full(size, -1, dtype=torch.int64, device=device)
 
-    def _as_entries(self, pages: torch.Tensor) -> torch.Tensor:
-        """Pages as [entries, elements]."""
-        return pages.view(pages.shape[0] * self._per_page, -1)
-
     def _plan_areas(self) -> None:
         """Decide where areas lie: before what is held, which two places take in turn."""
         shape, size, area = self._shape, self._buffer.shape[0], self._area_pages
         self._area, self._next_area = 0, 0
-        held = 0
-        if self.is_joint:
-            self._most_held = [
-                self._num_lists * (g.num_region_blocks * shape.pages_per_block + self._slack_pages)
-                for g in self._geometries
-            ]
-            held = sum(self._most_held)
+        held = sum(self._most_held)
         self._held_places = [size - held, size - 2 * held]
         fits_whole = self.is_joint and shape.num_layers * area <= size
         self._areas_end = size if fits_whole else size - held
@@ -235,6 +177,10 @@ class Staging:
             if self._next_area + self._area_pages > self._areas_end:
                 self._narrow(layer, first, second, num_entries)
             self._area, self._next_area = self._next_area, self._next_area + self._area_pages
+        if self._is_fresh:
+            # Attention multiplies what is behind a prompt's end by zero, so it must be finite.
+            ends = self._block_starts + self._num_blocks
+            self.area().unflatten(0, (-1, self._shape.num_kv_heads))[ends - 1] = 0
         own = self._own_entries + self._area * self._per_page
         column = layer * own.shape[1] if self.is_joint else 0
         self._where[:, column : column + own.shape[1]] = own
@@ -303,7 +249,7 @@ class Staging:
             target = to_device(base * per_page, device)[:, None]
             target = target + torch.arange(places.shape[1], device=device)
             target = torch.where(is_chosen, target, -1)
-            self._move(self._where.gather(1, places), self._buffer_entries, target)
+            self._move(self._where.gather(1, places), self._buffer, target)
             where.scatter_(1, places, target)
             base = base + np.array(self._most_held) // self._num_lists
         self._where = where
@@ -333,13 +279,34 @@ class Staging:
         order = torch.arange(places.shape[1], device=places.device)
         order = (first_pages * self._per_page + order).clamp(max=self._targets.shape[1] - 1)
         source = self._where.gather(1, places)
-        self._move(source, self._pool_entries, self._targets.gather(1, order))
+        self._move(source, self._pool, self._targets.gather(1, order))
 
     def _move(self, source: torch.Tensor, pages: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy entries of the buffer to entries of `pages`; negative numbers stand for none."""
+        source, target = source.flatten(), target.flatten()
+        if self._move_backend == "torch":
+            is_moved = (source >= 0) & (target >= 0)
+            self._move_by_torch(source[is_moved], pages, target[is_moved])
+            return
+        as_entries = (-1, self._buffer.shape[1] * self._buffer.shape[2] // self._per_page)
         ops.move_entries(
-            self._buffer_entries,
-            source.flatten(),
-            pages,
-            target.flatten(),
-            backend=self._backend,
+            self._buffer.view(as_entries),
+            source,
+            pages.view(as_entries),
+            target,
+            backend=self._move_backend,
         )
+
+    def _move_by_torch(
+        self, source: torch.Tensor, pages: torch.Tensor, target: torch.Tensor
+    ) -> None:
+        """Copy entries of pages of any element order."""
+        flat, per_page = self._buffer.flatten(1), self._per_page
+        if per_page == 1:
+            pages.flatten(1).index_copy_(0, target, flat.index_select(0, source))
+            return
+        order, slots = self._order, target % per_page
+        key, value = ops.gather_tokens(flat, source // per_page, source % per_page, order)
+        target_pages = (target // per_page)[:, None]
+        pages.flatten(1)[target_pages, order.key_offsets[slots]] = key
+        pages.flatten(1)[target_pages, order.value_offsets[slots]] = value

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvcompress.compaction import PromptCompaction
+from vllm_kvcompress.compaction.prompts import PromptCompaction
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -18,14 +20,16 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
-from vllm_kvcompress.compaction import CacheShape, LayerParameters
+from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.memory import NULL_BLOCK
+from vllm_kvcompress.memory import NULL_BLOCK, CacheShape
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec, told_whole_ids
-from vllm_kvcompress.vllm_integration.layers import layer_parameters
-from vllm_kvcompress.vllm_integration.metrics import CompressionStats
+from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
+from vllm_kvcompress.vllm_integration.step_messages import told_whole_ids
 from vllm_kvcompress.vllm_integration.validate import check_table_shape
+from vllm_kvcompress.vllm_integration.worker.engine import RowNames, WorkerEngine
+from vllm_kvcompress.vllm_integration.worker.layers import layer_parameters
+from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
 logger = init_logger(f"vllm.{__name__}")
@@ -38,14 +42,15 @@ class CompressionWorker:
     batch tells request ids and prompt lengths.
     """
 
-    # Whether one-shot prompts are staged.
-    _is_staged = False
+    # Whether one-shot prompts share a buffer of fixed size.
+    _is_buffer_counted = False
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         self._config = KVCompressConfig.from_dict(vllm_config.additional_config["kv_compress"])
         self._stats = CompressionStats(log=self.rank == 0, budget=self._config.budget)
-        self._engine: Any = None
+        self._engine: WorkerEngine | None = None
+        self._is_warming_up = False
 
     def _one_shot_tokens(self) -> int:
         """Tokens of one request that fit a step beside one token of every other; 0 if none do."""
@@ -79,7 +84,7 @@ class CompressionWorker:
         shape: CacheShape,
         attention: dict[str, Attention],
         layers: list[LayerParameters],
-    ) -> Any:
+    ) -> WorkerEngine:
         """The engine of this kind of worker.
 
         Args:
@@ -115,7 +120,7 @@ class CompressionWorker:
             if problem:
                 raise KVCompressConfigError(f"KV compression cannot handle layer {name}: {problem}")
             compressed[name] = KVCompressSpec.from_full_attention(
-                spec, self._config, one_shot_tokens, self._is_staged
+                spec, self._config, one_shot_tokens, self._is_buffer_counted
             )
         out.update(compressed)
         shapes = {(spec, attention[name].num_heads) for name, spec in compressed.items()}
@@ -238,7 +243,18 @@ class CompressionWorker:
         if scheduler_output.total_num_scheduled_tokens == 0:
             # Nothing runs any more. A command that ends now kills this process within moments.
             self._stats.flush()
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        if self._engine is None or self._is_warming_up:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+        with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
+            return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As the stock worker, whose made-up batches are no requests."""
+        self._is_warming_up = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._is_warming_up = False
 
     def kv_compress_stats(self) -> dict[str, Any]:
         """This rank's counts, for `collective_rpc`."""
@@ -250,6 +266,16 @@ class CompressionWorker:
         # It has the KV cache, whose memory the stock worker gives back.
         self._engine = None
         super().shutdown()
+
+
+def rows_of_v1(runner: Any) -> RowNames:
+    """Rows of Model Runner V1, whose batch is in the order of the step's."""
+    batch = runner.input_batch
+
+    def names(common: Any) -> tuple[Sequence[str], np.ndarray]:
+        return batch.req_ids, batch.num_prompt_tokens[: batch.num_reqs]
+
+    return names
 
 
 def _unwrapped(kv_cache_config: KVCacheConfig) -> KVCacheConfig:

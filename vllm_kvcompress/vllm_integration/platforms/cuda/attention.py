@@ -23,7 +23,7 @@ from vllm.v1.attention.backends.flash_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.vllm_integration.engine_cuda import CUDAEngine, DeviceStep
+from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine, DeviceStep
 
 
 class KVCompressCUDABackend(FlashAttentionBackend):
@@ -161,8 +161,9 @@ class KVCompressCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
         starts = common.query_start_loc_cpu
         tokens = slice(int(starts[first]), int(starts[end]))
         if is_one_shot:
-            assert self.engine is not None
-            table, slots = self.engine.staged_places(step, first, end)
+            assert self.engine is not None and step.staged is not None
+            index = [chunk.row for chunk in step.staged.chunks].index(first)
+            table, slots = self.engine.staged_places(step, index, index + end - first)
         else:
             table = step.dense_table[first - step.num_single : end - step.num_single]
             slots = common.slot_mapping[tokens]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import CacheShape
+from vllm_kvcompress.memory import CacheShape
 
 
 class StepBuffers:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vllm_kvcompress.memory import Geometry
-from vllm_kvcompress.vllm_integration.kv_cache import request_geometry
+from vllm_kvcompress.vllm_integration.scheduler.manager import request_geometry
 
 _MOST_REMEMBERED = 1000
 

@@ -1,6 +1,6 @@
-"""Scheduler side: the KV-cache spec that carries our config, and its block manager.
+"""The block manager of compressed layers.
 
-The manager sees block counts only. Per-head budgets never reach it, because they always sum
+It sees block counts only. Per-head budgets never reach it, because they always sum
 to whole blocks (see `memory.geometry`).
 """
 
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Container, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, KVCacheBlock
@@ -18,71 +17,11 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.memory.one_shot import fits_counted_buffer
 from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.staging import can_stage
+from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 
 _MOST_FREED = 4096
-
-
-@functools.cache
-def _geometry(config: KVCompressConfig, block_size: int) -> Geometry:
-    return Geometry(config, block_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class KVCompressSpec(FullAttentionSpec):
-    """A full-attention layer whose prompts are compressed at the end of prefill.
-
-    Attributes:
-        kv_compress: the setting.
-        one_shot_tokens: tokens of one request that the scheduler can always fit into a step in
-            which no other prompt is computed; up to there a prompt may be computed in one shot,
-            without blocks for what is evicted. 0 = never.
-        is_staged: whether such prompts are staged (see `staging`), which not all can be.
-    """
-
-    kv_compress: KVCompressConfig
-    one_shot_tokens: int = 0
-    is_staged: bool = False
-
-    @classmethod
-    def from_full_attention(
-        cls,
-        spec: FullAttentionSpec,
-        config: KVCompressConfig,
-        one_shot_tokens: int = 0,
-        is_staged: bool = False,
-    ) -> KVCompressSpec:
-        """The same layer with compression on."""
-        values = {f.name: getattr(spec, f.name) for f in fields(spec) if f.init}
-        return cls(
-            **values,
-            kv_compress=config,
-            one_shot_tokens=one_shot_tokens,
-            is_staged=is_staged,
-        )
-
-    @classmethod
-    def merge(cls, specs: list[Any]) -> Any:
-        """Join equal specs; vLLM's own merge does not know the extra field."""
-        first = specs[0]
-        if any(spec != first for spec in specs[1:]):
-            raise ValueError(f"compressed layers of one group differ: {set(specs)}")
-        return first
-
-    @property
-    def geometry(self) -> Geometry:
-        """Geometry of requests under this spec."""
-        return _geometry(self.kv_compress, self.block_size)
-
-    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
-        """Width of the worker's block-table row: freed entries keep their place in it."""
-        return self.geometry.max_request_blocks(max_len)
-
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Bytes of one layer that the largest single request can hold at once."""
-        max_len = vllm_config.model_config.max_model_len
-        return self.geometry.max_request_blocks(max_len) * self.page_size_bytes
 
 
 class KVCompressManager(FullAttentionManager):
@@ -203,7 +142,7 @@ class KVCompressManager(FullAttentionManager):
             self._one_shot_option != "never"
             and geometry.is_compressed
             and geometry.compact_len <= spec.one_shot_tokens
-            and (not spec.is_staged or can_stage(spec.kv_compress, geometry))
+            and (not spec.is_buffer_counted or fits_counted_buffer(spec.kv_compress, geometry))
         )
 
     def _one_shot_blocks(
@@ -331,21 +270,6 @@ def request_geometry(geometry: Geometry, request: Any) -> RequestGeometry:
     return geometry.of_request(request.num_prompt_tokens, request.streaming_queue is not None)
 
 
-def tell_whole_ids(scheduler_output: Any, whole_ids: set[str]) -> None:
-    """Tell workers which requests of a step are never compressed.
-
-    vLLM's own fields do not say that a request is a session. It pickles the output with whatever
-    attributes it has.
-    """
-    scheduled = scheduler_output.num_scheduled_tokens
-    scheduler_output.kv_compress_whole_ids = whole_ids & scheduled.keys()
-
-
-def told_whole_ids(scheduler_output: Any) -> Container[str]:
-    """Requests of a step that are never compressed, as the scheduler told."""
-    return getattr(scheduler_output, "kv_compress_whole_ids", ())
-
-
 def compressing_manager(coordinator: Any) -> KVCompressManager:
     """The one of a coordinator's block managers that compresses."""
     (manager,) = (m for m in coordinator.single_type_managers if isinstance(m, KVCompressManager))
@@ -353,7 +277,7 @@ def compressing_manager(coordinator: Any) -> KVCompressManager:
 
 
 def cache_only_before_compaction(coordinator: Any) -> None:
-    """Have no group of layers offer the prefix cache what must not or cannot be read from there.
+    """Keep blocks out of the prefix cache that no other request may read, or can.
 
     K and V of tokens past a compaction point depend on what was evicted, in windowed layers too.
     The blocks that a one-shot prompt has are of no use without those that it never had.

@@ -1,0 +1,146 @@
+"""The worker's requests, and what a step must know of every one, in arrays."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vllm_kvcompress.compaction.prompts import PromptCompaction
+from vllm_kvcompress.memory import Geometry, RequestGeometry
+
+# Row of the page offsets that stands for "nothing kept yet".
+EMPTY_SLOT = 0
+
+# What is kept of every request. The first four are a row's numbers in a `StepPlan`.
+REGION_BLOCKS, BOUNDARY_BLOCK, FIRST_KEPT_BLOCK, SLOT = range(4)
+COMPACT_LEN, REGION_FROM, PROMPT_LEN, _NUM_FIELDS = range(4, 8)
+# Tokens from which on a request that stays whole has a region.
+_NEVER = np.iinfo(np.int32).max
+
+
+@dataclass(eq=False)
+class CompressedRequest:
+    """One request that is, or is to be, compressed.
+
+    Attributes:
+        prompt: what is collected until compaction.
+        place: its column of the arrays of all requests.
+        slot: row of the worker's page offsets; `EMPTY_SLOT` before compaction.
+        attention: what a platform's attention has made of its row, to be used again.
+    """
+
+    prompt: PromptCompaction
+    place: int
+    slot: int = EMPTY_SLOT
+    attention: Any = None
+
+    @property
+    def geometry(self) -> RequestGeometry:
+        """Of the request."""
+        return self.prompt.geometry
+
+
+class Requests:
+    """The worker's requests, by request id, and the rows that they have of its page offsets.
+
+    What a step must know of every row is constant as long as its request is known. It lies in
+    arrays, so that a step gathers it for all rows at once.
+
+    Args:
+        geometry: of all requests.
+        num_layers: L.
+        max_num_reqs: requests that can run at once; rows 1 to this number are given out.
+    """
+
+    def __init__(self, geometry: Geometry, num_layers: int, max_num_reqs: int) -> None:
+        self.geometry = geometry
+        # Of the step at hand, those that are never compressed.
+        self.whole_ids: Container[str] = ()
+        self._num_layers = num_layers
+        self._places: dict[str, int] = {}
+        # By place. Requests that stay whole have none.
+        self._requests: list[CompressedRequest | None] = [None] * max_num_reqs
+        self._fields = np.zeros((_NUM_FIELDS, max_num_reqs), np.int32)
+        self._free_places = list(range(max_num_reqs))
+        self._free_slots = list(range(max_num_reqs, EMPTY_SLOT, -1))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def gather(self, request_ids: Sequence[str], prompt_lens: np.ndarray) -> np.ndarray:
+        """[fields, R] int32 of a step's requests, in the order of `REGION_BLOCKS` and so on.
+
+        A request is new if it is unknown or its prompt length has changed.
+        """
+        found = map(self._places.get, request_ids, itertools.repeat(-1))
+        places = np.fromiter(found, np.intp, len(request_ids))
+        is_new = (places < 0) | (self._fields[PROMPT_LEN, places] != prompt_lens)
+        for row in np.flatnonzero(is_new).tolist():
+            places[row] = self._add(request_ids[row], int(prompt_lens[row]))
+        return self._fields[:, places]
+
+    def get_or_create(self, request_id: str, prompt_len: int) -> CompressedRequest:
+        """A compressed request, new if it is unknown or its prompt length has changed."""
+        place = self._places.get(request_id)
+        if place is None or self._fields[PROMPT_LEN, place] != prompt_len:
+            place = self._add(request_id, prompt_len)
+        request = self._requests[place]
+        assert request is not None, f"request {request_id} of {prompt_len} tokens stays whole"
+        return request
+
+    def get(self, request_id: str) -> CompressedRequest:
+        """A known request that is compressed."""
+        request = self._requests[self._places[request_id]]
+        assert request is not None, f"request {request_id} stays whole"
+        return request
+
+    def _add(self, request_id: str, prompt_len: int) -> int:
+        """The place of a new request."""
+        self.forget(request_id)
+        if not self._free_places:
+            self._grow()
+        place = self._places[request_id] = self._free_places.pop()
+        geometry = self.geometry.of_request(prompt_len, request_id in self.whole_ids)
+        region_from = _NEVER
+        if geometry.is_compressed:
+            prompt = PromptCompaction(geometry, self._num_layers)
+            self._requests[place] = CompressedRequest(prompt, place)
+            region_from = geometry.region_from_tokens
+        self._fields[:, place] = (
+            geometry.num_region_blocks,
+            geometry.boundary_block,
+            geometry.first_kept_block,
+            EMPTY_SLOT,
+            geometry.compact_len,
+            region_from,
+            prompt_len,
+        )
+        return place
+
+    def _grow(self) -> None:
+        # Known requests may be more than those that run: vLLM tells late of some that have left.
+        size = self._fields.shape[1]
+        self._fields = np.concatenate([self._fields, np.zeros_like(self._fields)], axis=1)
+        self._requests += [None] * size
+        self._free_places += range(size, 2 * size)
+
+    def take_slot(self, request: CompressedRequest) -> int:
+        """The request's row of the page offsets, from now on."""
+        if request.slot == EMPTY_SLOT:
+            request.slot = self._free_slots.pop()
+            self._fields[SLOT, request.place] = request.slot
+        return request.slot
+
+    def forget(self, request_id: str) -> None:
+        """Drop a finished or preempted request; unknown ids are fine."""
+        place = self._places.pop(request_id, None)
+        if place is None:
+            return
+        request, self._requests[place] = self._requests[place], None
+        self._free_places.append(place)
+        if request is not None and request.slot != EMPTY_SLOT:
+            self._free_slots.append(request.slot)

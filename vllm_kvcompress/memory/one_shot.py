@@ -1,0 +1,98 @@
+"""Which prompts may be computed without blocks for what they evict, and what that takes.
+
+Such a prompt is computed in a single step. Its keys and values lie in a buffer outside of the pool,
+in one area per layer. Where a layer's budget does not depend on the others', what it keeps moves to
+the region before the next layer starts, and one area serves all layers. Where all layers compete,
+the buffer also holds what may yet be kept of the layers so far (see `compaction.staging`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory.cache_shape import CacheShape
+from vllm_kvcompress.memory.geometry import RequestGeometry, cdiv
+
+# With one score for each entry; with more, the buffer has to hold more of a prompt.
+_MOST_JOINT_SHARE = 0.25
+
+
+def is_joint(config: KVCompressConfig) -> bool:
+    """Whether all layers compete for pages."""
+    return config.option("budgets") == "joint"
+
+
+def num_score_lists(config: KVCompressConfig) -> int:
+    """Scores by either of which an entry may be kept."""
+    return 2 if "first_stage" in dict(config.options) else 1
+
+
+def most_held_pages(config: KVCompressConfig, shape: CacheShape, num_region_blocks: int) -> int:
+    """Most pages of a prompt that may yet be kept while all layers compete."""
+    # Shares of tokens are rounded up to pages.
+    slack = shape.pages_per_block if config.granularity == "token" else 0
+    return num_score_lists(config) * (num_region_blocks * shape.pages_per_block + slack)
+
+
+def fits_counted_buffer(config: KVCompressConfig, geometry: RequestGeometry) -> bool:
+    """Whether a prompt may use a buffer of `counted_buffer_pages`, as far as its region goes.
+
+    Where all layers compete, a large one would need as much memory beside the pool as the prompt's
+    blocks do in it.
+    """
+    most_blocks = most_share(config) * geometry.first_kept_block
+    return config.option("one_shot") != "never" and geometry.num_region_blocks <= most_blocks
+
+
+def most_share(config: KVCompressConfig) -> float:
+    """Share of a prompt's pages that its region may have for `fits_counted_buffer`."""
+    return _MOST_JOINT_SHARE / num_score_lists(config) if is_joint(config) else 1.0
+
+
+def counted_buffer_pages(
+    config: KVCompressConfig, shape: CacheShape, max_tokens: int, max_prompts: int
+) -> int:
+    """Pages of a buffer that one step's prompts fit, whatever they are.
+
+    Args:
+        config: validated setting.
+        shape: of the paged cache.
+        max_tokens: of all prompts together.
+        max_prompts: number of them.
+    """
+    block_size, num_heads = shape.block_size, shape.num_kv_heads
+    if config.option("one_shot") == "never":
+        return 0
+    if not is_joint(config):
+        # A prompt is compressed from two blocks on.
+        num_prompts = min(max_prompts, max_tokens // (2 * block_size))
+        return num_heads * (max_tokens // block_size + num_prompts)
+    share = most_share(config)
+    num_prompts = min(max_prompts, int(share * max_tokens) // block_size)
+    region_blocks = int(share * max_tokens) // block_size
+    if config.ratio is not None:
+        # Every head keeps at least one page.
+        asked = cdiv(int((1 - config.ratio) * max_tokens), block_size)
+        region_blocks = min(region_blocks, asked + num_prompts)
+    slack = most_held_pages(config, shape, 0) * max(0, num_prompts - 1)
+    held = most_held_pages(config, shape, region_blocks) + slack if num_prompts else 0
+    area = num_heads * (max_tokens // block_size + num_prompts)
+    return 2 * held + _areas_beside(held, area) if area else 0
+
+
+def buffer_pages(
+    config: KVCompressConfig, shape: CacheShape, geometries: Sequence[RequestGeometry]
+) -> int:
+    """Pages of a buffer that just these prompts fit."""
+    blocks = sum(cdiv(g.compact_len, shape.block_size) for g in geometries)
+    area = blocks * shape.num_kv_heads
+    if not is_joint(config):
+        return area
+    held = sum(most_held_pages(config, shape, g.num_region_blocks) for g in geometries)
+    return min(shape.num_layers * area, 2 * held + _areas_beside(held, area))
+
+
+def _areas_beside(held: int, area: int) -> int:
+    """Pages of areas, so many that what is held is narrowed a few times only."""
+    return area * max(1, cdiv(held, 2 * area))

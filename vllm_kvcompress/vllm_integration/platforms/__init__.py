@@ -1,0 +1,1 @@
+"""What really differs between devices; everything else is shared."""

@@ -1,0 +1,1 @@
+"""CPUs: vLLM's own attention kernel on pages of single KV heads."""

@@ -1,0 +1,1 @@
+"""CUDA GPUs: FlashAttention for prompts, our decode kernel for ragged heads."""
