@@ -31,6 +31,7 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.compactor import Compactor
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import PromptCompaction
+from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, Geometry
 from vllm_kvcompress.ops import native
@@ -77,7 +78,7 @@ class Prompt:
         )
         generator = torch.Generator().manual_seed(0)
         num_blocks = num_tokens // BLOCK_SIZE + self.geometry.num_region_blocks
-        size = (num_blocks * self.shape.pages_per_block, 2 * BLOCK_SIZE * model.head_size)
+        size = (num_blocks * self.shape.pages_per_block, BLOCK_SIZE, 2 * model.head_size)
         self.pool = torch.empty(size, dtype=DTYPE).normal_(generator=generator)
         ids = torch.randperm(num_blocks, generator=generator)
         self.blocks, self.region = ids.tensor_split([num_tokens // BLOCK_SIZE])
@@ -92,20 +93,25 @@ class Prompt:
 
     def compactor(self, backend: str) -> Compactor:
         """Of these pages."""
-        return Compactor(self.config, self.shape, self.order, self.layers, backend)
+        backends = Backends(backend, backend)
+        return Compactor(self.config, self.shape, self.pool, self.order, self.layers, backends)
 
     def run(self, compactor: Compactor) -> tuple[float, float, torch.Tensor]:
-        """Seconds of scoring and of the rest, and what is kept."""
+        """Seconds of scoring and of the rest, and the region."""
         collected = PromptCompaction(self.geometry, self.model.num_layers)
         collected.window_query = self.query
         collected.num_window_queries = [self.config.window] * self.model.num_layers
+        row = torch.cat([self.blocks, self.region]).int()
         start = time.perf_counter()
+        batch = compactor.batch([collected], row[None])
         for layer in range(self.model.num_layers):
-            pages = self.shape.layer_pages(self.pool, layer, self.blocks)
-            compactor.score_layer(collected, layer, pages)
+            pages = compactor.pages(layer, self.blocks)
+            compactor.score_layer(batch, layer, [None], [pages])
         scored = time.perf_counter()
-        selection = compactor.compact(collected, self.pool, self.blocks, self.region)
-        return scored - start, time.perf_counter() - scored, selection.indices
+        compactor.compact(batch)
+        end = time.perf_counter()
+        ids = ops.region_page_ids(self.region, self.shape.pages_per_block)
+        return scored - start, end - scored, self.pool[ids]
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
