@@ -17,8 +17,8 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.ops import PageOrder
+from vllm_kvcompress.policies import make_budgets
 from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.budgets import joint_most_entries, layer_budgets
 from vllm_kvcompress.policies.selection import Selection, entries_per_page, entry_scores
 
 # What cannot win any more is dropped once this many times the region is held.
@@ -66,6 +66,7 @@ class Candidates:
         backend: str = "torch",
     ) -> None:
         self._config = config
+        self._budgets = make_budgets(config)
         self._geometry = geometry
         self._num_layers = num_layers
         self._order = order
@@ -92,20 +93,12 @@ class Candidates:
         self._scores.append(entry_scores(scores, self._config, self._geometry.block_size))
         first = self._scores[layer].first
         num_heads, num_entries = first.shape
-        mean_pages, options = self._geometry.num_region_blocks, dict(self._config.options)
-        is_joint = options["budgets"] == "joint"
-        if is_joint:
+        mean_pages = self._geometry.num_region_blocks
+        if self._config.layers_compete:
             keys = torch.arange(first.numel())
         else:
-            num_pages, _ = layer_budgets(
-                options["budgets"],
-                first,
-                layer,
-                self._num_layers,
-                mean_pages,
-                self._per_page,
-                options,
-                self._backend,
+            num_pages = self._budgets.share_layer(
+                first, layer, self._num_layers, mean_pages, self._per_page, self._backend
             )
             keys = self._best(layer, num_pages * self._per_page)
         heads, entries = keys // num_entries, keys % num_entries
@@ -117,10 +110,10 @@ class Candidates:
             both = ops.gather_tokens(pages.pool, ids, entries % self._per_page, self._order)
             self._data.append(torch.cat(both, dim=1))
         num_kept = mean_pages * self._num_layers * num_heads * self._per_page
-        if is_joint and self.num_held > _MOST_HELD * num_kept:
+        if self._config.layers_compete and self.num_held > _MOST_HELD * num_kept:
             known = torch.stack([layer.first for layer in self._scores])
-            bounds = joint_most_entries(
-                known, self._num_layers, mean_pages, self._per_page, options, self._backend
+            bounds = self._budgets.most_entries(
+                known, self._num_layers, mean_pages, self._per_page, self._backend
             )
             for i, counts in enumerate(bounds):
                 self._narrow(i, self._best(i, counts))

@@ -30,7 +30,8 @@ from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.planned_scores import PagedPrompts, can_run, planned_scores
 from vllm_kvcompress.policies.base import LayerScores, WindowPlan
-from vllm_kvcompress.policies.budgets import plan_budgets
+from vllm_kvcompress.policies.budgets.base import PageSupply
+from vllm_kvcompress.policies.registry import make_budgets
 from vllm_kvcompress.policies.selection import entries_per_page, entry_scores, first_stage_counts
 from vllm_kvcompress.score_memory import ScoreMemory
 from vllm_kvcompress.staging import Staging, flat_places
@@ -105,16 +106,9 @@ class PromptBatch:
 def _plan_budgets(
     config: KVCompressConfig, shape: CacheShape, mean_pages: int, max_pages: int
 ) -> _PromptPlan:
-    options = dict(config.options)
-    plan = plan_budgets(
-        options["budgets"],
-        shape.num_layers,
-        shape.num_kv_heads,
-        mean_pages,
-        max_pages,
-        entries_per_page(config, shape.block_size),
-        options,
-    )
+    page_size = entries_per_page(config, shape.block_size)
+    supply = PageSupply(shape.num_layers, shape.num_kv_heads, mean_pages, max_pages, page_size)
+    plan = make_budgets(config).plan(supply)
     per_layer = plan.guaranteed_per_layer(shape.num_layers)
     pages = plan.num_pages
     return _PromptPlan(

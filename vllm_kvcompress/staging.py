@@ -41,7 +41,7 @@ def can_stage(config: KVCompressConfig, geometry: RequestGeometry) -> bool:
 
 def most_share(config: KVCompressConfig) -> float:
     """Share of a prompt's pages that its region may have for `can_stage`."""
-    return _MOST_JOINT_SHARE / _num_lists(config) if is_joint(config) else 1.0
+    return _MOST_JOINT_SHARE / config.num_scores if config.layers_compete else 1.0
 
 
 def staging_pages(
@@ -58,7 +58,7 @@ def staging_pages(
     block_size, num_heads = shape.block_size, shape.num_kv_heads
     if config.option("one_shot") == "never":
         return 0
-    if not is_joint(config):
+    if not config.layers_compete:
         # A prompt is compressed from two blocks on.
         num_prompts = min(max_prompts, max_tokens // (2 * block_size))
         return num_heads * (max_tokens // block_size + num_prompts)
@@ -70,19 +70,9 @@ def staging_pages(
         asked = cdiv(int((1 - config.ratio) * max_tokens), block_size)
         region_blocks = min(region_blocks, asked + num_prompts)
     held = region_blocks * shape.pages_per_block
-    held = _num_lists(config) * (held + _slack_pages(config, shape) * num_prompts)
+    held = config.num_scores * (held + _slack_pages(config, shape) * num_prompts)
     area = num_heads * (max_tokens // block_size + num_prompts)
     return 2 * held + area * max(1, cdiv(held, 2 * area)) if area else 0
-
-
-def is_joint(config: KVCompressConfig) -> bool:
-    """Whether all layers compete for pages."""
-    return config.option("budgets") == "joint"
-
-
-def _num_lists(config: KVCompressConfig) -> int:
-    """Scores by either of which an entry may be kept."""
-    return 2 if "first_stage" in dict(config.options) else 1
 
 
 def _slack_pages(config: KVCompressConfig, shape: CacheShape) -> int:
@@ -143,7 +133,7 @@ class Staging:
         backend: str,
         select_backend: str,
     ) -> None:
-        self.is_joint = is_joint(config)
+        self.is_joint = config.layers_compete
         self._shape, self._buffer = shape, buffer
         self._backend, self._select_backend = backend, select_backend
         self._geometries, self._guaranteed = geometries, guaranteed
@@ -154,7 +144,7 @@ class Staging:
         ends = np.cumsum(self._num_blocks)
         self._block_starts = ends - self._num_blocks
         self._area_pages = int(ends[-1]) * shape.num_kv_heads
-        self._num_lists = _num_lists(config)
+        self._num_lists = config.num_scores
         self._slack_pages = _slack_pages(config, shape)
         self._plan_areas()
         device = buffer.device
@@ -267,7 +257,7 @@ class Staging:
         second: torch.Tensor | None,
         num_entries: torch.Tensor,
     ) -> None:
-        """Keep of the first layers what may still win; see `budgets.joint_most_entries`."""
+        """Keep of the first layers what may still win; see `policies.budgets.joint`."""
         num_streams = num_known * self._shape.num_kv_heads
         device, per_page = first.device, self._per_page
         totals = [self._most_entries(i, num_known) for i in range(len(self._geometries))]

@@ -11,13 +11,17 @@ from layer_inputs import observe, random_inputs
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import RECIPES, make_scorer, scorer_class
 from vllm_kvcompress.policies.base import NEEDS, LayerScores, Scorer
-from vllm_kvcompress.policies.recipes import (
-    BUDGETS,
-    SCOPES,
-    SCORERS,
+from vllm_kvcompress.policies.method_options import (
+    CommonOptions,
+    PublishedOption,
+    RecentOption,
     option_specs,
     pair_problem,
 )
+from vllm_kvcompress.policies.options import make_part, options_of
+from vllm_kvcompress.policies.recipes import BUDGETS, SCOPES, SCORERS
+from vllm_kvcompress.policies.registry import budgets_class
+from vllm_kvcompress.policies.scorer_checks import scorer_problem
 
 NUM_CANDIDATES = 48
 OPTIONAL_INPUTS = {
@@ -28,6 +32,8 @@ OPTIONAL_INPUTS = {
     "rotary": ("rotary",),
     "all_queries": ("observed",),
 }
+ALIKE = [name for name in SCORERS if scorer_class(name).scope == "head"]
+UNLIKE = [name for name in SCORERS if name not in ALIKE]
 # Weights of a model of two layers.
 TABLE = (3.0, 1.0)
 
@@ -74,13 +80,11 @@ def test_scorer_classes(name):
     assert issubclass(scorer, Scorer)
     assert scorer.needs <= set(NEEDS)
     assert ("all_queries" in scorer.needs) == (scorer.observe is not Scorer.observe)
-    # Every option, and no other, is a keyword of the constructor or of the selection.
-    options = {k: spec.default for k, spec in SCORERS[name].options.items()}
-    options.pop("first_stage", None)
-    made = scorer(**options)
-    assert {k: getattr(made, k) for k in options} == options
-    # The class alone has the same defaults.
-    assert vars(scorer()) == vars(made)
+    assert scorer_problem(scorer) is None
+    # Every option, and nothing else, is a field of the class.
+    assert list(options_of(scorer)) == [f.name for f in dataclasses.fields(scorer)]
+    values = {name: object() for name in options_of(scorer)}
+    assert vars(make_part(scorer, {**values, "of_another_part": 1})) == values
     with pytest.raises(TypeError):
         scorer(no_such_option=1)
 
@@ -90,7 +94,7 @@ def test_unknown_scorer():
         scorer_class("snapkw")
 
 
-@pytest.mark.parametrize("name", [n for n, info in SCORERS.items() if info.scope == "head"])
+@pytest.mark.parametrize("name", ALIKE)
 def test_scorers_that_score_all_heads_alike(name):
     """Why these scorers' heads cannot compete; the others' scores do differ."""
     scorer = scorer_class(name)()
@@ -98,7 +102,7 @@ def test_scorers_that_score_all_heads_alike(name):
     assert torch.equal(scores, scores[:1].expand_as(scores))
 
 
-@pytest.mark.parametrize("name", [n for n, info in SCORERS.items() if info.scope != "head"])
+@pytest.mark.parametrize("name", UNLIKE)
 def test_scorers_whose_heads_differ(name):
     scorer = scorer_class(name)()
     first = scorer.score(inputs_for(scorer)).first
@@ -165,15 +169,14 @@ def test_parts_of_a_recipe_take_options_of_different_names():
     for recipe in RECIPES.values():
         for budgets in BUDGETS:
             names = [
-                *("budgets", "granularity", "headroom", "one_shot"),
-                *("page_reduce", "suffix_tokens"),
-                *SCORERS[recipe.scorer].options,
-                *BUDGETS[budgets].options,
+                *options_of(CommonOptions),
+                *options_of(scorer_class(recipe.scorer)),
+                *options_of(budgets_class(budgets)),
             ]
-            if SCORERS[recipe.scorer].scores_window:
-                names.append("recent_tokens")
+            if scorer_class(recipe.scorer).rates_window:
+                names += options_of(RecentOption)
             if recipe.published is not None:
-                names.append("published")
+                names += options_of(PublishedOption)
             assert len(names) == len(set(names))
             assert set(names) == set(option_specs(recipe, budgets))
 
@@ -333,7 +336,7 @@ def test_pairs():
         problem = pair_problem(scorer, budgets)
         assert repr(scorer) in problem
         assert repr(budgets) in problem
-        assert problem.endswith(f"because {SCORERS[scorer].why}")
+        assert problem.endswith(f"because {scorer_class(scorer).scope_reason}")
     refused = {
         (scorer, budgets)
         for scorer in SCORERS
@@ -341,7 +344,8 @@ def test_pairs():
         if pair_problem(scorer, budgets)
     }
     alike = {(scorer, b) for scorer in ("tova", "streamingllm", "chunkkv") for b in BUDGETS}
-    compete = {pair for pair in alike if BUDGETS[pair[1]].scope != "head"}
+    compete = {pair for pair in alike if budgets_class(pair[1]).scope != "head"}
     assert refused == compete | {("knorm", "joint")}
     assert {pair[1] for pair in compete} == {"ada", "ada-pyramid", "joint"}
-    assert {info.scope for info in (*SCORERS.values(), *BUDGETS.values())} == set(SCOPES)
+    parts = [*map(scorer_class, SCORERS), *map(budgets_class, BUDGETS)]
+    assert {part.scope for part in parts} == set(SCOPES)

@@ -18,7 +18,7 @@ from vllm_kvcompress.layer_windows import Window
 from vllm_kvcompress.memory import Geometry, cdiv
 from vllm_kvcompress.ops import MAX_QUERY_LEN
 from vllm_kvcompress.paged_compaction import PagedCompactor, PromptBatch
-from vllm_kvcompress.staging import can_stage, is_joint, staging_pages
+from vllm_kvcompress.staging import can_stage, staging_pages
 from vllm_kvcompress.transfers import to_device
 from vllm_kvcompress.vllm_integration.batch_cuda import (
     DeviceRequests,
@@ -524,7 +524,7 @@ class CUDAEngine:
         if self.requests.geometry.of(length).is_compressed:
             self._warm_up_compaction(length, None, tells_lse)
         lengths = [min(length, self._one_shot_tokens)]
-        if is_joint(self.config):
+        if self.config.layers_compete:
             # A long one, whose layers fill the buffer.
             longest = min(max_len, self._one_shot_tokens)
             lengths = [longest >> i for i in range(longest.bit_length())]

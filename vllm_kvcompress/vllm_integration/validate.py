@@ -24,8 +24,7 @@ from vllm_kvcompress.model_layers import (
     mixed_layers,
     read_layers,
 )
-from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.policies.budgets import check_table
+from vllm_kvcompress.policies import make_budgets, scorer_class
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
 CPU_WORKER = "vllm_kvcompress.vllm_integration.worker_cpu.KVCompressCPUWorker"
@@ -353,11 +352,8 @@ def _use_own_backend(attention_config: Any) -> None:
 
 def check_table_shape(config: KVCompressConfig, num_layers: int, num_kv_heads: int) -> None:
     """Raise KVCompressConfigError if a static budget table does not fit a rank's layers, heads."""
-    table = dict(config.options).get("table")
-    if table is None:
-        return
     try:
-        check_table(table, num_layers, num_kv_heads)
+        make_budgets(config).check_model(num_layers, num_kv_heads)
     except ValueError as error:
         raise KVCompressConfigError(f"KV compression: {error}") from None
 
