@@ -89,6 +89,7 @@ def _as_dict(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "summary": recipe.summary,
         "paper": recipe.paper,
+        "package": recipe.package,
         "weakness": recipe.weakness,
         "scorer": recipe.scorer,
         "window": recipe.window,
@@ -120,7 +121,7 @@ def _specs_as_dict(specs: dict[str, OptionSpec]) -> dict[str, Any]:
 
 
 def _entry(recipe: Recipe) -> str:
-    lines = [f"{recipe.name}: {recipe.summary}", f"    {recipe.paper}"]
+    lines = [f"{recipe.name}: {recipe.summary}", f"    {_source(recipe)}"]
     lines.append(
         _wrapped(f"window: {recipe.window}; options: {_values(option_specs(recipe))}", "    ")
     )
@@ -132,8 +133,15 @@ def _entry(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def _source(recipe: Recipe) -> str:
+    """Where a method comes from, and which package brings it if it is another."""
+    if recipe.package in ("", recipe.paper):
+        return recipe.paper
+    return f"{recipe.paper}; from {recipe.package}"
+
+
 def _details(recipe: Recipe) -> str:
-    lines = [f"{recipe.name}: {recipe.summary}", f"source: {recipe.paper}"]
+    lines = [f"{recipe.name}: {recipe.summary}", f"source: {_source(recipe)}"]
     needs = [NEEDS[need] for need in sorted(scorer_class(recipe.scorer).needs)]
     lines.append(f"needs beside the keys: {'; '.join(needs) or 'nothing'}")
     lines.append(f"scores: {recipe.scorer}")

@@ -122,8 +122,7 @@ class Budgets(ABC):
             ValueError: if an option does not fit the model.
         """
         num_layers, num_heads, num_entries = scores.shape
-        max_pages = num_entries // page_size
-        plan = self.plan(PageSupply(num_layers, num_heads, mean_pages, max_pages, page_size))
+        plan = self._plan(scores, num_layers, mean_pages, page_size)
         guaranteed = plan.guaranteed_per_layer(num_layers)
         if plan.num_pages is not None:
             return StreamBudgets(plan.num_pages, guaranteed)
@@ -151,9 +150,7 @@ class Budgets(ABC):
         Returns:
             [H] int64 pages.
         """
-        num_heads, num_entries = scores.shape
-        max_pages = num_entries // page_size
-        plan = self.plan(PageSupply(num_layers, num_heads, mean_pages, max_pages, page_size))
+        plan = self._plan(scores, num_layers, mean_pages, page_size)
         if plan.num_pages is not None:
             return plan.num_pages[layer]
         total, guaranteed = plan.total_pages[layer, None], plan.guaranteed[layer, None]
@@ -182,8 +179,7 @@ class Budgets(ABC):
             the other layers.
         """
         num_known, num_heads, num_entries = scores.shape
-        max_pages = num_entries // page_size
-        plan = self.plan(PageSupply(num_layers, num_heads, mean_pages, max_pages, page_size))
+        plan = self._plan(scores, num_layers, mean_pages, page_size)
         guaranteed = int(plan.guaranteed)
         total = int(plan.total_pages) * page_size
         total -= (num_layers - num_known) * num_heads * guaranteed
@@ -192,6 +188,14 @@ class Budgets(ABC):
         if page_size > 1:
             counts = ((counts // page_size + 1) * page_size).clamp(max=num_entries)
         return counts.view(num_known, num_heads)
+
+    def _plan(
+        self, scores: torch.Tensor, num_layers: int, mean_pages: int, page_size: int
+    ) -> BudgetPlan:
+        """The plan for streams with scores [..., H, N]."""
+        num_heads, num_entries = scores.shape[-2:]
+        max_pages = num_entries // page_size
+        return self.plan(PageSupply(num_layers, num_heads, mean_pages, max_pages, page_size))
 
 
 NO_GROUPS = torch.empty(0, dtype=torch.int64)
