@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 from cli_runs import LLAMA, SETTING, one_line_error, write_model
 from layer_inputs import random_inputs
-from outside_packages import install, install_example
+from outside_packages import EXAMPLE, install, install_example
 
 from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.cli import main
-from vllm_kvcompress.policies import RECIPES, make_scorer, registry
+from vllm_kvcompress.policies import RECIPES, base, make_scorer, registry
+
+GUIDE = (EXAMPLE.parents[1] / "docs" / "own_scorer.md").read_text()
 
 SCORER = """
     from dataclasses import dataclass
@@ -111,7 +114,9 @@ def test_what_the_class_says_of_its_method(outside, capsys):
         "scope_reason: ClassVar[str] = 'layers differ'",
         "first_stage: float = option(0.5, 'a share', minimum=0.0, maximum=1.0)",
     )
-    install(outside, "own-two", {"own": "own_two:Own"}, scorer_source(*body))
+    zeros = "torch.zeros(inputs.key.shape[0], inputs.num_candidates)"
+    source = scorer_source(*body).replace(zeros, f"{zeros}, {zeros}")
+    install(outside, "own-two", {"own": "own_two:Own"}, source)
     config = KVCompressConfig("own")
     assert (config.window, config.recent_tokens, config.num_scores) == (8, 8, 2)
     assert (config.option("budgets"), config.option("alpha")) == ("ada", 0.2)
@@ -165,6 +170,28 @@ def broken(what):
         "@dataclass(frozen=True)", ""
     )
     unfinished = scorer_source("pass").replace("def score", "def rate")
+    zeros = "torch.zeros(inputs.key.shape[0], inputs.num_candidates)"
+    scores = {
+        "type": ("zeros()", "gives Tensor for scores, not LayerScores"),
+        "shape": (
+            "LayerScores(torch.zeros(2, 5))",
+            "gives scores [2, 5] of torch.float32 for 2 KV heads and 256 candidates; they must be "
+            "[2, 256] of torch.float32",
+        ),
+        "dtype": ("LayerScores(zeros().bfloat16())", "gives scores [2, 256] of torch.bfloat16 for"),
+        "list": ("LayerScores([0.5])", "gives list for scores, not a tensor"),
+        "nan": ("LayerScores(zeros() / 0)", "gives NaN for a score"),
+        "second": ("LayerScores(zeros(), zeros())", "must have the option 'first_stage' if it"),
+        "value": (
+            "LayerScores(inputs.value.norm(dim=-1))",
+            "cannot score a prompt (AttributeError: 'NoneType' object has no attribute 'norm')",
+        ),
+    }
+    if what in scores:
+        given, words = scores[what]
+        module = scorer_source("pass").replace(f"LayerScores({zeros})", given)
+        module = module.replace("zeros()", zeros)
+        return own, module, f"cannot be used: '{own}' {words}"
     others = {
         "import": ("import nowhere", "(ModuleNotFoundError: No module named 'nowhere')"),
         "syntax": ("def", "(SyntaxError: "),
@@ -182,6 +209,7 @@ BROKEN = (
     *("scope", "reason", "budgets", "pair", "window", "granularity", "needs", "string", "observe"),
     *("taken", "budget", "default", "field", "import", "syntax", "exit", "missing", "function"),
     *("class", "abstract", "plain"),
+    *("type", "shape", "dtype", "list", "nan", "second", "value"),
 )
 
 
@@ -230,6 +258,26 @@ def test_a_name_of_two_packages_is_refused_with_both(outside, capsys):
         "KV-compression scorer 'own' is brought by own-a 1.0 and own-b 2.0; uninstall all but one"
     )
     assert message.removeprefix("KV-compression ") in listing(capsys).out
+
+
+@pytest.mark.parametrize(
+    ("language", "file"), [("python", "own_scorer.py"), ("toml", "pyproject.toml")]
+)
+def test_the_guide_shows_the_example(language, file):
+    shown = GUIDE.partition(f"```{language}\n")[2].partition("```")[0]
+    assert shown
+    assert shown in (EXAMPLE / file).read_text()
+
+
+def test_the_guide_has_every_attribute_and_need():
+    rows = re.findall(r"^\| (`.*?) \|", GUIDE, re.M)
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    declared = {name for name, kind in base.Scorer.__annotations__.items() if "ClassVar" in kind}
+    assert names == declared | set(base.NEEDS)
+    for name in declared - {"needs", "scope_reason"}:
+        default = getattr(base.Scorer, name)
+        (row,) = [line for line in GUIDE.splitlines() if line.startswith(f"| `{name}`")]
+        assert default == "" or f"`{default!r}`".replace("'", '"') in row
 
 
 HELP = """

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from layer_inputs import observe, random_inputs
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.policies import RECIPES, make_scorer, scorer_class
+from vllm_kvcompress.policies import RECIPES, make_scorer, scorer_class, scorers
+from vllm_kvcompress.policies import budgets as budgets_package
 from vllm_kvcompress.policies.base import NEEDS, LayerScores, Scorer
 from vllm_kvcompress.policies.method_options import (
     CommonOptions,
@@ -124,6 +126,28 @@ def test_recipe_is_made_of_known_parts(method):
         assert "\n" not in text
         # argparse expands percent signs in help texts.
         assert "%" not in text
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_recipes_agree_with_the_classes_and_repeat_none_of_their_defaults(method):
+    for form in (RECIPES[method], RECIPES[method].as_published()):
+        scorer = scorer_class(form.scorer)
+        own = [options_of(CommonOptions), options_of(PublishedOption), options_of(scorer)]
+        own += [options_of(budgets_class(budgets)) for budgets in BUDGETS]
+        specs = {name: spec for part in own for name, spec in part.items()}
+        for name, value in form.defaults.items():
+            assert specs[name].problem(value) is None
+            assert specs[name].default != value
+        assert type(form.window) is int
+        recent = options_of(RecentOption)["recent_tokens"].default
+        assert form.window > (recent if scorer.rates_window else 0)
+
+
+def test_every_file_of_a_scorer_and_of_budgets_is_in_the_manifest():
+    for folder, manifest in ((scorers, SCORERS), (budgets_package, BUDGETS)):
+        (path,) = folder.__path__
+        files = {file.stem for file in Path(path).glob("*.py")} - {"__init__", "base"}
+        assert files == {place.partition(":")[0] for place in manifest.values()}
 
 
 @pytest.mark.parametrize("budgets", BUDGETS)

@@ -101,16 +101,12 @@ _BLIND = "does not look at the question, so it loses facts that the question ask
 
 # Found better than what the papers have, on two models (docs/quality.md): whoever in the window
 # looks at a token counts, facts are widened as a whole, and single tokens fill the pages.
-_WORST_CASE = {
-    "window_reduce": "max",
-    "group_reduce": "max",
-    "pool_kernel": 11,
-    "granularity": "token",
-}
+_WORST_CASE = {"window_reduce": "max", "group_reduce": "max", "pool_kernel": 11}
+_TOKENS = {"granularity": "token"}
 # Where the paper is about budgets, the scores are span's: level with SnapKV's on a 1.5B model, far
 # ahead on a 135M one.
-_BY_SPAN = {"granularity": "token", "page_reduce": "mean"}
-_AS_SNAPKV = Form("snapkv", {"granularity": "token", "beta": 20.0})
+_BY_SPAN = {**_TOKENS, "page_reduce": "mean"}
+_AS_SNAPKV = Form("snapkv", {**_TOKENS, "beta": 20.0})
 _AS_CRITICALKV = replace(_AS_SNAPKV, scorer="critical")
 
 RECIPES: dict[str, Recipe] = {
@@ -122,7 +118,7 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "attention of the last queries, same budget everywhere",
             "SnapKV, arXiv 2404.14469",
-            _WORST_CASE,
+            _WORST_CASE | _TOKENS,
             window=16,
             published=_AS_SNAPKV,
         ),
@@ -163,16 +159,11 @@ RECIPES: dict[str, Recipe] = {
             "squared attention, all layers and heads compete",
             "KV-Compress, arXiv 2410.00161",
             # Squares of single tokens let few heads take all: 0.4 of a 135M model's needles.
-            {**_WORST_CASE, "score_power": 2, "granularity": "page"},
+            {**_WORST_CASE, "score_power": 2},
             window=16,
             published=Form(
                 "snapkv",
-                {
-                    "score_power": 2,
-                    "window_reduce": "sum",
-                    "group_reduce": "sum",
-                    "granularity": "token",
-                },
+                {**_TOKENS, "score_power": 2, "window_reduce": "sum", "group_reduce": "sum"},
             ),
         ),
         Recipe(
@@ -182,7 +173,7 @@ RECIPES: dict[str, Recipe] = {
             "worst case over window and query heads, weighted by value norms",
             "DefensiveKV, arXiv 2510.13334",
             window=16,
-            published=Form("defensive", {"mass_first": 0.9, "alpha": 0.0, "granularity": "token"}),
+            published=Form("defensive", {**_TOKENS, "mass_first": 0.9, "alpha": 0.0}),
         ),
         Recipe(
             "layer-defensivekv",
@@ -191,7 +182,7 @@ RECIPES: dict[str, Recipe] = {
             "DefensiveKV scores, all layers and heads compete",
             "DefensiveKV, arXiv 2510.13334",
             window=16,
-            published=Form("defensive", {"mass_first": 0.9, "floor": 0.0, "granularity": "token"}),
+            published=Form("defensive", {**_TOKENS, "mass_first": 0.9, "floor": 0.0}),
         ),
         Recipe(
             "span",
@@ -215,7 +206,7 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "half by attention, half by attention times projected value norm",
             "CriticalKV, arXiv 2502.03805",
-            _WORST_CASE,
+            _WORST_CASE | _TOKENS,
             window=16,
             published=_AS_CRITICALKV,
         ),
@@ -225,7 +216,7 @@ RECIPES: dict[str, Recipe] = {
             "ada",
             "CriticalKV scores, heads of a layer compete",
             "CriticalKV, arXiv 2502.03805",
-            _WORST_CASE,
+            _WORST_CASE | _TOKENS,
             window=16,
             published=_AS_CRITICALKV,
         ),
@@ -251,9 +242,9 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "attention of the last query",
             "TOVA, arXiv 2401.06104",
-            {"granularity": "token", "span_kernel": 11},
+            {**_TOKENS, "span_kernel": 11},
             window=16,
-            published=Form("tova", {"granularity": "token"}),
+            published=Form("tova", _TOKENS),
             weakness=_ALIKE,
         ),
         Recipe(
@@ -262,9 +253,9 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "whole chunks by attention, layers share choices",
             "ChunkKV, arXiv 2502.00299",
-            {"granularity": "token"},
+            _TOKENS,
             window=16,
-            published=Form("chunkkv", {"granularity": "token"}),
+            published=Form("chunkkv", _TOKENS),
             weakness=_ALIKE,
         ),
         Recipe(
@@ -273,7 +264,7 @@ RECIPES: dict[str, Recipe] = {
             "uniform",
             "keys least like the mean key; blind to the question",
             "KeyDiff, arXiv 2504.15364",
-            {"granularity": "token"},
+            _TOKENS,
             weakness=_BLIND,
         ),
         Recipe(

@@ -1,4 +1,4 @@
-"""Whether a scorer's class is declared right; asked of each that another package brings."""
+"""Whether a scorer's class can be used; asked of each that another package brings."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vllm_kvcompress.policies.method_options import (
 from vllm_kvcompress.policies.options import options_of
 from vllm_kvcompress.policies.recipes import BUDGETS, SCOPES
 from vllm_kvcompress.policies.registry import budgets_class
+from vllm_kvcompress.policies.scorer_trial import trial_problem
 
 
 def scorer_problem(scorer: Any) -> str | None:
@@ -25,7 +26,8 @@ def scorer_problem(scorer: Any) -> str | None:
         return "is no subclass of vllm_kvcompress.policies.base.Scorer"
     if inspect.isabstract(scorer):
         return f"does not define {', '.join(sorted(scorer.__abstractmethods__))}"
-    return _declaration_problem(scorer) or _options_problem(scorer)
+    problem = _declaration_problem(scorer) or _options_problem(scorer)
+    return problem or trial_problem(scorer())
 
 
 def _declaration_problem(scorer: type[Scorer]) -> str | None:

@@ -22,6 +22,7 @@ from vllm_kvcompress.compaction import CacheShape, LayerParameters
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import NULL_BLOCK
 from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.policies.registry import clashes
 from vllm_kvcompress.vllm_integration.kv_cache import KVCompressSpec, told_whole_ids
 from vllm_kvcompress.vllm_integration.layers import layer_parameters
 from vllm_kvcompress.vllm_integration.metrics import CompressionStats
@@ -193,6 +194,9 @@ class CompressionWorker:
                 logger.warning(
                     "kv-compress: %s %s (docs/quality.md)", self._config.method, weakness
                 )
+            clash = clashes().get(self._config.method)
+            if clash is not None:
+                logger.warning("kv-compress: %s", clash)
             advice = self._config.few_pages_advice(shape.block_size)
             if advice is not None:
                 logger.warning("kv-compress: %s", advice)
