@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.policies.method_options import option_specs, pair_problem
+from vllm_kvcompress.policies.method_options import SETTINGS, option_specs, pair_problem
 from vllm_kvcompress.policies.options import OptionSpec, options_of
 from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe
 from vllm_kvcompress.policies.registry import (
@@ -36,7 +36,6 @@ _OTHER_FORM = {
     False: " (an option of the paper's form: set 'published' to true)",
     True: " (not an option of the paper's form: leave out 'published')",
 }
-CONFIG_KEYS = ("method", "budget", "ratio", "window", "options")
 
 
 class KVCompressConfigError(ValueError):
@@ -196,7 +195,7 @@ class KVCompressConfig:
         options = {} if settings.get("options") is None else settings["options"]
         if not isinstance(options, Mapping):
             raise KVCompressConfigError(f"kv_compress options must be a mapping, got {options!r}")
-        flat = {key: value for key, value in settings.items() if key not in CONFIG_KEYS}
+        flat = {key: value for key, value in settings.items() if key not in SETTINGS}
         _check_keys(method, (*flat, *options))
         for key in flat.keys() & options.keys():
             if flat[key] != options[key]:
@@ -261,7 +260,7 @@ def _plain(word: str) -> str:
 
 
 def _check_keys(method: str, keys: Iterable[Any]) -> None:
-    """Refuse keys that are no names, and misspelt ones of `CONFIG_KEYS`.
+    """Refuse keys that are no names, and misspelt ones of `SETTINGS`.
 
     Without this the latter would be unknown options, of a method that nobody named.
     """
@@ -273,8 +272,8 @@ def _check_keys(method: str, keys: Iterable[Any]) -> None:
     for key in keys:
         if not isinstance(key, str):
             raise KVCompressConfigError(f"kv_compress keys must be names, got {key!r}")
-        near = nearest(key, (*CONFIG_KEYS, *sorted(options)))
-        if key not in options and near in CONFIG_KEYS:
+        near = nearest(key, (*SETTINGS, *sorted(options)))
+        if key not in options and near in SETTINGS:
             raise KVCompressConfigError(
                 f"unknown key {key!r} in kv_compress; did you mean {near!r}?"
             )
@@ -411,7 +410,7 @@ def _check_names(
     is_published = recipe is not own
     others = option_specs(own if is_published else own.as_published(), budgets)
     hints = {name: _OTHER_FORM[is_published] for name in others}
-    known = (*specs, *CONFIG_KEYS, *others)
+    known = (*specs, *SETTINGS, *others)
     named = ", ".join(f"{name!r}{hints.get(name) or did_you_mean(name, known)}" for name in unknown)
     raise KVCompressConfigError(
         f"unknown option {named} for KV-compression method "

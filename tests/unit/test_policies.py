@@ -111,6 +111,13 @@ def test_scorers_whose_heads_differ(name):
     assert not torch.equal(first[0], first[1])
 
 
+@pytest.mark.parametrize("name", SCORERS)
+def test_scores_are_negative_where_the_class_says_so(name):
+    scorer = scorer_class(name)()
+    scores = scorer.score(inputs_for(scorer)).first
+    assert bool((scores < 0).any()) == scorer.signed
+
+
 @pytest.mark.parametrize("method", RECIPES)
 def test_recipe_is_made_of_known_parts(method):
     recipe = RECIPES[method]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from vllm_kvcompress.policies.base import Scorer
 
 GRANULARITIES = ("page", "token")
+# What stands beside the options in a setting.
+SETTINGS = ("method", "budget", "ratio", "window", "options")
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ def budgets_class(name: str) -> type[Budgets]:
     return _load("budgets", BUDGETS[name])
 
 
+@functools.cache
 def _load(folder: str, place: str) -> Any:
     module, _, name = place.partition(":")
     return getattr(import_module(f"vllm_kvcompress.policies.{folder}.{module}"), name)

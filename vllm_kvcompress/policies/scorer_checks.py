@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from vllm_kvcompress.config import CONFIG_KEYS
 from vllm_kvcompress.policies.base import NEEDS, Scorer
 from vllm_kvcompress.policies.method_options import (
     GRANULARITIES,
+    SETTINGS,
     CommonOptions,
     PublishedOption,
     RecentOption,
@@ -63,7 +63,7 @@ def _options_problem(scorer: type[Scorer]) -> str | None:
         made = scorer()
     except Exception as error:
         return " ".join(f"cannot be made ({type(error).__name__}: {error})".split())
-    taken = {*CONFIG_KEYS, *options_of(CommonOptions), *options_of(RecentOption)}
+    taken = {*SETTINGS, *options_of(CommonOptions), *options_of(RecentOption)}
     taken.update(options_of(PublishedOption))
     taken.update(name for budgets in BUDGETS for name in options_of(budgets_class(budgets)))
     for name, spec in specs.items():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies.base import LayerScores
 from vllm_kvcompress.policies.registry import make_budgets
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.config import KVCompressConfig
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from vllm_kvcompress.config import (
     nearest,
     parse_options_json,
 )
+from vllm_kvcompress.policies.method_options import SETTINGS
 from vllm_kvcompress.policies.recipes import RECIPES
 from vllm_kvcompress.policies.registry import method_names, outside_packages
 
-_FLAG_KEYS = ("method", "budget", "ratio", "window", "options")
 _FLAGS = (
     "--kv-compress",
     "--kv-compress-budget",
@@ -98,7 +98,7 @@ def merge_flags(args: argparse.Namespace) -> None:
         KVCompressConfigError: if a flag contradicts `--additional-config`, or they make no
             setting together.
     """
-    flags = {key: getattr(args, f"kv_compress_{key}", None) for key in _FLAG_KEYS}
+    flags = {key: getattr(args, f"kv_compress_{key}", None) for key in SETTINGS}
     flags = {key: value for key, value in flags.items() if value is not None}
     if not flags:
         return

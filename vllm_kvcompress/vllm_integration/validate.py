@@ -25,6 +25,7 @@ from vllm_kvcompress.model_layers import (
     read_layers,
 )
 from vllm_kvcompress.policies import make_budgets, scorer_class
+from vllm_kvcompress.policies.method_options import SETTINGS
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
 CPU_WORKER = "vllm_kvcompress.vllm_integration.worker_cpu.KVCompressCPUWorker"
@@ -38,7 +39,6 @@ _FEWEST_STEP_TOKENS = 3
 _CPU_OPS = "VLLM_KVCOMPRESS_OPS"
 # The end of a refusal of a model.
 _STOCK = "; serve it without KV compression"
-_PARTS = ("method", "budget", "ratio", "window", "options")
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -89,7 +89,7 @@ def _check_keys(additional: Mapping[str, Any]) -> None:
     """Refuse keys that look like ours: with them the engine would run uncompressed."""
     for key in additional:
         if is_misspelt_setting(key):
-            part = nearest(key.lower().replace("-", "_").removeprefix("kv_compress_"), _PARTS)
+            part = nearest(key.lower().replace("-", "_").removeprefix("kv_compress_"), SETTINGS)
             wanted = f'{{"kv_compress": {{"{part}": ...}}}}' if part else "'kv_compress'"
             raise KVCompressConfigError(
                 f"unknown key {key!r} in additional_config; did you mean {wanted}?"
