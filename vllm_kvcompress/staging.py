@@ -257,7 +257,7 @@ class Staging:
         second: torch.Tensor | None,
         num_entries: torch.Tensor,
     ) -> None:
-        """Keep of the first layers what may still win; see `policies.budgets.joint`."""
+        """Keep of the first layers what may still win; see `Budgets.most_entries`."""
         num_streams = num_known * self._shape.num_kv_heads
         device, per_page = first.device, self._per_page
         totals = [self._most_entries(i, num_known) for i in range(len(self._geometries))]
