@@ -1,6 +1,7 @@
 """What the user asked for: one frozen, hashable object, parsed and validated here.
 
-Standard library only, so that command lines can be checked before torch is loaded.
+Its import loads the standard library only, and so does the refusal of an unknown method: command
+lines name the right one at once. Making a setting loads its scorer's class, and so torch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe, option_specs, pair_problem
+from vllm_kvcompress.policies.method_options import SETTINGS, option_specs, pair_problem
+from vllm_kvcompress.policies.options import OptionSpec, options_of
+from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe
+from vllm_kvcompress.policies.registry import (
+    BrokenScorerError,
+    budgets_class,
+    find_recipe,
+    method_names,
+)
 
 DEFAULT_METHOD = "span"
 DEFAULT_BUDGET = 2048
@@ -27,7 +36,6 @@ _OTHER_FORM = {
     False: " (an option of the paper's form: set 'published' to true)",
     True: " (not an option of the paper's form: leave out 'published')",
 }
-_CONFIG_KEYS = ("method", "budget", "ratio", "window", "options")
 
 
 class KVCompressConfigError(ValueError):
@@ -39,7 +47,7 @@ class KVCompressConfig:
     """One validated KV-compression setting.
 
     Attributes:
-        method: name of a recipe in `policies.recipes.RECIPES`.
+        method: one of `policies.registry.method_names`.
         budget: tokens kept per KV head and layer on average, the window included;
             None when `ratio` is given.
         ratio: fraction of each prompt's tokens to remove, in [0, 1); None when `budget`
@@ -60,11 +68,13 @@ class KVCompressConfig:
     options: tuple[tuple[str, Any], ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if self.method not in RECIPES:
+        known = method_names()
+        if self.method not in known:
             raise KVCompressConfigError(
                 f"unknown KV-compression method {self.method!r}"
-                f"{did_you_mean(self.method, RECIPES)}; known: {', '.join(RECIPES)}"
+                f"{did_you_mean(self.method, known)}; known: {', '.join(known)}"
             )
+        _recipe(self.method)
         if self.budget is not None and self.ratio is not None:
             raise KVCompressConfigError(
                 f"KV-compression budget ({self.budget}) and ratio ({self.ratio}) "
@@ -86,13 +96,23 @@ class KVCompressConfig:
 
         With the paper's defaults if the option `published` is set.
         """
-        recipe = RECIPES[self.method]
+        recipe = _recipe(self.method)
         return recipe.as_published() if dict(self.options).get("published") is True else recipe
 
     @property
     def granularity(self) -> str:
         """'page' (whole pages are kept or evicted) or 'token' (kept tokens are gathered)."""
         return self.option("granularity")
+
+    @property
+    def layers_compete(self) -> bool:
+        """Whether the heads of all layers compete for pages; else each layer has its own."""
+        return budgets_class(self.option("budgets")).scope == "model"
+
+    @property
+    def num_scores(self) -> int:
+        """Scores by either of which a token may be kept: 1, or 2 as in `LayerScores`."""
+        return 2 if "first_stage" in dict(self.options) else 1
 
     @property
     def recent_tokens(self) -> int:
@@ -136,7 +156,7 @@ class KVCompressConfig:
         ways = ["keep more"]
         if block_size > 16:
             ways.append("make pages smaller (--block-size 16)")
-        if option_specs(self.recipe)["granularity"].default == "token":
+        if self.recipe.defaults.get("granularity") == "token":
             ways.append("keep single tokens (option granularity 'token')")
         return (
             f"of a prompt{of} each head keeps {beside} tokens beside the window, less than "
@@ -175,8 +195,8 @@ class KVCompressConfig:
         options = {} if settings.get("options") is None else settings["options"]
         if not isinstance(options, Mapping):
             raise KVCompressConfigError(f"kv_compress options must be a mapping, got {options!r}")
-        flat = {key: value for key, value in settings.items() if key not in _CONFIG_KEYS}
-        _check_keys((*flat, *options))
+        flat = {key: value for key, value in settings.items() if key not in SETTINGS}
+        _check_keys(method, (*flat, *options))
         for key in flat.keys() & options.keys():
             if flat[key] != options[key]:
                 raise KVCompressConfigError(
@@ -239,21 +259,36 @@ def _plain(word: str) -> str:
     return word.lower().replace("_", "").replace("-", "")
 
 
-def _check_keys(keys: Iterable[Any]) -> None:
-    """Refuse keys that are no names, and misspelt ones of `_CONFIG_KEYS`.
+def _check_keys(method: str, keys: Iterable[Any]) -> None:
+    """Refuse keys that are no names, and misspelt ones of `SETTINGS`.
 
     Without this the latter would be unknown options, of a method that nobody named.
     """
-    options = {name for recipe in RECIPES.values() for name in option_specs(recipe)}
-    options.update(name for budgets in BUDGETS.values() for name in budgets.options)
+    recipes = [*RECIPES.values()]
+    if method in method_names() and method not in RECIPES:
+        recipes.append(_recipe(method))
+    options = {name for recipe in recipes for name in option_specs(recipe)}
+    options.update(name for budgets in BUDGETS for name in options_of(budgets_class(budgets)))
     for key in keys:
         if not isinstance(key, str):
             raise KVCompressConfigError(f"kv_compress keys must be names, got {key!r}")
-        near = nearest(key, (*_CONFIG_KEYS, *sorted(options)))
-        if key not in options and near in _CONFIG_KEYS:
+        near = nearest(key, (*SETTINGS, *sorted(options)))
+        if key not in options and near in SETTINGS:
             raise KVCompressConfigError(
                 f"unknown key {key!r} in kv_compress; did you mean {near!r}?"
             )
+
+
+def _recipe(method: str) -> Recipe:
+    """The recipe of a known method.
+
+    Raises:
+        KVCompressConfigError: if another package brings it, and its scorer cannot be used.
+    """
+    try:
+        return find_recipe(method)
+    except BrokenScorerError as error:
+        raise KVCompressConfigError(f"KV-compression {error}") from error
 
 
 def join_settings(configured: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,6 +373,7 @@ def _as_ratio(value: Any) -> float:
 
 
 def _fill_options(recipe: Recipe, given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """All options of a method, in the order of their names."""
     budgets = given.get("budgets", recipe.budgets)
     specs = option_specs(recipe)
     problem = specs["budgets"].problem(budgets)
@@ -347,20 +383,7 @@ def _fill_options(recipe: Recipe, given: dict[str, Any]) -> tuple[tuple[str, Any
     if problem:
         raise KVCompressConfigError(f"KV-compression method {recipe.name!r}: {problem}")
     specs = option_specs(recipe, budgets)
-    unknown = sorted(set(given) - set(specs))
-    if unknown:
-        own = RECIPES[recipe.name]
-        is_published = recipe is not own
-        others = option_specs(own if is_published else own.as_published(), budgets)
-        hints = {name: _OTHER_FORM[is_published] for name in others}
-        known = (*specs, *_CONFIG_KEYS, *others)
-        named = ", ".join(
-            f"{name!r}{hints.get(name) or did_you_mean(name, known)}" for name in unknown
-        )
-        raise KVCompressConfigError(
-            f"unknown option {named} for KV-compression method "
-            f"{recipe.name!r} with budgets {budgets!r}; it takes: {', '.join(sorted(specs))}"
-        )
+    _check_names(recipe, budgets, given, specs)
     values = {name: spec.default for name, spec in specs.items()}
     for name, value in given.items():
         spec = specs[name]
@@ -368,6 +391,28 @@ def _fill_options(recipe: Recipe, given: dict[str, Any]) -> tuple[tuple[str, Any
         if problem:
             raise KVCompressConfigError(f"KV-compression option {name!r} {problem}, got {value!r}")
         values[name] = spec.parse(value) if spec.parse else value
-    if values.get("table", ()) is None:
-        raise KVCompressConfigError("KV-compression budgets 'static' need the option 'table'")
+    for name, value in values.items():
+        if value is None:
+            raise KVCompressConfigError(
+                f"KV-compression budgets {budgets!r} need the option {name!r}"
+            )
     return tuple(sorted(values.items()))
+
+
+def _check_names(
+    recipe: Recipe, budgets: str, given: Iterable[str], specs: Mapping[str, OptionSpec]
+) -> None:
+    """Refuse options that a method does not take."""
+    unknown = sorted(set(given) - set(specs))
+    if not unknown:
+        return
+    own = find_recipe(recipe.name)
+    is_published = recipe is not own
+    others = option_specs(own if is_published else own.as_published(), budgets)
+    hints = {name: _OTHER_FORM[is_published] for name in others}
+    known = (*specs, *SETTINGS, *others)
+    named = ", ".join(f"{name!r}{hints.get(name) or did_you_mean(name, known)}" for name in unknown)
+    raise KVCompressConfigError(
+        f"unknown option {named} for KV-compression method "
+        f"{recipe.name!r} with budgets {budgets!r}; it takes: {', '.join(sorted(specs))}"
+    )

@@ -17,7 +17,7 @@ from paper_forms import paper_options
 
 from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import RECIPES, scorer_class
-from vllm_kvcompress.policies.recipes import BUDGETS
+from vllm_kvcompress.policies.registry import budgets_class
 
 BUDGET = 320
 NUM_LAYERS, NUM_HEADS, GROUP, HEAD_SIZE = 30, 3, 3, 64
@@ -150,9 +150,9 @@ def test_method_keeps_its_budget_and_generates(
             assert by_layer == sorted(by_layer, reverse=True)
             assert by_layer[0] > by_layer[-1]
         else:
-            assert (len(set(by_layer)) > 1) == (BUDGETS[budgets].scope == "model")
+            assert (len(set(by_layer)) > 1) == (budgets_class(budgets).scope == "model")
         is_uneven = any(len(set(layer)) > 1 for layer in pages)
-        assert is_uneven == (BUDGETS[budgets].scope != "head")
+        assert is_uneven == (budgets_class(budgets).scope != "head")
 
 
 KVPRESS = json.loads((Path(__file__).parents[1] / "data" / "kvpress" / "answers.json").read_text())[

@@ -15,7 +15,8 @@ from readme import blocks, commands
 from vllm_kvcompress import KVCompressConfig
 from vllm_kvcompress.cli import main
 from vllm_kvcompress.config import DEFAULT_METHOD
-from vllm_kvcompress.policies.recipes import RECIPES, option_specs
+from vllm_kvcompress.policies.method_options import option_specs
+from vllm_kvcompress.policies.recipes import RECIPES
 
 pytest.importorskip("vllm")
 

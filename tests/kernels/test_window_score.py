@@ -424,7 +424,7 @@ def test_small_scores_keep_their_order_as_pages(scorer):
 def test_same_as_the_policies_steps(scorer):
     """The fused steps of span give what the scorer on the CPU gives."""
     from vllm_kvcompress.policies.base import ScoreInputs
-    from vllm_kvcompress.policies.span import Span
+    from vllm_kvcompress.policies.scorers.span import Span
 
     window, num_tokens, num_candidates = 16, 150, 128
     shape = Shape(dtype=torch.float32)

@@ -7,13 +7,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcompress.policies.budgets import (
-    apportion,
-    check_table,
-    layer_pages,
-    stream_budgets,
-)
+from vllm_kvcompress.ops import apportion
+from vllm_kvcompress.policies.budgets.ada import Ada, AdaPyramid
+from vllm_kvcompress.policies.budgets.base import PageSupply
+from vllm_kvcompress.policies.budgets.joint import Joint
+from vllm_kvcompress.policies.budgets.pyramid import Pyramid
+from vllm_kvcompress.policies.budgets.static import Static
+from vllm_kvcompress.policies.budgets.uniform import Uniform
+from vllm_kvcompress.policies.options import make_part
 from vllm_kvcompress.policies.recipes import BUDGETS
+from vllm_kvcompress.policies.registry import budgets_class
+
+
+def layer_pages(budgets, mean_pages, num_layers, max_pages):
+    """Pages per KV head of each layer."""
+    return budgets.layer_pages(PageSupply(num_layers, 1, mean_pages, max_pages))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +66,7 @@ def test_apportion_refuses_what_the_bounds_cannot_hold(total):
         apportion([1.0, 1.0, 1.0], total, 1, 3)
 
 
-PYRAMIDS = ["pyramid", "ada-pyramid"]
+PYRAMIDS = [Pyramid(beta=20.0), AdaPyramid(beta=20.0)]
 
 
 @pytest.mark.parametrize("budgets", PYRAMIDS)
@@ -67,7 +75,7 @@ PYRAMIDS = ["pyramid", "ada-pyramid"]
 @pytest.mark.parametrize("room", [0, 1, 5, 1000])
 def test_pyramid_is_exact_and_falls(budgets, num_layers, mean_pages, room):
     max_pages = 2 * mean_pages + room
-    pages = layer_pages(budgets, mean_pages, num_layers, max_pages, {"beta": 20.0})
+    pages = layer_pages(budgets, mean_pages, num_layers, max_pages)
     assert sum(pages) == mean_pages * num_layers
     assert pages == sorted(pages, reverse=True)
     assert pages[-1] >= 1
@@ -78,11 +86,11 @@ def test_pyramid_is_exact_and_falls(budgets, num_layers, mean_pages, room):
 
 def test_pyramid_by_hand():
     # Mean 8 and beta 4: from 14 down to 2 in steps of 2.
-    assert layer_pages("pyramid", 8, 7, 100, {"beta": 4.0}) == [14, 12, 10, 8, 6, 4, 2]
+    assert layer_pages(Pyramid(4.0), 8, 7, 100) == [14, 12, 10, 8, 6, 4, 2]
     # From 12.25 down to 1.75 by largest remainder.
-    assert layer_pages("pyramid", 7, 3, 100, {"beta": 4.0}) == [12, 7, 2]
+    assert layer_pages(Pyramid(4.0), 7, 3, 100) == [12, 7, 2]
     # Mean 8 at 80 layers: the sum is exact although hardly any share is a whole number.
-    pages = layer_pages("pyramid", 8, 80, 1000, {"beta": 20.0})
+    pages = layer_pages(Pyramid(20.0), 8, 80, 1000)
     assert sum(pages) == 640
     assert (pages[0], pages[-1]) == (16, 1)
 
@@ -95,7 +103,7 @@ def test_pyramid_by_hand():
 )
 def test_layer_pages_of_any_pyramid(mean_pages, num_layers, room, beta):
     max_pages = mean_pages + room
-    pages = layer_pages("pyramid", mean_pages, num_layers, max_pages, {"beta": beta})
+    pages = layer_pages(Pyramid(beta), mean_pages, num_layers, max_pages)
     assert sum(pages) == mean_pages * num_layers
     assert pages == sorted(pages, reverse=True)
     assert all(1 <= count <= max_pages for count in pages)
@@ -104,28 +112,28 @@ def test_layer_pages_of_any_pyramid(mean_pages, num_layers, room, beta):
 @pytest.mark.parametrize("max_pages", [16, 17])
 def test_steepest_pyramid_reaches_the_candidates_and_keeps_the_mean(max_pages):
     # A top of nearly twice the mean meets a prompt of just that many candidate pages.
-    pages = layer_pages("pyramid", 8, 32, max_pages, {"beta": 1000.0})
+    pages = layer_pages(Pyramid(1000.0), 8, 32, max_pages)
     assert pages[0] == 16
     assert sum(pages) == 8 * 32
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 31])
 def test_beta_1_is_uniform(num_layers):
-    assert layer_pages("pyramid", 6, num_layers, 500, {"beta": 1.0}) == [6] * num_layers
+    assert layer_pages(Pyramid(1.0), 6, num_layers, 500) == [6] * num_layers
 
 
 @pytest.mark.parametrize(
     ("budgets", "num_layers", "max_pages"),
     [
-        pytest.param("uniform", 30, 1000, id="uniform"),
-        pytest.param("ada", 30, 1000, id="ada"),
-        pytest.param("pyramid", 30, 15, id="prompt_shorter_than_twice_the_mean"),
-        pytest.param("ada-pyramid", 30, 15, id="ada_pyramid_of_a_short_prompt"),
-        pytest.param("pyramid", 1, 1000, id="one_layer"),
+        pytest.param(Uniform(), 30, 1000, id="uniform"),
+        pytest.param(Ada(), 30, 1000, id="ada"),
+        pytest.param(Pyramid(20.0), 30, 15, id="prompt_shorter_than_twice_the_mean"),
+        pytest.param(AdaPyramid(beta=20.0), 30, 15, id="ada_pyramid_of_a_short_prompt"),
+        pytest.param(Pyramid(20.0), 1, 1000, id="one_layer"),
     ],
 )
 def test_uniform_layers(budgets, num_layers, max_pages):
-    pages = layer_pages(budgets, 8, num_layers, max_pages, {"beta": 20.0})
+    pages = layer_pages(budgets, 8, num_layers, max_pages)
     assert pages == [8] * num_layers
 
 
@@ -141,9 +149,8 @@ def test_uniform_layers(budgets, num_layers, max_pages):
     ],
 )
 def test_static_table_per_layer(table, mean_pages, max_pages, expected):
-    options = {"table": table}
-    assert layer_pages("static", mean_pages, len(table), max_pages, options) == expected
-    budgets = stream_budgets("static", torch.rand(3, 2, max_pages), mean_pages, 1, options)
+    assert layer_pages(Static(table), mean_pages, len(table), max_pages) == expected
+    budgets = Static(table).share(torch.rand(3, 2, max_pages), mean_pages)
     assert budgets.num_pages.tolist() == [[count, count] for count in expected]
     assert budgets.guaranteed.tolist() == [0] * 3
 
@@ -152,7 +159,7 @@ def test_static_table_per_layer_and_head():
     table = ((1.0, 5.0), (2.0, 4.0), (3.0, 3.0))
     scores = torch.rand(3, 2, 200, generator=torch.Generator().manual_seed(0))
     for page_size in (1, 4):
-        budgets = stream_budgets("static", scores, 6, page_size, {"table": table})
+        budgets = Static(table).share(scores, 6, page_size)
         assert budgets.num_pages.tolist() == [[2, 10], [4, 8], [6, 6]]
         assert budgets.num_pages.dtype == torch.int64
         assert budgets.guaranteed.tolist() == [0] * 3
@@ -167,7 +174,7 @@ def test_static_tables_are_exact_and_bounded(rows, mean_pages, room):
     num_pages = mean_pages + room
     scores = torch.zeros(len(rows), 2, num_pages * 4)
     for table in (tuple(map(tuple, rows)), tuple(row[0] for row in rows)):
-        pages = stream_budgets("static", scores, mean_pages, 4, {"table": table}).num_pages
+        pages = Static(table).share(scores, mean_pages, 4).num_pages
         assert pages.shape == (len(rows), 2)
         assert int(pages.sum()) == mean_pages * len(rows) * 2
         assert 1 <= int(pages.min()) <= int(pages.max()) <= num_pages
@@ -185,14 +192,16 @@ def test_static_tables_are_exact_and_bounded(rows, mean_pages, room):
 )
 def test_tables_of_another_shape_are_refused(table, message):
     with pytest.raises(ValueError, match=f"budget table has {message}$"):
-        check_table(table, 3, 2)
+        Static(table).check_model(3, 2)
     with pytest.raises(ValueError, match=message):
-        stream_budgets("static", torch.zeros(3, 2, 20), 4, 1, {"table": table})
+        Static(table).share(torch.zeros(3, 2, 20), 4)
 
 
 def test_tables_that_fit():
-    check_table((1.0, 2.0, 3.0), 3, 2)
-    check_table(((1.0, 2.0),) * 3, 3, 2)
+    Static((1.0, 2.0, 3.0)).check_model(3, 2)
+    Static(((1.0, 2.0),) * 3).check_model(3, 2)
+    for budgets in (Uniform(), Pyramid(), Ada(), AdaPyramid(), Joint()):
+        budgets.check_model(3, 2)
 
 
 def ramp(num_rows, num_entries):
@@ -202,17 +211,17 @@ def ramp(num_rows, num_entries):
 
 def one_layer(scores, mean_pages, page_size, alpha=0.2):
     """Pages of the heads of one layer that compete."""
-    budgets = stream_budgets("ada", scores[None], mean_pages, page_size, {"alpha": alpha})
+    budgets = Ada(alpha).share(scores[None], mean_pages, page_size)
     return budgets.num_pages[0].tolist()
 
 
-@pytest.mark.parametrize("budgets", ["uniform", "pyramid"])
+@pytest.mark.parametrize("budgets", [Uniform(), Pyramid(20.0)], ids=["uniform", "pyramid"])
 def test_heads_that_do_not_compete_ignore_scores(budgets):
     scores = torch.zeros(4, 3, 30)
     scores[:, 1] = 9.0
-    result = stream_budgets(budgets, scores, 4, 1, {"beta": 20.0})
+    result = budgets.share(scores, 4)
     assert torch.equal(result.num_pages, result.num_pages[:, :1].expand(-1, 3))
-    assert result.num_pages[:, 0].tolist() == layer_pages(budgets, 4, 4, 30, {"beta": 20.0})
+    assert result.num_pages[:, 0].tolist() == layer_pages(budgets, 4, 4, 30)
     assert result.guaranteed.tolist() == [0] * 4
 
 
@@ -256,7 +265,7 @@ def test_joint_is_ada_over_all_layers_and_heads(page_size, floor, expected):
     # The same four streams, as heads of one layer, of two layers and of four.
     for num_layers in (1, 2, 4):
         scores = dominated(page_size).view(num_layers, 4 // num_layers, -1)
-        result = stream_budgets("joint", scores, 10, page_size, {"floor": floor})
+        result = Joint(floor).share(scores, 10, page_size)
         assert result.num_pages.shape == (num_layers, 4 // num_layers)
         assert result.num_pages.flatten().tolist() == expected
 
@@ -265,23 +274,23 @@ def test_dominating_head_is_bounded_by_its_candidates():
     scores = torch.rand(2, 12, generator=torch.Generator().manual_seed(0))
     scores[0] += 10
     assert one_layer(scores, 8, 1) == [12, 4]
-    joint = stream_budgets("joint", scores[:, None], 8, 1, {"floor": 0.0})
+    joint = Joint(0.0).share(scores[:, None], 8, 1)
     assert joint.num_pages.tolist() == [[12], [4]]
 
 
 def test_ada_layers_do_not_compete_but_joint_layers_do():
     scores = ramp(4, 40).view(2, 2, 40).clone()
     scores[1] += 1000
-    ada = stream_budgets("ada", scores, 10, 1, {"alpha": 0.0})
+    ada = Ada(0.0).share(scores, 10, 1)
     assert ada.num_pages.tolist() == [[10, 10], [10, 10]]
-    joint = stream_budgets("joint", scores, 10, 1, {"floor": 0.0})
+    joint = Joint(0.0).share(scores, 10, 1)
     assert joint.num_pages.tolist() == [[1, 1], [19, 19]]
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_joint_shares_evenly_when_all_scores_are_equal(page_size):
     scores = torch.full((3, 4, 20 * page_size), 0.25)
-    result = stream_budgets("joint", scores, 5, page_size, {"floor": 0.05})
+    result = Joint(0.05).share(scores, 5, page_size)
     assert (result.num_pages == 5).all()
 
 
@@ -289,36 +298,34 @@ def test_joint_gives_a_tied_rest_to_the_first_streams():
     scores = torch.full((3, 2, 20), 0.25)
     # 24 pages: seven are the last stream's, the others go round rank by rank.
     scores[2, 1, :7] = 1.0
-    result = stream_budgets("joint", scores, 4, 1, {"floor": 0.0})
+    result = Joint(0.0).share(scores, 4, 1)
     assert result.num_pages.flatten().tolist() == [4, 4, 3, 3, 3, 7]
 
 
 @pytest.mark.parametrize(
     ("budgets", "share", "mean_pages", "page_size", "expected"),
     [
-        ("ada", 0.5, 5, 1, 2),
-        ("ada", 0.0, 5, 1, 1),
-        ("ada", 0.1, 5, 1, 1),
-        ("ada", 0.5, 5, 16, 40),
-        ("ada", 0.0, 5, 16, 0),
-        ("joint", 0.05, 8, 1, 1),
-        ("joint", 0.5, 9, 1, 4),
-        ("joint", 0.05, 8, 16, 6),
+        (Ada, 0.5, 5, 1, 2),
+        (Ada, 0.0, 5, 1, 1),
+        (Ada, 0.1, 5, 1, 1),
+        (Ada, 0.5, 5, 16, 40),
+        (Ada, 0.0, 5, 16, 0),
+        (Joint, 0.05, 8, 1, 1),
+        (Joint, 0.5, 9, 1, 4),
+        (Joint, 0.05, 8, 16, 6),
     ],
 )
 def test_guarantee_in_entries(budgets, share, mean_pages, page_size, expected):
-    options = {"alpha": share, "floor": share}
     scores = torch.rand(2, 2, 20 * page_size)
-    result = stream_budgets(budgets, scores, mean_pages, page_size, options)
+    result = budgets(share).share(scores, mean_pages, page_size)
     assert result.guaranteed.tolist() == [expected] * 2
 
 
 def test_ada_pyramid_is_ada_within_each_layer_of_a_pyramid():
     generator = torch.Generator().manual_seed(2)
     scores = torch.rand(6, 3, 60, generator=generator) + torch.rand(6, 3, 1, generator=generator)
-    options = {"alpha": 0.3, "beta": 10.0}
-    result = stream_budgets("ada-pyramid", scores, 7, 1, options)
-    per_layer = layer_pages("pyramid", 7, 6, 60, options)
+    result = AdaPyramid(alpha=0.3, beta=10.0).share(scores, 7)
+    per_layer = layer_pages(Pyramid(10.0), 7, 6, 60)
     assert result.num_pages.sum(dim=1).tolist() == [3 * pages for pages in per_layer]
     assert per_layer[0] > per_layer[-1]
     for layer, pages in enumerate(per_layer):
@@ -351,7 +358,7 @@ def test_any_budget_is_exact_and_leaves_no_head_empty(
     if tied:
         scores = scores.round()
     options = {"alpha": share, "floor": share, "beta": 1 + 20 * share}
-    result = stream_budgets(budgets, scores, mean, page_size, options)
+    result = make_part(budgets_class(budgets), options).share(scores, mean, page_size)
     pages = result.num_pages
     assert pages.dtype == torch.int64
     assert int(pages.sum()) == mean * num_layers * num_heads

@@ -19,7 +19,7 @@ from vllm_kvcompress.cli import main, plan
 from vllm_kvcompress.cli.model import ModelShape, _max_len, _read_configs, read_shape
 from vllm_kvcompress.cli.plan import plan_pages, usable_blocks
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.policies.budgets import stream_budgets
+from vllm_kvcompress.policies import make_budgets
 
 # Before the fixture below replaces it.
 INSTALLED_PLATFORM = plan.installed_platform
@@ -305,7 +305,7 @@ def test_bounds_hold_for_the_budgets_of_the_engine(granularity, budgets, share, 
             scores[0, trial] += 1
         elif trial < 6:
             scores[:, trial - 3] += 1
-        given = stream_budgets(budgets, scores, mean, page_size, dict(config.options)).num_pages
+        given = make_budgets(config).share(scores, mean, page_size).num_pages
         assert int(given.sum()) == pages.total
         assert (least <= given).all() and (given <= most).all()
         if pages.mean_per_layer is not None:

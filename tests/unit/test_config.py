@@ -20,7 +20,8 @@ from vllm_kvcompress.config import (
     merge_settings,
     parse_options_json,
 )
-from vllm_kvcompress.policies.recipes import RECIPES, option_specs
+from vllm_kvcompress.policies.method_options import option_specs
+from vllm_kvcompress.policies.recipes import RECIPES
 
 
 def refusal(call, *args, **kwargs):
@@ -388,16 +389,28 @@ WITHOUT_HEAVY_IMPORTS = """
 """
 
 
+UNKNOWN_METHOD = """\
+from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
+try:
+    KVCompressConfig("snapkw")
+except KVCompressConfigError as error:
+    assert "did you mean 'snapkv'?" in str(error)
+else:
+    raise AssertionError
+"""
+
+
 @pytest.mark.parametrize(
     "check",
     [
         "import vllm_kvcompress.config",
         "import vllm_kvcompress.policies.recipes",
-        "from vllm_kvcompress import KVCompressConfig as C; C('snapkv', budget=64).to_dict()",
+        "import vllm_kvcompress.policies.registry as r; assert 'snapkv' in r.method_names()",
+        UNKNOWN_METHOD,
         "from vllm_kvcompress.memory import Geometry",
     ],
 )
-def test_settings_are_checked_without_torch(check, tmp_path):
+def test_methods_are_known_without_torch(check, tmp_path):
     script = textwrap.dedent(WITHOUT_HEAVY_IMPORTS).format(check=check)
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.policies import RECIPES, make_scorer
+from vllm_kvcompress.policies import RECIPES, make_budgets, make_scorer
 from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.budgets import joint_most_entries, layer_budgets
 from vllm_kvcompress.policies.selection import select
 
 PLANNED = [
@@ -102,21 +101,18 @@ def test_equal_scores_keep_the_same(compiled, data):
     assert torch.equal(actual.num_pages, expected.num_pages)
     assert torch.equal(actual.indices, expected.indices)
     first = torch.stack([layer.first for layer in scores])
-    options = dict(config.options)
-    if budgets == "joint":
-        bounds = [
-            joint_most_entries(first[:2], num_layers, mean_pages, block_size, options, backend)
+    part = make_budgets(config)
+    if config.layers_compete:
+        counts = [
+            part.most_entries(first[:2], num_layers, mean_pages, block_size, backend)
             for backend in ("torch", "native")
         ]
-        assert torch.equal(*bounds)
     else:
-        shares = [
-            layer_budgets(
-                budgets, first[1], 1, num_layers, mean_pages, block_size, options, backend
-            )
+        counts = [
+            part.share_layer(first[1], 1, num_layers, mean_pages, block_size, backend)
             for backend in ("torch", "native")
         ]
-        assert torch.equal(shares[0][0], shares[1][0]) and shares[0][1] == shares[1][1]
+    assert torch.equal(*counts)
 
 
 def test_an_engine_takes_what_is_there(monkeypatch):

@@ -31,7 +31,8 @@ from paper_forms import token_config
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs
-from vllm_kvcompress.policies.budgets import layer_pages
+from vllm_kvcompress.policies.budgets.base import PageSupply
+from vllm_kvcompress.policies.budgets.pyramid import Pyramid
 
 SNAPKV = {"pool_kernel": 5, "pool_kind": "avg"}
 
@@ -377,7 +378,7 @@ def test_pyramidkv_budgets_per_layer(setting):
     """
     mean, kept, beta = setting["mean"], setting["kept"], setting["beta"]
     max_pages = setting["num_tokens"] - setting["window"]
-    ours = layer_pages("pyramid", mean, len(kept), max_pages, {"beta": beta})
+    ours = Pyramid(beta).layer_pages(PageSupply(len(kept), 1, mean, max_pages))
     assert sum(ours) == mean * len(kept)
     if max_pages < 2 * mean:
         assert ours == [mean] * len(kept)

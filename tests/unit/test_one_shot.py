@@ -29,9 +29,8 @@ from vllm_kvcompress.memory.one_shot import (
     fits_counted_buffer,
     most_held_pages,
 )
-from vllm_kvcompress.policies import RECIPES
+from vllm_kvcompress.policies import RECIPES, make_budgets
 from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.budgets import joint_most_entries
 from vllm_kvcompress.policies.selection import entries_per_page, entry_scores, select
 
 BUDGETS = {
@@ -166,7 +165,7 @@ def test_no_head_ends_up_with_more_than_its_bound(data):
         known = torch.stack(
             [entry_scores(layer, config, block_size).first for layer in scores[:num_known]]
         )
-        bounds = joint_most_entries(known, num_layers, mean_pages, per_page, dict(config.options))
+        bounds = make_budgets(config).most_entries(known, num_layers, mean_pages, per_page)
         assert (bounds >= selection.num_pages[:num_known] * per_page).all()
 
 

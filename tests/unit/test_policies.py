@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from layer_inputs import observe, random_inputs
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.policies import RECIPES, make_scorer, scorer_class
+from vllm_kvcompress.policies import RECIPES, make_scorer, scorer_class, scorers
+from vllm_kvcompress.policies import budgets as budgets_package
 from vllm_kvcompress.policies.base import NEEDS, LayerScores, Scorer
-from vllm_kvcompress.policies.recipes import (
-    BUDGETS,
-    SCOPES,
-    SCORERS,
+from vllm_kvcompress.policies.method_options import (
+    CommonOptions,
+    PublishedOption,
+    RecentOption,
     option_specs,
     pair_problem,
 )
+from vllm_kvcompress.policies.options import make_part, options_of
+from vllm_kvcompress.policies.recipes import BUDGETS, SCOPES, SCORERS
+from vllm_kvcompress.policies.registry import budgets_class
+from vllm_kvcompress.policies.scorer_checks import scorer_problem
 
 NUM_CANDIDATES = 48
 OPTIONAL_INPUTS = {
@@ -28,6 +34,8 @@ OPTIONAL_INPUTS = {
     "rotary": ("rotary",),
     "all_queries": ("observed",),
 }
+ALIKE = [name for name in SCORERS if scorer_class(name).scope == "head"]
+UNLIKE = [name for name in SCORERS if name not in ALIKE]
 # Weights of a model of two layers.
 TABLE = (3.0, 1.0)
 
@@ -74,13 +82,11 @@ def test_scorer_classes(name):
     assert issubclass(scorer, Scorer)
     assert scorer.needs <= set(NEEDS)
     assert ("all_queries" in scorer.needs) == (scorer.observe is not Scorer.observe)
-    # Every option, and no other, is a keyword of the constructor or of the selection.
-    options = {k: spec.default for k, spec in SCORERS[name].options.items()}
-    options.pop("first_stage", None)
-    made = scorer(**options)
-    assert {k: getattr(made, k) for k in options} == options
-    # The class alone has the same defaults.
-    assert vars(scorer()) == vars(made)
+    assert scorer_problem(scorer) is None
+    # Every option, and nothing else, is a field of the class.
+    assert list(options_of(scorer)) == [f.name for f in dataclasses.fields(scorer)]
+    values = {name: object() for name in options_of(scorer)}
+    assert vars(make_part(scorer, {**values, "of_another_part": 1})) == values
     with pytest.raises(TypeError):
         scorer(no_such_option=1)
 
@@ -90,7 +96,7 @@ def test_unknown_scorer():
         scorer_class("snapkw")
 
 
-@pytest.mark.parametrize("name", [n for n, info in SCORERS.items() if info.scope == "head"])
+@pytest.mark.parametrize("name", ALIKE)
 def test_scorers_that_score_all_heads_alike(name):
     """Why these scorers' heads cannot compete; the others' scores do differ."""
     scorer = scorer_class(name)()
@@ -98,11 +104,18 @@ def test_scorers_that_score_all_heads_alike(name):
     assert torch.equal(scores, scores[:1].expand_as(scores))
 
 
-@pytest.mark.parametrize("name", [n for n, info in SCORERS.items() if info.scope != "head"])
+@pytest.mark.parametrize("name", UNLIKE)
 def test_scorers_whose_heads_differ(name):
     scorer = scorer_class(name)()
     first = scorer.score(inputs_for(scorer)).first
     assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_scores_are_negative_where_the_class_says_so(name):
+    scorer = scorer_class(name)()
+    scores = scorer.score(inputs_for(scorer)).first
+    assert bool((scores < 0).any()) == scorer.signed
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -120,6 +133,28 @@ def test_recipe_is_made_of_known_parts(method):
         assert "\n" not in text
         # argparse expands percent signs in help texts.
         assert "%" not in text
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_recipes_agree_with_the_classes_and_repeat_none_of_their_defaults(method):
+    for form in (RECIPES[method], RECIPES[method].as_published()):
+        scorer = scorer_class(form.scorer)
+        own = [options_of(CommonOptions), options_of(PublishedOption), options_of(scorer)]
+        own += [options_of(budgets_class(budgets)) for budgets in BUDGETS]
+        specs = {name: spec for part in own for name, spec in part.items()}
+        for name, value in form.defaults.items():
+            assert specs[name].problem(value) is None
+            assert specs[name].default != value
+        assert type(form.window) is int
+        recent = options_of(RecentOption)["recent_tokens"].default
+        assert form.window > (recent if scorer.rates_window else 0)
+
+
+def test_every_file_of_a_scorer_and_of_budgets_is_in_the_manifest():
+    for folder, manifest in ((scorers, SCORERS), (budgets_package, BUDGETS)):
+        (path,) = folder.__path__
+        files = {file.stem for file in Path(path).glob("*.py")} - {"__init__", "base"}
+        assert files == {place.partition(":")[0] for place in manifest.values()}
 
 
 @pytest.mark.parametrize("budgets", BUDGETS)
@@ -165,15 +200,14 @@ def test_parts_of_a_recipe_take_options_of_different_names():
     for recipe in RECIPES.values():
         for budgets in BUDGETS:
             names = [
-                *("budgets", "granularity", "headroom", "one_shot"),
-                *("page_reduce", "suffix_tokens"),
-                *SCORERS[recipe.scorer].options,
-                *BUDGETS[budgets].options,
+                *options_of(CommonOptions),
+                *options_of(scorer_class(recipe.scorer)),
+                *options_of(budgets_class(budgets)),
             ]
-            if SCORERS[recipe.scorer].scores_window:
-                names.append("recent_tokens")
+            if scorer_class(recipe.scorer).rates_window:
+                names += options_of(RecentOption)
             if recipe.published is not None:
-                names.append("published")
+                names += options_of(PublishedOption)
             assert len(names) == len(set(names))
             assert set(names) == set(option_specs(recipe, budgets))
 
@@ -333,7 +367,7 @@ def test_pairs():
         problem = pair_problem(scorer, budgets)
         assert repr(scorer) in problem
         assert repr(budgets) in problem
-        assert problem.endswith(f"because {SCORERS[scorer].why}")
+        assert problem.endswith(f"because {scorer_class(scorer).scope_reason}")
     refused = {
         (scorer, budgets)
         for scorer in SCORERS
@@ -341,7 +375,8 @@ def test_pairs():
         if pair_problem(scorer, budgets)
     }
     alike = {(scorer, b) for scorer in ("tova", "streamingllm", "chunkkv") for b in BUDGETS}
-    compete = {pair for pair in alike if BUDGETS[pair[1]].scope != "head"}
+    compete = {pair for pair in alike if budgets_class(pair[1]).scope != "head"}
     assert refused == compete | {("knorm", "joint")}
     assert {pair[1] for pair in compete} == {"ada", "ada-pyramid", "joint"}
-    assert {info.scope for info in (*SCORERS.values(), *BUDGETS.values())} == set(SCOPES)
+    parts = [*map(scorer_class, SCORERS), *map(budgets_class, BUDGETS)]
+    assert {part.scope for part in parts} == set(SCOPES)

@@ -12,7 +12,8 @@ from layer_inputs import observe, random_inputs
 from paper_forms import token_config
 
 from vllm_kvcompress.policies import make_scorer
-from vllm_kvcompress.policies.budgets import layer_pages
+from vllm_kvcompress.policies.budgets.base import PageSupply
+from vllm_kvcompress.policies.budgets.pyramid import Pyramid
 from vllm_kvcompress.policies.selection import select
 
 SHAPES = {
@@ -375,7 +376,8 @@ def test_pyramidkv_spends_what_it_was_given(budget, num_layers, overspend):
     theirs = authors_pyramid(budget, window, num_layers, num_tokens)
     spent = sum(theirs) + window * num_layers
     assert spent / (budget * num_layers) - 1 == pytest.approx(overspend, abs=5e-4)
-    ours = layer_pages("pyramid", budget - window, num_layers, num_tokens - window, {"beta": 20.0})
+    supply = PageSupply(num_layers, 1, budget - window, num_tokens - window)
+    ours = Pyramid(20.0).layer_pages(supply)
     assert sum(ours) + window * num_layers == budget * num_layers
     # The same slope but for the rounding, which adds up to less than a token per layer.
     drift = [a - b for a, b in zip(theirs, ours, strict=True)]

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layer_inputs import observe, random_inputs, rotary
 
-from vllm_kvcompress.policies import h2o
 from vllm_kvcompress.policies.base import ChunkInputs, Rotary
-from vllm_kvcompress.policies.expected_attention import ExpectedAttention
-from vllm_kvcompress.policies.h2o import H2O
-from vllm_kvcompress.policies.snapkv import SnapKV
+from vllm_kvcompress.policies.scorers import h2o
+from vllm_kvcompress.policies.scorers.expected_attention import ExpectedAttention
+from vllm_kvcompress.policies.scorers.h2o import H2O
+from vllm_kvcompress.policies.scorers.snapkv import SnapKV
 
 NUM_TOKENS = 61
 

@@ -8,13 +8,13 @@ from layer_inputs import random_inputs
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import ScoreInputs
-from vllm_kvcompress.policies.criticalkv import CriticalKV
-from vllm_kvcompress.policies.defensivekv import DefensiveKV
-from vllm_kvcompress.policies.keydiff import KeyDiff
-from vllm_kvcompress.policies.snapkv import SnapKV
-from vllm_kvcompress.policies.span import Span
-from vllm_kvcompress.policies.span_keydiff import SpanKeyDiff
-from vllm_kvcompress.policies.tova import TOVA
+from vllm_kvcompress.policies.scorers.criticalkv import CriticalKV
+from vllm_kvcompress.policies.scorers.defensivekv import DefensiveKV
+from vllm_kvcompress.policies.scorers.keydiff import KeyDiff
+from vllm_kvcompress.policies.scorers.snapkv import SnapKV
+from vllm_kvcompress.policies.scorers.span import Span
+from vllm_kvcompress.policies.scorers.span_keydiff import SpanKeyDiff
+from vllm_kvcompress.policies.scorers.tova import TOVA
 
 NUM_HEADS, GROUP, WINDOW, NUM_KEYS, HEAD_SIZE = 2, 2, 4, 64, 8
 NUM_CANDIDATES = 48

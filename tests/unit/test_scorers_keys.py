@@ -11,11 +11,11 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ScoreInputs
-from vllm_kvcompress.policies.keydiff import KeyDiff
-from vllm_kvcompress.policies.knorm import KNorm
-from vllm_kvcompress.policies.random import Random
+from vllm_kvcompress.policies.scorers.keydiff import KeyDiff
+from vllm_kvcompress.policies.scorers.knorm import KNorm
+from vllm_kvcompress.policies.scorers.random import Random
+from vllm_kvcompress.policies.scorers.streamingllm import StreamingLLM
 from vllm_kvcompress.policies.selection import select
-from vllm_kvcompress.policies.streamingllm import StreamingLLM
 
 NUM_HEADS, NUM_KEYS, HEAD_SIZE, NUM_CANDIDATES = 2, 64, 8, 48
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, SCORERS, pair_problem
+from vllm_kvcompress.policies.method_options import pair_problem
+from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES
 from vllm_kvcompress.policies.selection import select
 
 NUM_LAYERS, NUM_HEADS = 8, 3
@@ -99,15 +100,14 @@ def test_selection_of_any_scores(
 ):
     if pair_problem(RECIPES[method].scorer, budgets):
         return
-    two_stages = "first_stage" in SCORERS[RECIPES[method].scorer].options
+    config = config_of(method, budgets=budgets, granularity=granularity)
     num_tokens = 4 * (mean_pages + room)
-    scores = random_scores(num_layers, num_heads, num_tokens, seed, two_stages)
+    scores = random_scores(num_layers, num_heads, num_tokens, seed, config.num_scores == 2)
     if tied:
         scores = [
             LayerScores(s.first.round(), None if s.second is None else s.second.round())
             for s in scores
         ]
-    config = config_of(method, budgets=budgets, granularity=granularity)
     selection = select(scores, config, mean_pages, 4, num_tail_tokens=seed % 7)
     check_selection(selection, mean_pages, num_layers, num_heads, num_tokens, 4)
     if room == 0:

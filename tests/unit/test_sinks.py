@@ -30,7 +30,7 @@ from vllm_kvcompress.memory import CacheShape, Geometry
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.policies import RECIPES, make_scorer
 from vllm_kvcompress.policies.base import ScoreInputs
-from vllm_kvcompress.policies.expected_attention import ExpectedAttention, QueryMoments
+from vllm_kvcompress.policies.scorers.expected_attention import ExpectedAttention, QueryMoments
 
 SHAPES = {
     "gqa_1_to_1": (4, 1, 8, 40, 16),

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import textwrap
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.policies.recipes import (
-    BUDGETS,
-    RECIPES,
-    OptionSpec,
-    Recipe,
-    option_specs,
-    pair_problem,
+from vllm_kvcompress.policies.method_options import option_specs, pair_problem
+from vllm_kvcompress.policies.options import OptionSpec, options_of
+from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe
+from vllm_kvcompress.policies.registry import (
+    BrokenScorerError,
+    budgets_class,
+    clashes,
+    find_recipe,
+    outside_packages,
+    scorer_class,
 )
 
 # In words, the members of `policies.base.NEEDS`.
@@ -43,10 +46,13 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         KVCompressConfigError: if the named method does not exist.
     """
-    if arguments.name is not None:
+    if arguments.name is None:
+        recipes, problems = _all_recipes()
+    else:
         # Refuses an unknown name with the known ones.
         KVCompressConfig(method=arguments.name)
-    recipes = list(RECIPES.values()) if arguments.name is None else [RECIPES[arguments.name]]
+        recipes = [find_recipe(arguments.name)]
+        problems = [clash for name, clash in clashes().items() if name == arguments.name]
     if arguments.json:
         print(json.dumps([_as_dict(recipe) for recipe in recipes], indent=1))
     elif arguments.name is not None:
@@ -54,13 +60,28 @@ def run(arguments: argparse.Namespace) -> None:
     else:
         print("\n".join(map(_entry, recipes)))
         print("\nWhat the option 'budgets' can be, and the options that come with it:")
-        for name, budget in BUDGETS.items():
-            added = f" ({_values(budget.options)})" if budget.options else ""
-            print(f"  {name:<12} {budget.summary}{added}")
+        for name in BUDGETS:
+            options = options_of(budgets_class(name))
+            added = f" ({_values(options)})" if options else ""
+            print(f"  {name:<12} {budgets_class(name).summary}{added}")
         print(
             "\n`vllm-kvcompress methods NAME` explains one method: its options, what it needs, "
             "\nand why it refuses some budgets."
         )
+    for problem in problems:
+        # JSON is for a program, which takes nothing else from there.
+        print(f"\nwarning: {problem}", file=sys.stderr if arguments.json else sys.stdout)
+
+
+def _all_recipes() -> tuple[list[Recipe], list[str]]:
+    """Every method that can be used, and what is wrong with the others, one line each."""
+    recipes, problems = list(RECIPES.values()), list(clashes().values())
+    for name in outside_packages():
+        try:
+            recipes.append(find_recipe(name))
+        except BrokenScorerError as error:
+            problems.append(str(error))
+    return recipes, problems
 
 
 def _as_dict(recipe: Recipe) -> dict[str, Any]:
@@ -68,17 +89,18 @@ def _as_dict(recipe: Recipe) -> dict[str, Any]:
         "name": recipe.name,
         "summary": recipe.summary,
         "paper": recipe.paper,
+        "package": recipe.package,
         "weakness": recipe.weakness,
         "scorer": recipe.scorer,
         "window": recipe.window,
         "needs": sorted(scorer_class(recipe.scorer).needs),
         "budgets": {
             name: {
-                "summary": budget.summary,
+                "summary": budgets_class(name).summary,
                 "refused": pair_problem(recipe.scorer, name),
-                "options": _specs_as_dict(budget.options),
+                "options": _specs_as_dict(options_of(budgets_class(name))),
             }
-            for name, budget in BUDGETS.items()
+            for name in BUDGETS
         },
         "options": _specs_as_dict(option_specs(recipe)),
     }
@@ -99,7 +121,7 @@ def _specs_as_dict(specs: dict[str, OptionSpec]) -> dict[str, Any]:
 
 
 def _entry(recipe: Recipe) -> str:
-    lines = [f"{recipe.name}: {recipe.summary}", f"    {recipe.paper}"]
+    lines = [f"{recipe.name}: {recipe.summary}", f"    {_source(recipe)}"]
     lines.append(
         _wrapped(f"window: {recipe.window}; options: {_values(option_specs(recipe))}", "    ")
     )
@@ -111,8 +133,15 @@ def _entry(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
+def _source(recipe: Recipe) -> str:
+    """Where a method comes from, and which package brings it if it is another."""
+    if recipe.package in ("", recipe.paper):
+        return recipe.paper
+    return f"{recipe.paper}; from {recipe.package}"
+
+
 def _details(recipe: Recipe) -> str:
-    lines = [f"{recipe.name}: {recipe.summary}", f"source: {recipe.paper}"]
+    lines = [f"{recipe.name}: {recipe.summary}", f"source: {_source(recipe)}"]
     needs = [NEEDS[need] for need in sorted(scorer_class(recipe.scorer).needs)]
     lines.append(f"needs beside the keys: {'; '.join(needs) or 'nothing'}")
     lines.append(f"scores: {recipe.scorer}")
@@ -135,13 +164,14 @@ def _details(recipe: Recipe) -> str:
     for name, spec in option_specs(recipe).items():
         lines += _option(name, spec, "  ")
     lines += ["", "budgets:"]
-    for name, budget in BUDGETS.items():
+    for name in BUDGETS:
+        budgets = budgets_class(name)
         problem = pair_problem(recipe.scorer, name)
         is_own = name == recipe.budgets
-        text = f"refused: {problem}" if problem else budget.summary + " (default)" * is_own
+        text = f"refused: {problem}" if problem else budgets.summary + " (default)" * is_own
         lines.append(f"  {name:<12} {text}")
         if not problem and not is_own:
-            for option, spec in budget.options.items():
+            for option, spec in options_of(budgets).items():
                 lines += _option(option, spec, " " * 15)
     return "\n".join(lines)
 

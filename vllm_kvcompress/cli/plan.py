@@ -16,7 +16,6 @@ from vllm_kvcompress.cli import report
 from vllm_kvcompress.cli.model import DTYPE_BYTES, ModelShape, read_shape
 from vllm_kvcompress.config import DEFAULT_BLOCK_SIZE, KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import Geometry, cdiv
-from vllm_kvcompress.policies.recipes import BUDGETS
 from vllm_kvcompress.vllm_integration.cli import add_flags, merge_flags
 
 _DECIMAL = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -319,42 +318,34 @@ def plan_pages(
         KVCompressConfigError: if a static budget table does not fit the model.
     """
     # Imported here, because they load torch.
-    import torch
+    from vllm_kvcompress.policies import make_budgets
+    from vllm_kvcompress.policies.budgets.base import PageSupply
 
-    from vllm_kvcompress.policies.budgets import layer_pages, stream_budgets
-
-    options = dict(config.options)
-    budgets, scope = options["budgets"], BUDGETS[options["budgets"]].scope
     num_layers, num_heads = shape.num_layers, shape.num_kv_heads
-    total = mean * num_layers * num_heads
     # What competes is counted in pages or, at granularity 'token', in tokens.
     page_size = block_size if config.granularity == "token" else 1
-    if scope == "head":
-        # Only their number is looked at.
-        scores = torch.zeros(1).expand(num_layers, num_heads, candidates)
-        try:
-            pages = stream_budgets(budgets, scores, mean, 1, options).num_pages
-        except ValueError as error:
-            raise KVCompressConfigError(f"KV compression: {error}") from None
+    supply = PageSupply(num_layers, num_heads, mean, candidates, page_size)
+    try:
+        plan = make_budgets(config).plan(supply)
+    except ValueError as error:
+        raise KVCompressConfigError(f"KV compression: {error}") from None
+    if plan.num_pages is not None:
         return PagePlan(
-            total=total,
-            mean_per_layer=pages.double().mean(dim=1).tolist(),
-            per_head=pages.tolist(),
-            least=pages.amin(dim=1).tolist(),
-            most=pages.amax(dim=1).tolist(),
+            total=supply.total_pages,
+            mean_per_layer=plan.num_pages.double().mean(dim=1).tolist(),
+            per_head=plan.num_pages.tolist(),
+            least=plan.num_pages.amin(dim=1).tolist(),
+            most=plan.num_pages.amax(dim=1).tolist(),
         )
-    if scope == "layer":
-        means = layer_pages(budgets, mean, num_layers, candidates, options)
-        bounds = [
-            _bounds(pages, num_heads, candidates, page_size, options["alpha"]) for pages in means
-        ]
-    else:
-        means = None
-        rows = num_layers * num_heads
-        bounds = [_bounds(mean, rows, candidates, page_size, options["floor"])] * num_layers
+    totals, group_layers = plan.total_pages.tolist(), num_layers // plan.num_groups
+    bounds = [
+        _bounds(total, group_layers * num_heads, candidates, page_size, sure)
+        for total, sure in zip(totals, plan.guaranteed.tolist(), strict=True)
+        for _ in range(group_layers)
+    ]
     return PagePlan(
-        total=total,
-        mean_per_layer=None if means is None else [float(pages) for pages in means],
+        total=supply.total_pages,
+        mean_per_layer=None if config.layers_compete else [total / num_heads for total in totals],
         per_head=None,
         least=[least for least, _ in bounds],
         most=[most for _, most in bounds],
@@ -362,14 +353,13 @@ def plan_pages(
 
 
 def _bounds(
-    mean: int, num_rows: int, candidates: int, page_size: int, share: float
+    total: int, num_rows: int, candidates: int, page_size: int, sure: int
 ) -> tuple[int, int]:
-    """Fewest and most pages of one of `num_rows` rows that compete for mean * num_rows pages.
+    """Fewest and most pages of one of `num_rows` rows that compete for `total` pages.
 
-    A row is sure of `share` of the mean, and of a page; see `policies.budgets.stream_budgets`.
+    A row is sure of `sure` entries, and of a page; see `policies.budgets.base.BudgetPlan`.
     """
-    total, others = mean * num_rows, num_rows - 1
-    sure = int(share * mean * page_size)
+    others = num_rows - 1
     least = max(1, sure // page_size, total - others * candidates)
     most = cdiv(total * page_size - others * sure, page_size)
     return least, min(candidates, most, total - others * least)

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from vllm_kvcompress.policies.recipes import BUDGETS
+from vllm_kvcompress.policies.registry import budgets_class
 
 if TYPE_CHECKING:
     from vllm_kvcompress.cli.plan import PagePlan, Plan, RequestPlan
@@ -120,7 +120,7 @@ def _pages(plan: Plan, request: RequestPlan) -> str:
         return title + "stays dense, nothing is evicted"
     budgets = plan.config.option("budgets")
     title += f"{pages.total} pages in the region, {request.region_blocks} per KV head on average"
-    lines = [f"budgets {budgets}: {BUDGETS[budgets].summary}"]
+    lines = [f"budgets {budgets}: {budgets_class(budgets).summary}"]
     lines.append(_shares(pages, plan.shape.num_kv_heads))
     if request.region_blocks > 1 and _is_flat_pyramid(plan, pages):
         lines.append("the prompt is shorter than twice what it keeps: no pyramid")
@@ -141,9 +141,8 @@ def _shares(pages: PagePlan, num_heads: int) -> str:
 
 
 def _is_flat_pyramid(plan: Plan, pages: PagePlan) -> bool:
-    # A beta of 1 asks for a flat one.
-    is_pyramid = plan.config.option("budgets") in ("pyramid", "ada-pyramid")
-    if not is_pyramid or plan.config.option("beta") == 1 or plan.shape.num_layers == 1:
+    # A beta of 1 asks for a flat one; other budgets have none.
+    if dict(plan.config.options).get("beta", 1) == 1 or plan.shape.num_layers == 1:
         return False
     return pages.mean_per_layer is not None and len(set(pages.mean_per_layer)) == 1
 

@@ -78,7 +78,7 @@ class ScoreMemory:
         scores the second, which is raised and has places of its own.
         """
         per_page = entries_per_page(self._config, self._shape.block_size)
-        num_kinds = 5 if "first_stage" in dict(self._config.options) else 2
+        num_kinds = 5 if self._config.num_scores == 2 else 2
         page_bytes = 2 * self._shape.block_size * self._shape.head_size * self._element_bytes
         return 4 * num_kinds * per_page / page_bytes
 

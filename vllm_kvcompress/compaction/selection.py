@@ -18,7 +18,8 @@ from vllm_kvcompress.compaction.staging import flat_places
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.ops.transfers import to_device
-from vllm_kvcompress.policies.budgets import plan_budgets
+from vllm_kvcompress.policies.budgets.base import PageSupply
+from vllm_kvcompress.policies.registry import make_budgets
 from vllm_kvcompress.policies.selection import entries_per_page, first_stage_counts
 
 
@@ -156,16 +157,9 @@ class Chooser:
 def _prompt_budgets(
     config: KVCompressConfig, shape: CacheShape, mean_pages: int, max_pages: int
 ) -> PromptBudgets:
-    options = dict(config.options)
-    plan = plan_budgets(
-        options["budgets"],
-        shape.num_layers,
-        shape.num_kv_heads,
-        mean_pages,
-        max_pages,
-        entries_per_page(config, shape.block_size),
-        options,
-    )
+    page_size = entries_per_page(config, shape.block_size)
+    supply = PageSupply(shape.num_layers, shape.num_kv_heads, mean_pages, max_pages, page_size)
+    plan = make_budgets(config).plan(supply)
     per_layer = plan.guaranteed_per_layer(shape.num_layers)
     pages = plan.num_pages
     return PromptBudgets(

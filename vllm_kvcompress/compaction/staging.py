@@ -26,9 +26,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
 from vllm_kvcompress.memory.one_shot import (
     buffer_pages,
-    is_joint,
     most_held_pages,
-    num_score_lists,
 )
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.ops.transfers import to_device
@@ -90,7 +88,7 @@ class Staging:
         move_backend: str,
         select_backend: str,
     ) -> None:
-        self.is_joint = is_joint(config)
+        self.is_joint = config.layers_compete
         self._is_fresh = buffer is None
         if buffer is None:
             num_pages = buffer_pages(config, shape, geometries)
@@ -103,7 +101,7 @@ class Staging:
         ends = np.cumsum(self._num_blocks)
         self._block_starts = ends - self._num_blocks
         self._area_pages = int(ends[-1]) * shape.num_kv_heads
-        self._num_lists = num_score_lists(config)
+        self._num_lists = config.num_scores
         self._most_held = [
             most_held_pages(config, shape, g.num_region_blocks) if self.is_joint else 0
             for g in geometries
@@ -213,7 +211,7 @@ class Staging:
         second: torch.Tensor | None,
         num_entries: torch.Tensor,
     ) -> None:
-        """Keep of the first layers what may still win; see `budgets.joint_most_entries`."""
+        """Keep of the first layers what may still win; see `Budgets.most_entries`."""
         num_streams = num_known * self._shape.num_kv_heads
         device, per_page = first.device, self._per_page
         totals = [self._most_entries(i, num_known) for i in range(len(self._geometries))]

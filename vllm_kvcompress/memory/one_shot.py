@@ -18,21 +18,11 @@ from vllm_kvcompress.memory.geometry import RequestGeometry, cdiv
 _MOST_JOINT_SHARE = 0.25
 
 
-def is_joint(config: KVCompressConfig) -> bool:
-    """Whether all layers compete for pages."""
-    return config.option("budgets") == "joint"
-
-
-def num_score_lists(config: KVCompressConfig) -> int:
-    """Scores by either of which an entry may be kept."""
-    return 2 if "first_stage" in dict(config.options) else 1
-
-
 def most_held_pages(config: KVCompressConfig, shape: CacheShape, num_region_blocks: int) -> int:
     """Most pages of a prompt that may yet be kept while all layers compete."""
     # Shares of tokens are rounded up to pages.
     slack = shape.pages_per_block if config.granularity == "token" else 0
-    return num_score_lists(config) * (num_region_blocks * shape.pages_per_block + slack)
+    return config.num_scores * (num_region_blocks * shape.pages_per_block + slack)
 
 
 def fits_counted_buffer(config: KVCompressConfig, geometry: RequestGeometry) -> bool:
@@ -47,7 +37,7 @@ def fits_counted_buffer(config: KVCompressConfig, geometry: RequestGeometry) -> 
 
 def most_share(config: KVCompressConfig) -> float:
     """Share of a prompt's pages that its region may have for `fits_counted_buffer`."""
-    return _MOST_JOINT_SHARE / num_score_lists(config) if is_joint(config) else 1.0
+    return _MOST_JOINT_SHARE / config.num_scores if config.layers_compete else 1.0
 
 
 def counted_buffer_pages(
@@ -64,7 +54,7 @@ def counted_buffer_pages(
     block_size, num_heads = shape.block_size, shape.num_kv_heads
     if config.option("one_shot") == "never":
         return 0
-    if not is_joint(config):
+    if not config.layers_compete:
         # A prompt is compressed from two blocks on.
         num_prompts = min(max_prompts, max_tokens // (2 * block_size))
         return num_heads * (max_tokens // block_size + num_prompts)
@@ -87,7 +77,7 @@ def buffer_pages(
     """Pages of a buffer that just these prompts fit."""
     blocks = sum(cdiv(g.compact_len, shape.block_size) for g in geometries)
     area = blocks * shape.num_kv_heads
-    if not is_joint(config):
+    if not config.layers_compete:
         return area
     held = sum(most_held_pages(config, shape, g.num_region_blocks) for g in geometries)
     return min(shape.num_layers * area, 2 * held + _areas_beside(held, area))

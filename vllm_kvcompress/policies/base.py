@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 
 NEEDS = ("window_query", "value", "output_weight", "output_root", "all_queries", "rotary")
+# The `scope_reason` of several scorers.
+EVERY_HEAD_ALIKE = "it scores all heads of a layer alike, so they cannot compete"
 
 
 @dataclass(frozen=True)
@@ -187,15 +189,39 @@ class WindowPlan:
         return max(num_candidates, before_window) if self.rates_window else before_window
 
 
+@dataclass(frozen=True)
 class Scorer(ABC):
-    """Rates prompt tokens; keyword arguments of the constructor are the method's options.
+    """Rates prompt tokens.
+
+    A scorer is a frozen dataclass. Its fields are its options, each made by `options.option`. A
+    scorer that gives two scores has the option `first_stage`, a share in [0, 1]: selection reads
+    it, because it depends on each head's budget.
 
     Attributes:
         needs: optional inputs that the engine must provide, of `NEEDS`. An engine that
             cannot provide one refuses the method at start-up.
+        scope: how far scores can be compared, of `recipes.SCOPES`.
+        scope_reason: why not over the whole model; follows "because".
+        signed: whether scores can be negative, so that their squares mean nothing.
+        rates_window: whether tokens of the window are rated too, so that they can be evicted.
+        budgets, window, granularity: defaults of the method of this name. Like those below they
+            are read of scorers from other packages; this package's methods stand in `recipes.py`.
+        summary: of that method, one line for the user; empty = the docstring's first line.
+        source: where it comes from; empty = the package that brings it.
+        weakness: as in `recipes.Recipe`; engines warn of it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    scope: ClassVar[str] = "model"
+    scope_reason: ClassVar[str] = ""
+    signed: ClassVar[bool] = False
+    rates_window: ClassVar[bool] = False
+    budgets: ClassVar[str] = "uniform"
+    window: ClassVar[int] = 32
+    granularity: ClassVar[str] = "page"
+    summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    weakness: ClassVar[str] = ""
 
     @abstractmethod
     def score(self, inputs: ScoreInputs) -> LayerScores:

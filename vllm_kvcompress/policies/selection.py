@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.budgets import stream_budgets
+from vllm_kvcompress.policies.registry import make_budgets
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.config import KVCompressConfig
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def share_pages(
     num_tail_tokens: int,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Everything of `select` but the last step, with its arguments.
+    """Pages of each stream, and the scores by which it fills them; arguments as in `select`.
 
     Returns:
         [L, H] int64 pages of each stream, and [L * H, N] float32 scores of entries, the best of
@@ -79,8 +82,7 @@ def share_pages(
     entries = [entry_scores(layer, config, block_size) for layer in scores]
     first = torch.stack([layer.first for layer in entries])
     page_size = entries_per_page(config, block_size)
-    options = dict(config.options)
-    budgets = stream_budgets(options["budgets"], first, mean_pages, page_size, options, backend)
+    budgets = make_budgets(config).share(first, mean_pages, page_size, backend)
     assert int(budgets.num_pages.sum()) == mean_pages * first.shape[0] * first.shape[1]
     counts = budgets.num_pages.reshape(-1) * page_size
     flat = first.flatten(0, 1)
@@ -89,7 +91,7 @@ def share_pages(
         in_first = first_stage_counts(
             counts,
             budgets.guaranteed.repeat_interleave(first.shape[1]),
-            options["first_stage"],
+            config.option("first_stage"),
             block_size // page_size,
             num_tail_tokens,
         )

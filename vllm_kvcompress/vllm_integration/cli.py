@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vllm_kvcompress.config import (
@@ -20,9 +20,10 @@ from vllm_kvcompress.config import (
     nearest,
     parse_options_json,
 )
+from vllm_kvcompress.policies.method_options import SETTINGS
 from vllm_kvcompress.policies.recipes import RECIPES
+from vllm_kvcompress.policies.registry import method_names, outside_packages
 
-_FLAG_KEYS = ("method", "budget", "ratio", "window", "options")
 _FLAGS = (
     "--kv-compress",
     "--kv-compress-budget",
@@ -50,8 +51,7 @@ def add_flags(parser: Any) -> Any:
         default=None,
         type=argument("--kv-compress", _method),
         help="Compress each prompt's KV cache after prefill; without a name by "
-        f"{DEFAULT_METHOD}, the best of them in docs/quality.md. "
-        + " ".join(f"{r.name}: {r.summary} ({r.paper})." for r in RECIPES.values()),
+        f"{DEFAULT_METHOD}, the best of them in docs/quality.md. " + " ".join(_summaries()),
     )
     # That these exclude each other is said with both values by KVCompressConfig.
     group.add_argument(
@@ -98,7 +98,7 @@ def merge_flags(args: argparse.Namespace) -> None:
         KVCompressConfigError: if a flag contradicts `--additional-config`, or they make no
             setting together.
     """
-    flags = {key: getattr(args, f"kv_compress_{key}", None) for key in _FLAG_KEYS}
+    flags = {key: getattr(args, f"kv_compress_{key}", None) for key in SETTINGS}
     flags = {key: value for key, value in flags.items() if value is not None}
     if not flags:
         return
@@ -180,16 +180,26 @@ def _suggest_flags(parser: Any) -> None:
     parser.parse_known_args = parse_known_flags
 
 
+def _summaries() -> Iterator[str]:
+    """One sentence on each method. Reads none from other packages: that would import them."""
+    for recipe in RECIPES.values():
+        yield f"{recipe.name}: {recipe.summary} ({recipe.paper})."
+    for name, package in outside_packages().items():
+        # argparse expands percent signs.
+        yield f"{name}: from {package}, see `vllm-kvcompress methods {name}`.".replace("%", "%%")
+
+
 def _method(text: str) -> str:
-    if text not in RECIPES and (os.sep in text or os.path.exists(text)):
+    known = method_names()
+    if text not in known and (os.sep in text or os.path.exists(text)):
         raise KVCompressConfigError(
             f"{text!r} looks like a model, not a KV-compression method; put MODEL before "
-            f"--kv-compress (methods: {', '.join(RECIPES)})"
+            f"--kv-compress (methods: {', '.join(known)})"
         )
     try:
         return KVCompressConfig(method=text).method
     except KVCompressConfigError as error:
-        if nearest(text, RECIPES) is not None:
+        if nearest(text, known) is not None:
             raise
         raise KVCompressConfigError(
             f"{error}; if it is the model, put MODEL before --kv-compress"

@@ -24,8 +24,8 @@ from vllm_kvcompress.model_layers import (
     mixed_layers,
     read_layers,
 )
-from vllm_kvcompress.policies import scorer_class
-from vllm_kvcompress.policies.budgets import check_table
+from vllm_kvcompress.policies import make_budgets, scorer_class
+from vllm_kvcompress.policies.method_options import SETTINGS
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
 CPU_WORKER = "vllm_kvcompress.vllm_integration.platforms.cpu.worker.KVCompressCPUWorker"
@@ -39,7 +39,6 @@ _FEWEST_STEP_TOKENS = 3
 _CPU_OPS = "VLLM_KVCOMPRESS_OPS"
 # The end of a refusal of a model.
 _STOCK = "; serve it without KV compression"
-_PARTS = ("method", "budget", "ratio", "window", "options")
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
 
 
@@ -90,7 +89,7 @@ def _check_keys(additional: Mapping[str, Any]) -> None:
     """Refuse keys that look like ours: with them the engine would run uncompressed."""
     for key in additional:
         if is_misspelt_setting(key):
-            part = nearest(key.lower().replace("-", "_").removeprefix("kv_compress_"), _PARTS)
+            part = nearest(key.lower().replace("-", "_").removeprefix("kv_compress_"), SETTINGS)
             wanted = f'{{"kv_compress": {{"{part}": ...}}}}' if part else "'kv_compress'"
             raise KVCompressConfigError(
                 f"unknown key {key!r} in additional_config; did you mean {wanted}?"
@@ -353,11 +352,8 @@ def _use_own_backend(attention_config: Any) -> None:
 
 def check_table_shape(config: KVCompressConfig, num_layers: int, num_kv_heads: int) -> None:
     """Raise KVCompressConfigError if a static budget table does not fit a rank's layers, heads."""
-    table = dict(config.options).get("table")
-    if table is None:
-        return
     try:
-        check_table(table, num_layers, num_kv_heads)
+        make_budgets(config).check_model(num_layers, num_kv_heads)
     except ValueError as error:
         raise KVCompressConfigError(f"KV compression: {error}") from None
 
@@ -376,7 +372,7 @@ def _use_own_scheduler(scheduler_config: Any) -> None:
     name = (
         "KVCompressAsyncScheduler" if scheduler_config.async_scheduling else "KVCompressScheduler"
     )
-    path = f"vllm_kvcompress.vllm_integration.scheduler.scheduler.{name}"
+    path = f"vllm_kvcompress.vllm_integration.scheduler.scheduler.scheduler.{name}"
     if scheduler_config.scheduler_cls not in (None, path):
         raise KVCompressConfigError(
             "KV compression brings its own scheduler class and cannot use "

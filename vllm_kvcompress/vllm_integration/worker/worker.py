@@ -24,6 +24,7 @@ from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import NULL_BLOCK, CacheShape
 from vllm_kvcompress.policies import scorer_class
+from vllm_kvcompress.policies.registry import clashes
 from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 from vllm_kvcompress.vllm_integration.step_messages import told_whole_ids
 from vllm_kvcompress.vllm_integration.validate import check_table_shape
@@ -198,6 +199,9 @@ class CompressionWorker:
                 logger.warning(
                     "kv-compress: %s %s (docs/quality.md)", self._config.method, weakness
                 )
+            clash = clashes().get(self._config.method)
+            if clash is not None:
+                logger.warning("kv-compress: %s", clash)
             advice = self._config.few_pages_advice(shape.block_size)
             if advice is not None:
                 logger.warning("kv-compress: %s", advice)

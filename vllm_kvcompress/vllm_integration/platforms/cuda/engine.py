@@ -16,7 +16,7 @@ from vllm_kvcompress.compaction.step_plan import ExtendedRow, prompt_runs
 from vllm_kvcompress.compaction.windows import Window
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, cdiv
-from vllm_kvcompress.memory.one_shot import fits_counted_buffer, is_joint
+from vllm_kvcompress.memory.one_shot import fits_counted_buffer
 from vllm_kvcompress.ops import MAX_QUERY_LEN, PageOrder
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.vllm_integration.platforms.cuda.step_buffers import StepBuffers
@@ -275,7 +275,7 @@ class CUDAEngine(WorkerEngine):
             self._warm_up_compaction(length, False, tells_lse)
         one_shot_tokens = self._one_shot_tokens or 0
         lengths = [min(length, one_shot_tokens)]
-        if is_joint(self.config):
+        if self.config.layers_compete:
             # A long one, whose layers fill the buffer.
             longest = min(max_len, one_shot_tokens)
             lengths = [longest >> i for i in range(longest.bit_length())]

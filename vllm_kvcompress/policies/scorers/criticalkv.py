@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, WindowPlan
-from vllm_kvcompress.policies.snapkv import SnapKV
+from vllm_kvcompress.policies.options import option, share_option
+from vllm_kvcompress.policies.scorers.snapkv import SnapKV
 
 
+@dataclass(frozen=True)
 class CriticalKV(SnapKV):
     """SnapKV scores for a first share of the budget, value-weighted ones for the rest.
 
@@ -17,17 +20,12 @@ class CriticalKV(SnapKV):
     the norm averaged over the query heads of a KV head. How large stage 1 is (option
     first_stage) is settled in `selection.select`, which knows each head's budget. Parity
     target: kvpress' CriticalKVPress and CriticalAdaKVPress over SnapKVPress.
-
-    Args:
-        epsilon: added to the scores before they are weighted.
-        options: as in `SnapKV`.
     """
 
     needs: ClassVar[frozenset[str]] = SnapKV.needs | {"value", "output_weight"}
 
-    def __init__(self, epsilon: float = 1e-4, **options: Any):
-        super().__init__(**options)
-        self.epsilon = epsilon
+    epsilon: float = option(1e-4, "added to scores before weighing", minimum=0.0)
+    first_stage: float = share_option(0.5, "share of a head's budget filled by attention alone")
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Pooled attention, and the same weighted by projected value norms."""

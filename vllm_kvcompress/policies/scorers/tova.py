@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.base import EVERY_HEAD_ALIKE, LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.options import kernel_option
 
 
+@dataclass(frozen=True)
 class TOVA(Scorer):
     """Attention of the prompt's last query, averaged over all query heads of the layer.
 
     Source: "Transformers are Multi-State RNNs", arXiv 2401.06104, section 3.2. Parity target:
     kvpress' TOVAPress, which keeps the last token only (our window = 1); a wider window is kept
     as well. A rank of tensor parallelism averages over its own heads.
-
-    Args:
-        span_kernel: odd width of a last max pooling along keys; 1 = none, as in the paper.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"window_query"})
+    scope: ClassVar[str] = "head"
+    scope_reason: ClassVar[str] = EVERY_HEAD_ALIKE
 
-    def __init__(self, span_kernel: int = 1):
-        self.span_kernel = span_kernel
+    span_kernel: int = kernel_option(1, "width of a last max pooling")
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """The last query's mean attention, for every KV head alike."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer, WindowPlan
-from vllm_kvcompress.policies.defensivekv import worst_case
+from vllm_kvcompress.policies.options import kernel_option, option
+from vllm_kvcompress.policies.scorers.defensivekv import worst_case
 
 
+@dataclass(frozen=True)
 class Span(Scorer):
     """Largest attention over window and query heads, weighted by the values' effect.
 
@@ -29,27 +32,15 @@ class Span(Scorer):
     - tokens of the window are rated too, so that only the last `recent_tokens` (see `memory.
       geometry`) are kept in any case. For that, what a query pays to its own token and the
       `near_tokens - 1` before it does not count: every token is looked at by the next ones.
-
-    Args:
-        pool_kernel: odd width of the mean pooling.
-        value_norm: whether to weigh by the values' effect.
-        span_kernel: odd width of the last max pooling; 1 = none.
-        near_tokens: keys up to a query's own that do not count for it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"window_query", "value", "output_root"})
+    rates_window: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        pool_kernel: int = 5,
-        value_norm: bool = True,
-        span_kernel: int = 11,
-        near_tokens: int = 8,
-    ):
-        self.pool_kernel = pool_kernel
-        self.value_norm = value_norm
-        self.span_kernel = span_kernel
-        self.near_tokens = near_tokens
+    pool_kernel: int = kernel_option(5, "width of the mean pooling along keys")
+    value_norm: bool = option(True, "weigh by what the values do to the layer's output")
+    span_kernel: int = kernel_option(11, "width of the last max pooling, so that facts stay whole")
+    near_tokens: int = option(8, "keys up to a query's own that do not count for it", minimum=1)
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Worst-case scores; see the class."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, WindowPlan
-from vllm_kvcompress.policies.keydiff import KeyDiff
-from vllm_kvcompress.policies.span import Span
+from vllm_kvcompress.policies.options import kernel_option, share_option
+from vllm_kvcompress.policies.scorers.keydiff import KeyDiff
+from vllm_kvcompress.policies.scorers.span import Span
 
 
+@dataclass(frozen=True)
 class SpanKeyDiff(Span):
     """Attention decides how much each head keeps, key geometry most of what it keeps.
 
@@ -17,15 +19,10 @@ class SpanKeyDiff(Span):
     like the mean key (KeyDiff, max-pooled). What the window's queries look at says which heads
     read far back at all, which does not depend on the question; which tokens a question will
     want, it does not say, and key geometry does so better.
-
-    Args:
-        keydiff_kernel: odd width of the max pooling of KeyDiff scores.
-        options: of the worst-case scores, as in `Span`.
     """
 
-    def __init__(self, keydiff_kernel: int = 5, **options: Any):
-        super().__init__(**options)
-        self.keydiff_kernel = keydiff_kernel
+    keydiff_kernel: int = kernel_option(5, "width of the max pooling of KeyDiff scores")
+    first_stage: float = share_option(0.25, "share of a head's budget filled by attention")
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Worst-case attention, and KeyDiff raised to [0, 2]."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer, WindowPlan
+from vllm_kvcompress.policies.options import kernel_option, option, share_option
 
 
 def worst_case(attention: torch.Tensor, pool_kernel: int) -> torch.Tensor:
@@ -28,6 +30,7 @@ def worst_case(attention: torch.Tensor, pool_kernel: int) -> torch.Tensor:
     return worst.clamp(min=worst.mean(dim=-1, keepdim=True))
 
 
+@dataclass(frozen=True)
 class DefensiveKV(Scorer):
     """Largest attention over window and query heads, weighted by projected value norms.
 
@@ -40,25 +43,14 @@ class DefensiveKV(Scorer):
     Parity target: that code (kvpress has no such press), which guarantees heads nothing: budgets
     'ada' with alpha 0, 'joint' with floor 0. A rank of tensor parallelism normalises over its
     own heads.
-
-    Args:
-        pool_kernel: odd width of the mean pooling.
-        value_norm: whether to weigh by the projected values' norms.
-        mass_first: attention mass whose tokens come first, in [0, 1]; 0 = none. The authors' 0.9
-            loses most needles of our benchmark (docs/quality.md), so it is not the default.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"window_query", "value", "output_weight"})
 
-    def __init__(
-        self,
-        pool_kernel: int = 5,
-        value_norm: bool = True,
-        mass_first: float = 0.0,
-    ):
-        self.pool_kernel = pool_kernel
-        self.value_norm = value_norm
-        self.mass_first = mass_first
+    pool_kernel: int = kernel_option(5, "width of the mean pooling along keys")
+    value_norm: bool = option(True, "weigh by the norm of the projected values")
+    # The authors' 0.9 loses most needles of our benchmark (docs/quality.md).
+    mass_first: float = share_option(0.0, "attention mass whose tokens come first; the paper: 0.9")
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Worst-case scores; see the class."""

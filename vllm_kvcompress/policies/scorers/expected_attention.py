@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.options import option
 
 _KEYS_AT_ONCE = 8192
 
@@ -28,6 +29,7 @@ class QueryMoments:
     products: torch.Tensor
 
 
+@dataclass(frozen=True)
 class ExpectedAttention(Scorer):
     """Mean attention under a Gaussian model of future queries, times the value's norm.
 
@@ -40,30 +42,15 @@ class ExpectedAttention(Scorer):
 
     A sink logit that the model has learned depends on no query, so it is its own expectation; it
     joins the softmax, or a query head that mostly looks at its sink would count like any other.
-
-    Args:
-        num_future: positions after the prompt to average the rotation over.
-        num_sinks: first tokens, always kept, that enter neither model nor softmax.
-        covariance: whether to use the quadratic term.
-        value_norm: whether to weigh by the values' norms.
-        epsilon: added to the scores before they are weighted.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"all_queries", "rotary", "value"})
 
-    def __init__(
-        self,
-        num_future: int = 512,
-        num_sinks: int = 4,
-        covariance: bool = True,
-        value_norm: bool = True,
-        epsilon: float = 0.0,
-    ):
-        self.num_future = num_future
-        self.num_sinks = num_sinks
-        self.covariance = covariance
-        self.value_norm = value_norm
-        self.epsilon = epsilon
+    num_future: int = option(512, "future positions to average over", minimum=1)
+    num_sinks: int = option(4, "first tokens always kept", minimum=0)
+    covariance: bool = option(True, "use the queries' covariance, not their mean alone")
+    value_norm: bool = option(True, "weigh by the norm of the values")
+    epsilon: float = option(0.0, "added to scores before weighing", minimum=0.0)
 
     def observe(self, inputs: ChunkInputs, state: Any) -> QueryMoments:
         """Add a chunk's queries to the moments."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.base import EVERY_HEAD_ALIKE, LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.options import option
 
 
+@dataclass(frozen=True)
 class ChunkKV(Scorer):
     """Attention of the window's queries summed per chunk, over all heads of the layer.
 
@@ -18,17 +21,14 @@ class ChunkKV(Scorer):
     Parity target: the order of chunks of kvpress' ChunkKVPress over SnapKVPress without
     pooling; kvpress takes the mean of a chunk (the same order but for a short last chunk),
     lets chunks reach into the window, and keeps whole chunks only.
-
-    Args:
-        chunk_length: tokens per chunk.
-        reuse_layers: layers in a row that keep what the first of them keeps; 1 = none.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"window_query"})
+    scope: ClassVar[str] = "head"
+    scope_reason: ClassVar[str] = EVERY_HEAD_ALIKE
 
-    def __init__(self, chunk_length: int = 10, reuse_layers: int = 2):
-        self.chunk_length = chunk_length
-        self.reuse_layers = reuse_layers
+    chunk_length: int = option(10, "tokens per chunk", minimum=1)
+    reuse_layers: int = option(2, "layers that share the first one's choice", minimum=1)
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Each token has its chunk's score, for every KV head alike."""

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.options import kernel_option
 
 
+@dataclass(frozen=True)
 class KeyDiff(Scorer):
     """Minus the cosine between a key and the mean of all normalised keys.
 
     Source: KeyDiff, arXiv 2504.15364, section 3.2 (the paper compresses block by block; here,
     as in kvpress' KeyDiffPress, the parity target, the whole prompt is seen at once). Looks at
     no query, so it does not depend on where the question stands.
-
-    Args:
-        span_kernel: odd width of a last max pooling along keys; 1 = none, as in the paper.
     """
 
-    def __init__(self, span_kernel: int = 1):
-        self.span_kernel = span_kernel
+    signed: ClassVar[bool] = True
+
+    span_kernel: int = kernel_option(1, "width of a last max pooling")
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Negated cosines in [-1, 1]."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import LayerScores, ScoreInputs, Scorer, WindowPlan
+from vllm_kvcompress.policies.options import kernel_option, option
+
+REDUCTIONS = ("mean", "sum", "max")
 
 
+@dataclass(frozen=True)
 class SnapKV(Scorer):
     """Attention of the window's queries, joined over the window and pooled along keys.
 
@@ -19,33 +24,19 @@ class SnapKV(Scorer):
     pool_kind 'avg' and its window (64) and kernel (5); the Ada-KV code is pool_first False,
     which differs for max pooling. Squared and summed (score_power 2, both reductions 'sum',
     max 7) it is the metric of KV-Compress, arXiv 2410.00161, section 3.2.
-
-    Args:
-        pool_kernel: odd width of the pooling, stride 1, same length; 1 = none.
-        pool_kind: 'max' (LongBench configs of the authors) or 'avg' (kvpress).
-        window_reduce: 'mean', 'sum' or 'max' over the window's queries.
-        group_reduce: 'mean', 'sum' or 'max' over the query heads of a KV head.
-        score_power: exponent of the attention weights before anything is joined.
-        pool_first: pool every query head by itself, then join the group.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"window_query"})
 
-    def __init__(
-        self,
-        pool_kernel: int = 7,
-        pool_kind: str = "max",
-        window_reduce: str = "mean",
-        group_reduce: str = "mean",
-        score_power: int = 1,
-        pool_first: bool = True,
-    ):
-        self.pool_kernel = pool_kernel
-        self.pool_kind = pool_kind
-        self.window_reduce = window_reduce
-        self.group_reduce = group_reduce
-        self.score_power = score_power
-        self.pool_first = pool_first
+    pool_kernel: int = kernel_option(7, "width of the pooling along keys")
+    # The authors' LongBench settings take the largest; kvpress takes the mean.
+    pool_kind: str = option("max", "pooling along keys", choices=("max", "avg"))
+    window_reduce: str = option("mean", "how the window's queries are joined", choices=REDUCTIONS)
+    group_reduce: str = option(
+        "mean", "how the query heads of one KV head are joined", choices=REDUCTIONS
+    )
+    score_power: int = option(1, "1 = attention, 2 = squared attention", choices=(1, 2))
+    pool_first: bool = option(True, "pool each query head before they are joined (else after)")
 
     def score(self, inputs: ScoreInputs) -> LayerScores:
         """Pooled window attention."""

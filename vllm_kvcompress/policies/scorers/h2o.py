@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs, Scorer
+from vllm_kvcompress.policies.options import option, share_option
 
 # Queries whose attention is held at once, to bound memory; fewer where their weights would be more
 # than so many, but enough for a fast product.
@@ -16,6 +18,7 @@ _WEIGHTS_AT_ONCE = 2**26
 _FEWEST_QUERIES = 16
 
 
+@dataclass(frozen=True)
 class H2O(Scorer):
     """Attention summed over every query of the prompt, causal, and over the query heads.
 
@@ -24,17 +27,12 @@ class H2O(Scorer):
     computed whole, without prefix-cache hits. Parity target of the scores: kvpress'
     ObservedAttentionPress, which divides by the number of queries (`normalize`, with
     `recent` 0). The KVCache-Factory port sums without the causal mask; ours has it.
-
-    Args:
-        recent: share of the kept tokens that are the prompt's last, in [0, 1].
-        normalize: divide each token's sum by the number of queries that saw it.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"all_queries"})
 
-    def __init__(self, recent: float = 0.5, normalize: bool = False):
-        self.recent = recent
-        self.normalize = normalize
+    recent: float = share_option(0.5, "share of the kept tokens that are simply the latest")
+    normalize: bool = option(False, "divide by the number of queries that saw the token")
 
     def observe(self, inputs: ChunkInputs, state: Any) -> torch.Tensor:
         """[H, first + m] float32 sums of attention so far."""
