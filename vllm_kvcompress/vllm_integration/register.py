@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressConfigError
-from vllm_kvcompress.vllm_integration.cli import add_flags, merge_flags
+from vllm_kvcompress.flags import add_flags, merge_flags
 from vllm_kvcompress.vllm_integration.compat import UnsupportedVLLMError
 from vllm_kvcompress.vllm_integration.validate import check_engine_config, prepare_engine_args
 
