@@ -10,7 +10,7 @@ a block of a model with a single KV head.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm import _custom_ops as vllm_ops
@@ -242,7 +242,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             num_kv_heads=1,
             head_dim=shape.head_size,
             seq_lens=seq_lens,
-            dtype=self.dtype,
+            dtype=cast(torch.dtype, self.dtype),
             query_start_loc=query_start_loc,
             causal=True,
             sliding_window_size=-1,
@@ -313,11 +313,12 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
     ) -> None:
         """The stock backend on some tokens, or on all (None)."""
         # It reads keys and values from the cache alone, as layers that share one need it to.
+        unread: Any = None
         if tokens is None:
-            super().forward(layer, query, None, None, cache, metadata, output)
+            super().forward(layer, query, unread, unread, cache, metadata, output)
             return
         part = torch.empty_like(output[: len(tokens)])
-        super().forward(layer, query[tokens], None, None, cache, metadata, part)
+        super().forward(layer, query[tokens], unread, unread, cache, metadata, part)
         output[tokens] = part
 
     def _attend_compressed(
