@@ -1,6 +1,6 @@
 """Run a script for a GPU on a CPU: every line of it, with numbers that mean nothing.
 
-    python scripts/gpu/as_if_gpu.py scripts/bench_kernels.py ARGUMENT...
+    python scripts/gpu/as_if_gpu.py benchmarks/timing/gpu_kernels.py ARGUMENT...
 
 Tensors for 'cuda' go to the CPU, Triton's kernels run in its interpreter, a captured graph runs
 when it is captured and not when it is replayed, and timings are of one call. Tensors that measure a

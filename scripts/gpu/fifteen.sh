@@ -183,7 +183,7 @@ part1() {
   run real_size correctness 80 "$tools/check_real_size.py" --out "$(result real_size)" --limit 58
   tests csrc_tests 32 "${CSRC_TESTS[@]}" -n 4
   tests triton_tests 56 "${KERNEL_TESTS[@]}" -m "not emulated and not slow" -n 8
-  run timings numbers 55 scripts/bench_kernels.py --out "$(result timings)" --native --limit 38 \
+  run timings numbers 55 benchmarks/timing/gpu_kernels.py --out "$(result timings)" --native --limit 38 \
     "${TIMINGS[@]}" --peers "FlashAttention (vLLM)"
   run tuning numbers 30 "$tools/tune_decode.py" --out "$(result tuning)" --limit 18 "${TUNING[@]}"
   tests rig 50 tests/integration/test_cuda_backend.py tests/integration/test_cuda_one_shot.py \
@@ -210,7 +210,7 @@ dry_part1() {
   run real_size correctness 60 "$tools/check_real_size.py" --dry-run --out "$(result real_size)" --limit 20
   tests csrc_tests 60 tests/kernels/test_csrc_build.py -m "not slow"
   tests triton_tests 60 tests/kernels/test_store.py -m "not slow"
-  run timings numbers 150 "$tools/as_if_gpu.py" scripts/bench_kernels.py --out "$(result timings)" \
+  run timings numbers 150 "$tools/as_if_gpu.py" benchmarks/timing/gpu_kernels.py --out "$(result timings)" \
     --shapes "Llama-3.1-70B TP8" --layers 1 --batches 1 --kept 16 --prompts 64 --peers
   run tuning numbers 150 "$tools/tune_decode.py" --dry-run --settings 2 --out "$(result tuning)"
   tests rig 120 tests/integration/test_cuda_host_sync.py

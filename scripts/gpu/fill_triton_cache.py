@@ -1,6 +1,8 @@
 """Compile what a script launches into Triton's cache, for a GPU that need not be there.
 
-    TRITON_CACHE_DIR=DIR python scripts/gpu/fill_triton_cache.py scripts/bench_kernels.py --count
+    TRITON_CACHE_DIR=DIR python scripts/gpu/fill_triton_cache.py SCRIPT --count
+
+SCRIPT: benchmarks/timing/gpu_kernels.py, or one of plan.sh's others.
 
 The script records launches instead of making them (`recording.record`). Each one goes through
 Triton's own launch as far as the compiled kernel, so that its entry in the cache is found under the

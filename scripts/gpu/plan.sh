@@ -11,5 +11,5 @@ FILL_CACHE=(
   "scripts/gpu/warm_up_launches.py"
   "scripts/gpu/check_real_size.py --count"
   "scripts/gpu/tune_decode.py --count"
-  "scripts/bench_kernels.py --count ${TIMINGS[*]} --peers"
+  "benchmarks/timing/gpu_kernels.py --count ${TIMINGS[*]} --peers"
 )

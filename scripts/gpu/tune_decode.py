@@ -4,12 +4,12 @@
     python scripts/gpu/tune_decode.py --dry-run --out decode_tuning.json     (anywhere)
     python scripts/gpu/tune_decode.py --count                                (anywhere)
 
-What is timed is a whole step, as in bench_kernels. For every batch and kept length each of
-`SETTINGS` is tried, then other numbers of programs and of least tiles with the best of them. A
-setting that needs more than the GPU has is left out, and one whose result is another than the
-default's is an error. The JSON is written anew after every row; past `--limit` nothing is started.
-`--dry-run` tries some on a CPU, in Triton's interpreter; its times say nothing. `--count` launches
-nothing: it says how many kernels would be compiled, as far as that is known before.
+What is timed is a whole step, as in benchmarks/timing/gpu_kernels.py. For every batch and kept
+length each of `SETTINGS` is tried, then other numbers of programs and of least tiles with the best
+of them. A setting that needs more than the GPU has is left out, and one whose result is another
+than the default's is an error. The JSON is written anew after every row; past `--limit` nothing is
+started. `--dry-run` tries some on a CPU, in Triton's interpreter; its times say nothing. `--count`
+launches nothing: it says how many kernels would be compiled, as far as that is known before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if {"--count", "--dry-run"} & set(sys.argv):
     os.environ["TRITON_INTERPRET"] = "1"
@@ -33,8 +34,8 @@ import machine  # noqa: F401
 import torch
 from gpu import recording
 from gpu.shapes import DRY_SHAPE, ModelShape, read_shapes
-from kernel_bench.report import Report, Timer
-from kernel_bench.step_cases import DecodeStep, decode_step
+from timing.report import Report, Timer
+from timing.step_cases import DecodeStep, decode_step
 from vllm_kvcompress.triton_kernels import DecodeTiles
 
 from vllm_kvcompress import ops

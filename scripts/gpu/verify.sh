@@ -80,10 +80,10 @@ run_timings() {
     echo "no nvcc: csrc/cuda is not timed"
   fi
   # FlexAttention is compiled anew for every case.
-  "$python" -P scripts/bench_kernels.py --out "$out/kernels.json" ${native[@]+"${native[@]}"} \
+  "$python" -P benchmarks/timing/gpu_kernels.py --out "$out/kernels.json" ${native[@]+"${native[@]}"} \
     --shapes Llama-3.1-8B --prompts 4096 32768 --batches 1 32 256 \
     --peers "torch SDPA" "FlashAttention (vLLM)" FlashInfer xformers || status=1
-  "$python" -P scripts/bench_kernels.py --out "$out/kernels_tp8.json" ${native[@]+"${native[@]}"} \
+  "$python" -P benchmarks/timing/gpu_kernels.py --out "$out/kernels_tp8.json" ${native[@]+"${native[@]}"} \
     --shapes "Llama-3.1-70B TP8" --prompts 32768 --batches 32 --kept 1024 4096 || status=1
 }
 
@@ -122,7 +122,7 @@ run_engines() {
 }
 
 serving() {
-  "$python" -P scripts/bench_serving.py --model configs/models/llama-3.1-8b --dummy \
+  "$python" -P benchmarks/serving/measure.py --model configs/models/llama-3.1-8b --dummy \
     --tokenizer "$KVC_MODEL" --out "$out/serving_$1" "${@:2}" || status=1
 }
 

@@ -164,7 +164,7 @@ KVPRESS = json.loads((Path(__file__).parents[1] / "data" / "kvpress" / "answers.
     "case", KVPRESS, ids=lambda c: f"{c['press']}-{c['kept']}-of-{c['prompt_len']}"
 )
 def test_same_answers_as_kvpress(engine, in_float32, case) -> None:
-    """Where both keep as many tokens of the same kind; see scripts/kvpress_answers.py."""
+    """Where both keep as many tokens of the same kind; see kvpress_answers.py."""
     options = paper_options(case["press"])
     if case["press"] in ("snapkv", "criticalkv"):
         # kvpress' pooling; ours is the papers'.

@@ -13,7 +13,7 @@ import torch
 from gpu import tune_decode
 from gpu.shapes import DRY_SHAPE
 from gpu.tune_decode import tune
-from kernel_bench.step_cases import decode_step
+from timing.step_cases import decode_step
 from vllm_kvcompress.triton_kernels import DecodeTiles
 
 from vllm_kvcompress import ops

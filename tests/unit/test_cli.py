@@ -13,7 +13,7 @@ import pytest
 from cli_runs import BLOCK_BYTES, LLAMA, SETTING, one_line_error, published_pages, write_model
 
 from vllm_kvcompress import KVCompressConfig
-from vllm_kvcompress.cli import main, plan
+from vllm_kvcompress.cli import main, planning
 from vllm_kvcompress.cli.methods import NEEDS
 from vllm_kvcompress.config import DEFAULT_METHOD
 from vllm_kvcompress.policies import base, scorer_class
@@ -25,7 +25,7 @@ from vllm_kvcompress.policies.registry import budgets_class
 @pytest.fixture(autouse=True)
 def installed_for_cuda(monkeypatch):
     """Numbers of these tests are those of blocks of 16, whatever vLLM there is."""
-    monkeypatch.setattr(plan, "installed_platform", lambda: "CUDA")
+    monkeypatch.setattr(planning, "installed_platform", lambda: "CUDA")
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from cli_runs import (
     write_model,
 )
 
-from vllm_kvcompress.cli import main, plan
+from vllm_kvcompress.cli import main, planning
 from vllm_kvcompress.cli.model import ModelShape, _max_len, _read_configs, read_shape
-from vllm_kvcompress.cli.plan import plan_pages, usable_blocks
+from vllm_kvcompress.cli.planning import plan_pages, usable_blocks
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import make_budgets
 
 # Before the fixture below replaces it.
-INSTALLED_PLATFORM = plan.installed_platform
+INSTALLED_PLATFORM = planning.installed_platform
 FULL, WINDOWED = "full_attention", "sliding_attention"
 # Gemma 3's way: two layers with full attention, four with a window, in two groups of two.
 MIXED = {
@@ -36,7 +36,7 @@ MIXED = {
 @pytest.fixture(autouse=True)
 def installed_for_cuda(monkeypatch):
     """Numbers of these tests are those of blocks of 16, whatever vLLM there is."""
-    monkeypatch.setattr(plan, "installed_platform", lambda: "CUDA")
+    monkeypatch.setattr(planning, "installed_platform", lambda: "CUDA")
 
 
 @pytest.fixture
@@ -401,11 +401,11 @@ def test_default_block_size_is_that_of_the_installed_vllm(
 ):
     def version(name):
         if name not in versions:
-            raise plan.metadata.PackageNotFoundError(name)
+            raise planning.metadata.PackageNotFoundError(name)
         return versions[name]
 
-    monkeypatch.setattr(plan.metadata, "version", version)
-    monkeypatch.setattr(plan, "installed_platform", INSTALLED_PLATFORM)
+    monkeypatch.setattr(planning.metadata, "version", version)
+    monkeypatch.setattr(planning, "installed_platform", INSTALLED_PLATFORM)
     if target is None:
         monkeypatch.delenv("VLLM_TARGET_DEVICE", raising=False)
     else:

@@ -1,6 +1,6 @@
 """Our methods keep the tokens that kvpress 0.5.5 keeps; every difference is named and bounded.
 
-tests/data/kvpress was written by scripts/kvpress_env.sh. Scores are compared as well, so that
+benchmarks/quality/kvpress_env.sh wrote tests/data/kvpress. Scores are compared as well, so that
 sets cannot agree by luck. kvpress' control, RandomPress, is left out: it draws from torch's
 global generator, ours from a seed and the layer. Unless a test says otherwise, budgets are
 single tokens (block_size 1), which is all that kvpress knows.

@@ -60,6 +60,7 @@ def test_without_compiled_ops_the_wheel_is_plain(sources):
     assert name.endswith("-py3-none-any.whl")
     assert not [file for file in files if file.endswith(".so")]
     assert "vllm_kvcompress/triton_kernels/select.py" in files
+    assert "vllm_kvcompress/py.typed" in files
     assert not [file for file in files if file.startswith("triton_kernels")]
     assert [file for file in files if file.endswith(".dist-info/licenses/LICENSE")]
     (archive,) = (sources / "dist").glob("*.tar.gz")

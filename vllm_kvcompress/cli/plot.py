@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_kvcompress.cli import report
+from vllm_kvcompress.cli.planning import Plan, RequestPlan
 from vllm_kvcompress.config import KVCompressConfigError
-
-if TYPE_CHECKING:
-    from vllm_kvcompress.cli.plan import Plan, RequestPlan
 
 _MIB = 2**20
 

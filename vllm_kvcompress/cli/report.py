@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
+from vllm_kvcompress.cli.planning import PagePlan, Plan, RequestPlan
+from vllm_kvcompress.cli.sizes import format_size
+from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies.registry import budgets_class
-
-if TYPE_CHECKING:
-    from vllm_kvcompress.cli.plan import PagePlan, Plan, RequestPlan
-    from vllm_kvcompress.config import KVCompressConfig
 
 _WIDTH = 100
 _NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -22,14 +20,6 @@ def as_text(plan: Plan) -> str:
     parts = [_head(plan), _tokens_and_blocks(plan), _memory(plan)]
     parts += [_pages(plan, request) for request in plan.requests]
     return "\n\n".join(parts)
-
-
-def size(num_bytes: int) -> str:
-    """Bytes in the largest binary unit that leaves at least 1."""
-    for unit, unit_bytes in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= unit_bytes:
-            return f"{num_bytes / unit_bytes:.1f} {unit}"
-    return f"{num_bytes / 2**10:.1f} KiB"
 
 
 def setting(config: KVCompressConfig) -> str:
@@ -52,19 +42,19 @@ def _head(plan: Plan) -> str:
         f"model    {layers}, {shape.num_kv_heads} KV heads{where}, head size "
         f"{shape.head_size}, {shape.dtype}",
         f"block    {plan.block_size} tokens of all {'these ' if has_windows else ''}layers and "
-        f"heads, {size(plan.block_bytes)}{where}",
+        f"heads, {format_size(plan.block_bytes)}{where}",
     ]
     if has_windows:
         blocks = max(request.window_blocks for request in plan.requests)
         lines += [
             f"windows  {shape.num_windowed_layers} more layers, of {shape.window_tokens} tokens "
             f"each, stay as they are; a request holds up to",
-            f"         {blocks} blocks ({size(blocks * plan.block_bytes)}) for them, beside the "
-            "blocks and in the memory below",
+            f"         {blocks} blocks ({format_size(blocks * plan.block_bytes)}) for them, beside "
+            "the blocks and in the memory below",
         ]
     if plan.pool_bytes is not None:
         lines.append(
-            f"pool     {size(plan.pool_bytes)}{where}, {plan.pool_blocks} blocks "
+            f"pool     {format_size(plan.pool_bytes)}{where}, {plan.pool_blocks} blocks "
             "beside vLLM's null block"
         )
     return "\n".join(lines)
@@ -101,10 +91,10 @@ def _memory(plan: Plan) -> str:
     for request in plan.requests:
         row: tuple[object, ...] = (
             request.prompt_len,
-            size(request.held_bytes),
-            size(request.full_bytes),
+            format_size(request.held_bytes),
+            format_size(request.full_bytes),
             f"{1 - request.held_bytes / request.full_bytes:.1%}",
-            size(request.prefill_bytes),
+            format_size(request.prefill_bytes),
         )
         rows.append((*row, request.fits, request.full_fits) if has_pool else row)
     lines = [_table(rows)]

@@ -111,9 +111,7 @@ class LLM(vllm.LLM):
         manager = compressing_manager(core.scheduler.kv_cache_manager.coordinator)
         geometry = Geometry(config, manager.block_size)
         max_len = self.llm_engine.vllm_config.model_config.max_model_len
-        at_start = KVCompressConfig.from_dict(
-            self.llm_engine.vllm_config.additional_config["kv_compress"]
-        )
+        at_start = KVCompressConfig.from_dict(self._setting())
         room = Geometry(at_start, manager.block_size).max_request_blocks(max_len)
         if geometry.max_request_blocks(max_len) > room:
             raise KVCompressConfigError(
@@ -141,8 +139,13 @@ class LLM(vllm.LLM):
         self._require_compression()
         return merge_rank_stats(self.collective_rpc("kv_compress_stats"))
 
+    def _setting(self) -> Any:
+        """What the engine was started with; nothing if that is no compression."""
+        additional: Any = self.llm_engine.vllm_config.additional_config
+        return additional.get("kv_compress")
+
     def _require_compression(self) -> None:
-        if not self.llm_engine.vllm_config.additional_config.get("kv_compress"):
+        if not self._setting():
             raise KVCompressConfigError("this engine runs without KV compression")
 
 

@@ -19,7 +19,7 @@ import sys
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressConfigError
-from vllm_kvcompress.vllm_integration.cli import add_flags, merge_flags
+from vllm_kvcompress.flags import add_flags, merge_flags
 from vllm_kvcompress.vllm_integration.compat import UnsupportedVLLMError
 from vllm_kvcompress.vllm_integration.validate import check_engine_config, prepare_engine_args
 
@@ -30,8 +30,10 @@ def register() -> None:
 
     if getattr(EngineArgs, "_kv_compress_registered", False):
         return
+    # Its methods are replaced, which no type has a word for.
+    patched: Any = EngineArgs
     add_cli_args = EngineArgs.add_cli_args
-    from_cli_args = EngineArgs.from_cli_args.__func__
+    from_cli_args = patched.from_cli_args.__func__
     create_engine_config = EngineArgs.create_engine_config
 
     @functools.wraps(add_cli_args)
@@ -53,10 +55,10 @@ def register() -> None:
             check_engine_config(vllm_config, config)
         return vllm_config
 
-    EngineArgs.add_cli_args = staticmethod(add_cli_args_with_flags)
-    EngineArgs.from_cli_args = classmethod(from_cli_args_with_flags)
-    EngineArgs.create_engine_config = create_checked_engine_config
-    EngineArgs._kv_compress_registered = True
+    patched.add_cli_args = staticmethod(add_cli_args_with_flags)
+    patched.from_cli_args = classmethod(from_cli_args_with_flags)
+    patched.create_engine_config = create_checked_engine_config
+    patched._kv_compress_registered = True
 
 
 def _print_errors_as_lines() -> None:

@@ -35,6 +35,8 @@ class KVCompressManager(FullAttentionManager):
     `remove_skipped_blocks` is called with settled token counts only.
     """
 
+    kv_cache_spec: KVCompressSpec
+
     def __init__(self, kv_cache_spec: KVCompressSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._prompt_lens: dict[str, int] = {}
@@ -115,11 +117,11 @@ class KVCompressManager(FullAttentionManager):
                 # Whether the whole request can come in; how is settled with its first chunk.
                 return geometry.num_row_blocks(num_tokens) - geometry.first_kept_block
             full_tokens = max(num_tokens, prefill_end)
-            num_blocks = self._one_shot_blocks(
+            one_shot_blocks = self._one_shot_blocks(
                 request_id, geometry, num_tokens, num_tokens_main_model, full_tokens
             )
-            if num_blocks is not None:
-                return num_blocks
+            if one_shot_blocks is not None:
+                return one_shot_blocks
         return super().get_num_blocks_to_allocate(
             request_id,
             row_tokens,
@@ -303,7 +305,8 @@ def register_spec() -> None:
     # Looking a stock spec up makes vLLM register its own first; it skips that when the
     # registry is not empty.
     KVCacheSpecRegistry.get_manager_class(
-        FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=None)
+        # No dtype: only the class counts, and torch is not needed for it.
+        FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=1, dtype=None)  # type: ignore[arg-type]
     )
     KVCacheSpecRegistry.register(
         KVCompressSpec,

@@ -19,7 +19,7 @@ A compressed prompt is let in only where the pool has room for what will be gene
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -40,7 +40,14 @@ from vllm_kvcompress.vllm_integration.step_messages import tell_whole_ids
 logger = init_logger(f"vllm.{__name__}")
 
 
-class _CompressionScheduler:
+if TYPE_CHECKING:
+    # What the mixin is mixed into, or its asynchronous subclass.
+    _Base = Scheduler
+else:
+    _Base = object
+
+
+class _CompressionScheduler(_Base):
     """Mixin for vLLM's schedulers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -255,17 +255,14 @@ class WorkerEngine:
         prompts = slice(first, end)
         return staging.block_table[prompts], staging.slots(prompts)
 
-    def begin_layer(self, step: Step, layer: int) -> torch.Tensor | None:
-        """[blocks, H, b, 2 d] for a layer of the one-shot prompts, if there are any."""
-        if step.staged is None:
-            return None
+    def begin_layer(self, step: Step, layer: int) -> torch.Tensor:
+        """Room for a layer of a step's one-shot prompts: [blocks, H, b, 2 d], to be written."""
+        assert step.staged is not None
         return self.compactor.begin_layer(step.staged.batch, layer)
 
-    def current_layer(self, step: Step) -> torch.Tensor | None:
+    def current_layer(self, step: Step, layer: int) -> torch.Tensor:
         """What `begin_layer` has returned last, for a layer that reads it too."""
-        if step.staged is None:
-            return None
-        assert step.staged.batch.staging is not None
+        assert step.staged is not None and step.staged.batch.staging is not None
         return step.staged.batch.staging.area().unflatten(0, (-1, self.shape.num_kv_heads))
 
     def after_attention(

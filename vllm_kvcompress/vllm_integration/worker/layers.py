@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
@@ -91,7 +91,7 @@ def _output_weight(owner: torch.nn.Module, name: str, layer: Any) -> torch.Tenso
     """[H, g, d, m] columns of the output projection for each query head of this rank."""
     projection = _output_projection(owner, name, layer)
     if _is_plain(projection):
-        weight = projection.weight.detach().t()
+        weight = cast(torch.Tensor, projection.weight).detach().t()
     else:
         # The weight itself may be packed or quantized; what it does to unit vectors is not.
         size = projection.input_size_per_partition

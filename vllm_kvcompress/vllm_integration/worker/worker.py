@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.logger import init_logger
@@ -36,7 +36,14 @@ from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 logger = init_logger(f"vllm.{__name__}")
 
 
-class CompressionWorker:
+if TYPE_CHECKING:
+    # What the mixin is mixed into, or its subclass for CPUs.
+    from vllm.v1.worker.gpu_worker import Worker as _Base
+else:
+    _Base = object
+
+
+class CompressionWorker(_Base):
     """Mixin for vLLM's workers of an engine with `additional_config["kv_compress"]`.
 
     Workers are subclassed because nothing else of vLLM's plugin points sees the model runner, whose
@@ -147,6 +154,7 @@ class CompressionWorker:
             )
         group = groups[ours[0]]
         spec = group.kv_cache_spec
+        assert isinstance(spec, KVCompressSpec)
         readers = _readers(context, group.layer_names)
         owners = (name for name in group.layer_names if name not in readers)
         names = sorted(owners, key=extract_layer_index)
@@ -174,7 +182,8 @@ class CompressionWorker:
         for attn_group in itertools.chain.from_iterable(runner.attn_groups):
             if attn_group.kv_cache_group_id != ours[0]:
                 continue
-            for builder in attn_group.metadata_builders:
+            builders: list[Any] = attn_group.metadata_builders
+            for builder in builders:
                 builder.bind(self._engine)
         if self.rank == 0:
             asked = (

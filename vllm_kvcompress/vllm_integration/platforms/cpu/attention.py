@@ -10,7 +10,7 @@ a block of a model with a single KV head.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm import _custom_ops as vllm_ops
@@ -230,7 +230,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             num_kv_heads=1,
             head_dim=shape.head_size,
             seq_lens=seq_lens,
-            dtype=self.dtype,
+            dtype=cast(torch.dtype, self.dtype),
             query_start_loc=query_start_loc,
             causal=True,
             sliding_window_size=-1,
@@ -276,13 +276,11 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         layer_index = engine.layer_index[layer.layer_name]
         if metadata.one_shot is not None:
             tokens, one_shot = metadata.one_shot_tokens, metadata.one_shot
+            begin = engine.begin_layer if owns_cache else engine.current_layer
+            staged = begin(step, layer_index)
             if owns_cache:
-                staged = engine.begin_layer(step, layer_index)
-                self.do_kv_cache_update(
-                    layer, key[tokens], value[tokens], staged, one_shot.slot_mapping
-                )
-            else:
-                staged = engine.current_layer(step)
+                slots = one_shot.slot_mapping
+                self.do_kv_cache_update(layer, key[tokens], value[tokens], staged, slots)
             self._attend(layer, query, staged, one_shot, tokens, output)
         if isinstance(metadata.compressed, RowsByHead):
             self._attend_by_head(layer, query, metadata.compressed, output, engine, layer_index)
@@ -303,11 +301,12 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
     ) -> None:
         """The stock backend on some tokens, or on all (None)."""
         # It reads keys and values from the cache alone, as layers that share one need it to.
+        unread: Any = None
         if tokens is None:
-            super().forward(layer, query, None, None, cache, metadata, output)
+            super().forward(layer, query, unread, unread, cache, metadata, output)
             return
         part = torch.empty_like(output[: len(tokens)])
-        super().forward(layer, query[tokens], None, None, cache, metadata, part)
+        super().forward(layer, query[tokens], unread, unread, cache, metadata, part)
         output[tokens] = part
 
     def _attend_compressed(

@@ -9,7 +9,7 @@ graph of a decode step may be replayed whatever the rows have become.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
@@ -203,10 +203,9 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
         if step is not None:
             assert engine is not None
             layer_index = engine.layer_index[layer.layer_name]
-            if owns_cache:
-                staged = engine.begin_layer(step, layer_index)
-            else:
-                staged = engine.current_layer(step)
+            if step.staged is not None:
+                begin = engine.begin_layer if owns_cache else engine.current_layer
+                staged = begin(step, layer_index)
         for run in metadata.runs:
             tokens, cache = run.tokens, kv_cache
             if run.is_one_shot:
@@ -217,8 +216,8 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                     self.do_kv_cache_update(layer, key[tokens], value[tokens], cache, slots)
             fresh = (key[tokens], value[tokens]) if owns_cache else (None, None)
             own = (query[tokens], *fresh, cache, run.metadata, output[tokens])
-            is_scored = owns_cache and self.tells_lse and step is not None
-            if is_scored and engine.wants_lse(step, tokens):
+            is_scored = owns_cache and self.tells_lse
+            if is_scored and step and engine and engine.wants_lse(step, tokens):
                 lses.append((tokens, attend_with_lse(self, *own)))
             else:
                 super().forward(layer, *own)
@@ -238,17 +237,17 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 step.query_start_loc[: num_single + 1],
                 step.work,
             )
-        for run in step.extended:
+        for short in step.extended:
             self._decode(
-                query[run.token_start : run.token_end],
-                output[run.token_start : run.token_end],
+                query[short.token_start : short.token_end],
+                output[short.token_start : short.token_end],
                 engine,
                 layer_index,
-                run.rows,
-                run.page_offsets,
-                run.block_table,
-                run.query_start_loc,
-                run.work,
+                short.rows,
+                short.page_offsets,
+                short.block_table,
+                short.query_start_loc,
+                short.work,
                 ops.MAX_QUERY_LEN,
             )
         if owns_cache:
@@ -355,7 +354,7 @@ def attend_with_lse(
         softcap=impl.logits_soft_cap,
         scheduler_metadata=metadata.scheduler_metadata,
         num_splits=metadata.max_num_splits,
-        fa_version=impl.vllm_flash_attn_version,
+        fa_version=cast(int, impl.vllm_flash_attn_version),
         return_softmax_lse=True,
     )
     return lse

@@ -79,6 +79,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         """Memory for what steps read, one-shot prompts, scores, and copied output projections."""
         layers = self.vllm_config.compilation_config.static_forward_context
         spec = next(iter(specs.values()))
+        assert self.device is not None
         meta, num_sms = torch.device("meta"), ops.num_multiprocessors(self.device)
         own = StepBuffers(shape, self._max_num_reqs(), spec.dtype, meta, num_sms).num_bytes
         pages = counted_buffer_pages(
@@ -122,7 +123,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
         if missing and self.rank == 0:
             logger.info("kv-compress: no compiled selection, Triton's instead: %s", missing)
         names = rows_of_v2 if self.use_v2_model_runner else rows_of_v1
-        impls = [layer.impl for layer in attention.values()]
+        impls: list[Any] = [layer.impl for layer in attention.values()]
         self._impl = impls[0]
         # Layers are scored together: all of them tell their sums, or nobody is asked.
         self._tells_lse = all(impl.tells_lse for impl in impls)
@@ -142,6 +143,7 @@ class KVCompressCUDAWorker(CompressionWorker, Worker):
     def compile_or_warm_up_model(self) -> Any:
         """Our own kernels, then as the stock worker, whose made-up batches are no requests."""
         max_len = self.vllm_config.model_config.max_model_len
+        assert isinstance(self._engine, CUDAEngine)
         # Layers differ in weights only.
         self._impl.warm_up(self._engine)
         self._engine.warm_up(max_len, self._tells_lse)

@@ -14,8 +14,8 @@ import triton
 from gpu.recording import record
 from gpu.shapes import ModelShape
 
-from kernel_bench.case import Call, Case
-from kernel_bench.timing import copy_bandwidth, free_bytes, matmul_rate, measure_on, prefill_us
+from timing.case import Call, Case
+from timing.clock import copy_bandwidth, free_bytes, matmul_rate, measure_on, prefill_us
 
 OWN = "vllm-kvcompress"
 # Of the memory that is free, for one peer.

@@ -1,8 +1,8 @@
 """Time the Triton kernels on a GPU against the memory floor, torch and other libraries.
 
-    python scripts/bench_kernels.py --out kernels.json                 (on a GPU)
-    python scripts/bench_kernels.py --count --out counts.json          (anywhere)
-    python scripts/bench_kernels.py --dry-run                          (anywhere)
+    python benchmarks/timing/gpu_kernels.py --out kernels.json                 (on a GPU)
+    python benchmarks/timing/gpu_kernels.py --count --out counts.json          (anywhere)
+    python benchmarks/timing/gpu_kernels.py --dry-run                          (anywhere)
 
 What is timed is what an engine does: a decode step attends in all layers, each with its own pages,
 so that the L2 cache is as cold as in a step. It is the replay of one captured graph; `timed` says
@@ -32,7 +32,10 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+# This folder's names are too plain for others to find them at the top.
+sys.path[:] = [path for path in sys.path if path != str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "scripts")]
 
 # Needs no GPU, and so kernels that load without one.
 if {"--count", "--dry-run"} & set(sys.argv):
@@ -43,11 +46,12 @@ import torch
 from gpu import native
 from gpu.peers import PEERS
 from gpu.shapes import DRY_SHAPE, ModelShape, read_shapes
-from kernel_bench.case import Case
-from kernel_bench.prompt_cases import prompt_cases
-from kernel_bench.report import Report, Timer, counted_row
-from kernel_bench.step_cases import TAIL_TOKENS, decode_case, store_case
-from kernel_bench.timing import copy_bandwidth
+
+from timing.case import Case
+from timing.clock import copy_bandwidth
+from timing.prompt_cases import prompt_cases
+from timing.report import Report, Timer, counted_row
+from timing.step_cases import TAIL_TOKENS, decode_case, store_case
 
 MODELS = ("Llama-3.1-8B", "Qwen3-8B", "Llama-3.1-70B TP8")
 # FlexAttention would be compiled for the CPU.

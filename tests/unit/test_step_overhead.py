@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import bench_step_overhead as bench
+from timing import step_overhead as bench
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])

@@ -2,11 +2,11 @@
 
 Offline (default): one vLLM engine in this process, every method in turn:
 
-    python scripts/eval_quality.py --model MODEL --out results/quality --methods all
+    python benchmarks/quality/evaluate.py --model MODEL --out results/quality --methods all
 
 Any OpenAI-compatible endpoint, whose method is whatever its server was started with:
 
-    python scripts/eval_quality.py --url http://localhost:8000/v1 --label span --out results/url
+    python benchmarks/quality/evaluate.py --url http://localhost:8000/v1 --label span --out OUT
 
 A run that was cut off goes on where it stopped when called again with the same arguments.
 """
@@ -24,9 +24,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+# This folder's names are too plain for others to find them at the top.
+sys.path[:] = [path for path in sys.path if path != str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "scripts")]
 
 from progress import Progress, duration, say
+
 from quality import official, tasks
 from quality.plan import PROSE_CONTEXT, PROSE_CONTINUATION, Prompt
 from quality.settings import MODES, parse_methods
@@ -73,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
         type=Path,
         nargs="*",
         default=[],
-        help="results of scripts/quality/kvpress_runner.py to put into the same tables",
+        help="results of benchmarks/quality/kvpress_runner.py to put into the same tables",
     )
     parser.add_argument(
         "--export",
@@ -190,11 +194,12 @@ def record_heads(
 
 
 def run_url(arguments: argparse.Namespace, store: Store) -> None:
-    from quality.endpoint import run_endpoint
     from transformers import AutoTokenizer
 
+    from quality.endpoint import run_endpoint
+
     if arguments.model is None:
-        raise SystemExit("eval_quality: --url needs --model too, for its tokenizer")
+        raise SystemExit("evaluate: --url needs --model too, for its tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     prompts = build_prompts(arguments, tokenizer)
     common = {
@@ -207,8 +212,9 @@ def run_url(arguments: argparse.Namespace, store: Store) -> None:
 
 
 def add_kvpress(arguments: argparse.Namespace, store: Store) -> None:
-    from quality.kvpress_results import add_kvpress_results
     from transformers import AutoTokenizer
+
+    from quality.kvpress_results import add_kvpress_results
 
     prompts = build_prompts(arguments, AutoTokenizer.from_pretrained(arguments.model))
     common = {"model": Path(arguments.model).name, "seed": arguments.seed}
@@ -258,7 +264,7 @@ def describe_run(arguments: argparse.Namespace) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
-        "command": "python " + shlex.join(["scripts/eval_quality.py", *sys.argv[1:]]),
+        "command": "python " + shlex.join(["benchmarks/quality/evaluate.py", *sys.argv[1:]]),
         "versions": versions,
         "python": platform.python_version(),
         "machine": platform.machine(),

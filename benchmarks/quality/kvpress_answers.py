@@ -1,6 +1,6 @@
 """Writes kvpress' greedy answers to a few prompts, for the end-to-end parity test.
 
-Runs where kvpress is installed (scripts/kvpress_env.sh). Lengths and budgets are whole pages of
+Runs where kvpress is installed (kvpress_env.sh). Lengths and budgets are whole pages of
 `PAGE` tokens beside what the engine always keeps, so that both keep the very same number of
 tokens. The file holds "versions", "model" and "cases", each with "press", "window" (queries that
 score; also what is always kept), "prompt_len", "kept" (tokens per head, asked), "prompt" (token
@@ -11,13 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
+
+HERE = Path(__file__).resolve().parent
+# This folder's names are too plain for others to find them at the top.
+sys.path[:] = [path for path in sys.path if path != str(HERE)]
+sys.path.insert(0, str(HERE.parent))
+
 from quality import tasks
 from quality.kvpress_runner import Job, Runner, versions
 
-OUTPUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "kvpress" / "answers.json"
+OUTPUT = HERE.parents[1] / "tests" / "data" / "kvpress" / "answers.json"
 PAGE = 32
 # Press, window, (pages of the prompt before what is always kept, pages kept of them).
 CASES = (

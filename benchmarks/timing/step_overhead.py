@@ -1,6 +1,6 @@
 """Time what a step costs the host on the CUDA side: whose its rows are, and what they are to us.
 
-    python scripts/bench_step_overhead.py --out step_overhead.json
+    python benchmarks/timing/step_overhead.py --out step_overhead.json
 
 Needs no GPU: nothing of it touches the device. `names` tells request ids and prompt lengths of the
 rows as either of vLLM's model runners has them, `plan` is `plan_step`, and `total` both, p20, p50
@@ -22,7 +22,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+# This folder's names are too plain for others to find them at the top.
+sys.path[:] = [path for path in sys.path if path != str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "scripts")]
 
 import machine
 

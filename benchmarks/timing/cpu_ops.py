@@ -1,6 +1,6 @@
 """Time the compiled CPU ops against torch: scoring, selection and compaction of one prompt.
 
-    python scripts/bench_cpu_ops.py --out cpu_ops.json
+    python benchmarks/timing/cpu_ops.py --out cpu_ops.json
 
 A prompt of random keys, values and queries lies in pages as vLLM's CPU kernel stores them, and is
 compacted as the engine does it, by `Compactor`. The backends take turns, so that whatever else runs
@@ -23,7 +23,10 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+# This folder's names are too plain for others to find them at the top.
+sys.path[:] = [path for path in sys.path if path != str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "scripts")]
 
 import machine
 

@@ -44,7 +44,7 @@ _GSM8K_SHOTS = 8
 
 
 def _fail(message: str) -> SystemExit:
-    return SystemExit(f"eval_quality: {message}")
+    return SystemExit(f"evaluate: {message}")
 
 
 def _read_text(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from gpu import native
 from gpu.shapes import ModelShape
 
-from kernel_bench.case import Case, new_pool, normal, prepare, shuffled_table
+from timing.case import Case, new_pool, normal, prepare, shuffled_table
 from vllm_kvcompress import ops
 
 # Rows of the compiled ops.

@@ -12,7 +12,7 @@ import torch
 import triton
 from gpu.shapes import ModelShape
 
-from kernel_bench.case import Call
+from timing.case import Call
 
 NUM_HOST_CALLS = 3
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}

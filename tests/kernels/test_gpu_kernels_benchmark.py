@@ -14,11 +14,11 @@ import pytest
 import torch
 from gpu import peers
 from gpu.shapes import ModelShape
-from kernel_bench import report
-from kernel_bench.case import Case
-from kernel_bench.report import Timer
+from timing import report
+from timing.case import Case
+from timing.report import Timer
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_kernels.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "timing" / "gpu_kernels.py"
 CPU = torch.device("cpu")
 SHAPE = ModelShape("small", 3, 1, 2, 64, torch.float32, torch.float32)
 

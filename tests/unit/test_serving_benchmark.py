@@ -1,4 +1,4 @@
-"""What scripts/bench_serving.py makes of its command line and runs; no server is started."""
+"""What benchmarks/serving/measure.py makes of its command line and runs; no server is started."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import csv
 import json
 import shlex
 
-import bench_serving
 import pytest
-from serving import report
+from serving import measure, report
 from serving.variants import Variant
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
@@ -58,7 +57,7 @@ def test_variants_that_cannot_be_are_refused():
     ("pool", "tokens"), [("2.5", 2500), ("1.0005", 1001), ("8", 8000), ("auto", None)]
 )
 def test_pools_are_given_in_dense_requests(pool, tokens):
-    assert bench_serving.pool_tokens(pool, 1000) == tokens
+    assert measure.pool_tokens(pool, 1000) == tokens
 
 
 def test_every_variant_gets_the_same_pool_in_tokens(monkeypatch):
@@ -66,10 +65,10 @@ def test_every_variant_gets_the_same_pool_in_tokens(monkeypatch):
         "bench --model m --out o --variants stock@128 span@0.5 --concurrency 4 --block-size 32"
     )
     monkeypatch.setattr("sys.argv", shlex.split(command))
-    arguments = bench_serving.parse_arguments()
+    arguments = measure.parse_arguments()
     for variant, block_size in zip(arguments.variants, (128, 32), strict=True):
         size = variant.block_size or arguments.block_size
-        flags = bench_serving.server_flags(arguments, variant, size, 2500)
+        flags = measure.server_flags(arguments, variant, size, 2500)
         assert flags[flags.index("--block-size") + 1] == str(block_size)
         num_blocks = int(flags[flags.index("--num-gpu-blocks-override") + 1])
         # Without vLLM's null block, rounded up.

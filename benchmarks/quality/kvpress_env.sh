@@ -9,7 +9,7 @@
 #   KVC_TORCH_INDEX    PyTorch's index of CPU builds, asked when pip's own index has none
 set -euo pipefail
 
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 wanted="0.5.5"
 venv="${KVC_KVPRESS_VENV:-$root/.venv-kvpress}"
 python="$venv/bin/python"
@@ -32,10 +32,10 @@ if [[ -z "${KVC_KVPRESS_VENV:-}" && ! -f "$venv/.installed-$wanted" ]]; then
   "$python" -m pip install --quiet "kvpress==$wanted"
   touch "$venv/.installed-$wanted"
 fi
-"$python" "$root/scripts/kvpress_reference.py" --version "$wanted" "$@"
+"$python" "$root/benchmarks/quality/kvpress_reference.py" --version "$wanted" "$@"
 model="${KVC_MODEL:-$root/.cache/models/smollm2}"
 if [[ -f "$model/config.json" ]]; then
-  "$python" "$root/scripts/kvpress_answers.py" --model "$model"
+  "$python" "$root/benchmarks/quality/kvpress_answers.py" --model "$model"
 else
   echo "[kvpress] answers.json not written: no model at $model; scripts/setup.sh makes it" >&2
   exit 1

@@ -1,6 +1,6 @@
 """kvpress' own answers and likelihoods on given token ids, for the same table as our engine's.
 
-Runs where kvpress 0.5.5 is installed (scripts/kvpress_env.sh), without vLLM and without this
+Runs where kvpress 0.5.5 is installed (kvpress_env.sh), without vLLM and without this
 package. Rows of the inputs and of the output, one JSON object a line:
 
     prompts   "id", "token_ids", "num_suffix_tokens", "max_new_tokens"; other fields are passed on

@@ -1,6 +1,6 @@
 """Serving throughput and latency of stock vLLM and of this plugin on the same workload.
 
-    python scripts/bench_serving.py --model MODEL --out OUT \\
+    python benchmarks/serving/measure.py --model MODEL --out OUT \\
       --variants stock span@0 span@0.875 --inputs 500 2000 --pools 2.5 8
 
 For every cell (prompt length x pool) a server is started for each variant in turn, `--rounds`
@@ -32,9 +32,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).resolve().parent
+# This folder's names are too plain for others to find them at the top.
+sys.path[:] = [path for path in sys.path if path != str(HERE)]
+sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "scripts")]
 
 import machine
+
 from serving.report import summarise, write
 from serving.server import run_workload, serve
 from serving.variants import Variant

@@ -11,7 +11,7 @@ import triton
 from gpu.peers import decode_peers
 from gpu.shapes import ModelShape
 
-from kernel_bench.case import Case, new_pool, normal, shuffled_table
+from timing.case import Case, new_pool, normal, shuffled_table
 from vllm_kvcompress import ops
 
 TAIL_TOKENS = 100

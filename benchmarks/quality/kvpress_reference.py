@@ -1,6 +1,6 @@
 """Writes what kvpress' presses score and keep on small attention layers, for the parity test.
 
-Runs where kvpress is installed (scripts/kvpress_env.sh). One file per case under
+Runs where kvpress is installed (kvpress_env.sh). One file per case under
 tests/data/kvpress, with H KV heads, g query heads each, n tokens, head size d, hidden size m:
 
     key, value      [H, n, d] float32, keys with RoPE
@@ -35,7 +35,7 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
 )
 
-OUTPUT = Path(__file__).resolve().parent.parent / "tests" / "data" / "kvpress"
+OUTPUT = Path(__file__).resolve().parents[2] / "tests" / "data" / "kvpress"
 # A cut is trusted only if noise of this relative size does not move it.
 NOISE = 5e-5
 

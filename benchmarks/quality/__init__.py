@@ -1,0 +1,1 @@
+"""Quality benchmark: tasks, metrics, engines and reports behind benchmarks/quality/evaluate.py."""

@@ -1,0 +1,1 @@
+"""Timings of the package's kernels; see benchmarks/timing/gpu_kernels.py."""

@@ -1,1 +1,0 @@
-"""Timings of the package's kernels; see scripts/bench_kernels.py."""

@@ -1,1 +1,0 @@
-"""Quality benchmark: tasks, metrics, engines and reports behind scripts/eval_quality.py."""
