@@ -12,6 +12,7 @@ from .paging import (
     INTERPRETED,
     ROW_BOUNDARY_BLOCK,
     ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
     ROW_SEQ_LEN,
     ROW_WIDTH,
     dot,
@@ -217,6 +218,7 @@ def _defensive_scores_kernel(
     num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
     # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
     num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
+    region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
     boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
     factor = tl.load(scale_ptr + layer_index) * tl.load(key_scale_ptr + stream)
     soft_cap = 0.0
@@ -265,6 +267,7 @@ def _defensive_scores_kernel(
             table_row_ptr,
             stream,
             num_region_blocks,
+            region_column,
             boundary_block,
             PAGES_PER_BLOCK,
             BLOCK_SIZE,

@@ -9,6 +9,7 @@ import triton.language as tl
 from .paging import (
     ROW_BOUNDARY_BLOCK,
     ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
     ROW_SEQ_LEN,
     ROW_WIDTH,
     cast,
@@ -42,10 +43,11 @@ def _token_slots_kernel(
     row_ptr = rows_ptr + row * ROW_WIDTH
     seq_len = tl.load(row_ptr + ROW_SEQ_LEN, mask=is_used, other=0)
     num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS, mask=is_used, other=0)
+    region_column = tl.load(row_ptr + ROW_REGION_COLUMN, mask=is_used, other=0)
     boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK, mask=is_used, other=0)
     query_end = tl.load(query_start_ptr + 1 + row, mask=is_used, other=0)
     position = seq_len - (query_end - token)
-    column = row_column(position // BLOCK_SIZE, num_region_blocks, boundary_block)
+    column = row_column(position // BLOCK_SIZE, num_region_blocks, region_column, boundary_block)
     entry = row.to(tl.int64) * table_stride + column
     block = tl.load(table_ptr + entry, mask=is_used, other=0).to(tl.int64)
     slot = tl.where(is_used, block * BLOCK_SIZE + position % BLOCK_SIZE, -1)

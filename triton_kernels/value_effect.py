@@ -9,6 +9,7 @@ import triton.language as tl
 from .paging import (
     ROW_BOUNDARY_BLOCK,
     ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
     ROW_WIDTH,
     UNALIGNED,
     dot,
@@ -64,6 +65,7 @@ def _value_effect_kernel(
     end = tl.minimum(start + tiles_per_program * TILE_N, num_rated)
     # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
     num_region_blocks = tl.load(rows_ptr + request * ROW_WIDTH + ROW_NUM_REGION_BLOCKS)
+    region_column = tl.load(rows_ptr + request * ROW_WIDTH + ROW_REGION_COLUMN)
     boundary_block = tl.load(rows_ptr + request * ROW_WIDTH + ROW_BOUNDARY_BLOCK)
     table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
     stream = first_stream + scored_stream
@@ -86,6 +88,7 @@ def _value_effect_kernel(
             table_row_ptr,
             stream,
             num_region_blocks,
+            region_column,
             boundary_block,
             PAGES_PER_BLOCK,
             BLOCK_SIZE,

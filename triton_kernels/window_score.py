@@ -9,7 +9,13 @@ import triton
 import triton.language as tl
 
 from .defensive_score import defensive_scores
-from .paging import ROW_BOUNDARY_BLOCK, ROW_NUM_REGION_BLOCKS, ROW_SEQ_LEN, ROW_WIDTH
+from .paging import (
+    ROW_BOUNDARY_BLOCK,
+    ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
+    ROW_SEQ_LEN,
+    ROW_WIDTH,
+)
 from .window_sums import merged_sums, num_splits, window_sums
 from .window_tiles import (
     TILE_N,
@@ -96,6 +102,7 @@ def _window_scores_kernel(
     num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
     # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
     num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
+    region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
     boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
     factor = tl.load(scale_ptr + layer_index) * tl.load(key_scale_ptr + stream)
     soft_cap = 0.0
@@ -147,6 +154,7 @@ def _window_scores_kernel(
             table_row_ptr,
             stream,
             num_region_blocks,
+            region_column,
             boundary_block,
             PAGES_PER_BLOCK,
             BLOCK_SIZE,

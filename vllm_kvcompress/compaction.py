@@ -285,14 +285,14 @@ class Compactor:
         assert prompt.num_window_queries[layer] == self.config.window
         num_candidates = geometry.num_candidate_tokens
         num_rated = plan.num_rated(geometry.compact_len, num_candidates, self.config.window)
-        row = torch.tensor([[geometry.compact_len, 0, 0, 0, num_rated, num_candidates]])
-        numbers = row.int()
+        dense = ops.RowDescriptor(geometry.compact_len)
+        numbers = torch.tensor([[*dense, num_rated, num_candidates]], dtype=torch.int32)
         prompts = PagedPrompts(
             self._as_pages(pages.pool),
-            numbers[:, :4].contiguous(),
+            numbers[:, :-2].contiguous(),
             pages.blocks.int()[None],
-            numbers[:, 4].contiguous(),
-            numbers[:, 5].contiguous(),
+            numbers[:, -2].contiguous(),
+            numbers[:, -1].contiguous(),
             num_rated,
             num_candidates,
             self.order,
@@ -434,16 +434,14 @@ class Compactor:
             self.backend,
         )
         prompt.reset()
-        num_region_blocks = geometry.num_region_blocks
+        num_region_blocks, column = geometry.num_region_blocks, len(prompt_blocks)
+        row = ops.RowDescriptor(geometry.compact_len, num_region_blocks, column, column)
         _, indices = ops.select_and_compact(
             scores[None],
             torch.tensor([scores.shape[1]], dtype=torch.int32),
             num_pages.reshape(1, -1).int(),
             self._as_pages(pool),
-            torch.tensor(
-                [[geometry.compact_len, num_region_blocks, len(prompt_blocks), 0]],
-                dtype=torch.int32,
-            ),
+            torch.tensor([row], dtype=torch.int32),
             torch.cat([prompt_blocks, region_blocks]).int()[None],
             max_region_blocks=num_region_blocks,
             granularity=config.granularity,

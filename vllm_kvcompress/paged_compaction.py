@@ -62,13 +62,26 @@ class _PromptPlan:
     layer_pages: np.ndarray
 
 
+def _descriptor(geometry: RequestGeometry, is_staged: bool) -> ops.RowDescriptor:
+    """Of a prompt at its compaction point; staged ones have no region beside them."""
+    if is_staged:
+        return ops.RowDescriptor(geometry.compact_len)
+    return ops.RowDescriptor(
+        geometry.compact_len,
+        geometry.num_region_blocks,
+        geometry.boundary_block,
+        geometry.boundary_block,
+        geometry.first_kept_block,
+    )
+
+
 @dataclass
 class PromptBatch:
     """Prompts whose compaction points are reached in one step.
 
     Attributes:
         prompts: what was collected of each.
-        rows: [R, 4] int32 descriptors; the length is the compaction point's.
+        rows: [R, ROW_FIELDS] int32 descriptors; the length is the compaction point's.
         block_table: [R, W] int32, `[prompt blocks][region blocks][later blocks]`.
         num_candidates: [R] int32 tokens that compete.
         num_rated: [R] int32 tokens that fused kernels rate, at least num_candidates; 0 if none do.
@@ -241,23 +254,20 @@ class PagedCompactor:
         """
         geometries = [prompt.geometry for prompt in prompts]
         num_prompts = len(prompts)
-        numbers = np.zeros((7, num_prompts), np.int32)
+        rows = np.array([_descriptor(g, buffer is not None) for g in geometries], np.int32)
+        numbers = np.zeros((3, num_prompts), np.int32)
         for i, g in enumerate(geometries):
-            numbers[0, i] = g.compact_len
-            if buffer is None:
-                numbers[1:4, i] = g.num_region_blocks, g.boundary_block, g.first_kept_block
-            numbers[4, i] = g.num_candidate_tokens
-            numbers[5, i] = self._num_rated(g)
-            numbers[6, i] = g.first_kept_block * self._per_page
-        packed = np.concatenate([numbers[:4].T.reshape(-1), numbers[4:].reshape(-1)])
+            numbers[0, i] = g.num_candidate_tokens
+            numbers[1, i] = self._num_rated(g)
+            numbers[2, i] = g.first_kept_block * self._per_page
         device = self.pool.device
-        on_device = to_device(packed, device)
-        num_candidates, num_rated, num_entries = on_device[4 * num_prompts :].view(3, -1)
+        on_device = to_device(np.concatenate([rows.reshape(-1), numbers.reshape(-1)]), device)
+        num_candidates, num_rated, num_entries = on_device[rows.size :].view(3, -1)
         num_streams = self.shape.pages_per_block
-        size = (num_prompts, num_streams, ops.score_width(int(numbers[6].max())))
+        size = (num_prompts, num_streams, ops.score_width(int(numbers[2].max())))
         batch = PromptBatch(
             prompts,
-            on_device[: 4 * num_prompts].view(num_prompts, 4),
+            on_device[: rows.size].view(rows.shape),
             block_table,
             num_candidates,
             num_rated,

@@ -18,7 +18,7 @@ class PagedPrompts:
 
     Attributes:
         pool: [num_pages, b, 2 d].
-        rows: [R, 4] int32 descriptors.
+        rows: [R, ROW_FIELDS] int32 descriptors.
         block_table: [R, W] int32.
         num_rated, num_candidates: [R] int32 tokens that are rated, and those that compete.
         max_rated, max_candidates: greatest number of each.

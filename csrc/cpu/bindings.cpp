@@ -27,7 +27,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace kvcompress;
 
-constexpr int64_t ROW_WIDTH = 4;
 constexpr std::align_val_t CACHE_LINE{64};
 
 const InstructionSet* best_instruction_set() {
@@ -193,10 +192,10 @@ PagedLayer checked_layer(const Tensor& pool, const Tensor& rows, const Tensor& b
   const int64_t head_size = pool.size(2) / 2;
   STD_TORCH_CHECK(block_size >= 1 && head_size >= 1, "a page has ", block_size, " tokens of ",
                   head_size, " elements");
-  const int32_t* lens = rows.const_data_ptr<int32_t>();
+  const int32_t* all_rows = rows.const_data_ptr<int32_t>();
   const int32_t* rated = num_rated.const_data_ptr<int32_t>();
   for (int64_t r = 0; r < num_requests; ++r) {
-    const int64_t num_tokens = lens[ROW_WIDTH * r];
+    const int64_t num_tokens = row_of(all_rows, r)[ROW_SEQ_LEN];
     const int64_t needed = (num_tokens + block_size - 1) / block_size;
     STD_TORCH_CHECK(num_tokens >= 1 && needed <= block_table.size(1), "a prompt of ", num_tokens,
                     " tokens does not fit ", block_table.size(1), " blocks of ", block_size);
@@ -208,7 +207,7 @@ PagedLayer checked_layer(const Tensor& pool, const Tensor& rows, const Tensor& b
           element_of("pool", pool),
           page_elements,
           order_of("offsets", offsets, block_size, head_size, plain_first, page_elements),
-          lens,
+          all_rows,
           block_table.const_data_ptr<int32_t>(),
           block_table.stride(0),
           static_cast<int>(num_requests),
@@ -250,9 +249,10 @@ void window_scores(const Tensor& query, const Tensor& pool, const Tensor& rows,
   check_tensor("scores", scores, {num_requests, num_kv_heads, num_heads / num_kv_heads, max_rated},
                ScalarType::Float);
   for (int64_t r = 0; r < num_requests; ++r) {
-    STD_TORCH_CHECK(params.pages.rows[ROW_WIDTH * r] >= window, "a prompt of ",
-                    params.pages.rows[ROW_WIDTH * r], " tokens has no window of ", window);
-    params.max_tokens = std::max(params.max_tokens, params.pages.rows[ROW_WIDTH * r]);
+    const int32_t num_tokens = row_of(params.pages.rows, r)[ROW_SEQ_LEN];
+    STD_TORCH_CHECK(num_tokens >= window, "a prompt of ", num_tokens, " tokens has no window of ",
+                    window);
+    params.max_tokens = std::max(params.max_tokens, num_tokens);
   }
   params.query = query.const_data_ptr();
   params.query_type = element_of("query", query);

@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../row_fields.h"
+
 namespace kvcompress {
 
 // Widest pooling along tokens.
@@ -36,6 +38,16 @@ static inline int64_t offset_of(const ElementOrder& order, int64_t token, int64_
              : order.first + token * order.token_stride + element * order.element_stride;
 }
 
+static inline const int32_t* row_of(const int32_t* rows, int64_t request) {
+  return rows + ROW_WIDTH * request;
+}
+
+// Column of a dense token block: before the newest region, or behind it.
+static inline int64_t row_column(const int32_t* row, int64_t block) {
+  const int64_t before = block + row[ROW_REGION_COLUMN] - row[ROW_BOUNDARY_BLOCK];
+  return block >= row[ROW_BOUNDARY_BLOCK] ? before + row[ROW_NUM_REGION_BLOCKS] : before;
+}
+
 // One layer of prompts that lie in their pages.
 struct PagedLayer {
   // [blocks, L, H, page_elements], read only.
@@ -43,9 +55,9 @@ struct PagedLayer {
   Element type;
   int64_t page_elements;
   ElementOrder order;
-  // [R, 4]: length, region blocks, boundary block, first kept block.
+  // [R, ROW_WIDTH]
   const int32_t* rows;
-  // [R, table_stride]: block ids; those from the boundary block on are shifted by the region's.
+  // [R, table_stride]: block ids.
   const int32_t* block_table;
   int64_t table_stride;
   int num_requests;
@@ -59,9 +71,8 @@ struct PagedLayer {
 // First element of the page that holds a token of a prompt.
 static inline int64_t page_start(const PagedLayer& pages, int64_t request, int64_t head,
                                  int64_t token) {
-  const int32_t* row = pages.rows + 4 * request;
-  int64_t column = token / pages.block_size;
-  column += column >= row[2] ? row[1] : 0;
+  const int32_t* row = row_of(pages.rows, request);
+  const int64_t column = row_column(row, token / pages.block_size);
   const int64_t block = pages.block_table[request * pages.table_stride + column];
   return ((block * pages.num_layers + pages.layer) * pages.num_kv_heads + head) *
          pages.page_elements;

@@ -305,7 +305,7 @@ void window_unit(const WindowScores& params, int64_t number, void* scratch) {
                      request,
                      query_head,
                      query_head / params.group,
-                     params.pages.rows[4 * request],
+                     row_of(params.pages.rows, request)[ROW_SEQ_LEN],
                      params.num_rated[request],
                      logits,
                      layout.row_stride};

@@ -31,7 +31,7 @@ class Batch:
         self.shape = shape
         size = (shape.num_streams, shape.block_size, 2 * shape.head_size)
         self.pool = torch.empty(size, dtype=shape.pool_dtype)
-        self.rows = self.ints(4)
+        self.rows = self.ints(len(ops.ROW_FIELDS))
         self.table = self.ints(NUM_BLOCKS)
         self.offsets = self.ints(shape.num_streams + 1)
         self.lens = torch.zeros(NUM_REQUESTS, dtype=torch.int32)

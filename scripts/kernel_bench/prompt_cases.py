@@ -36,7 +36,8 @@ class Prompt:
         num_blocks = prompt_blocks + self.region
         self.pool = new_pool(shape, num_blocks, device)
         self.table = shuffled_table(1, num_blocks, device)
-        self.rows = self.ints([[prompt_len, self.region, prompt_blocks, 0]])
+        row = ops.RowDescriptor(prompt_len, self.region, prompt_blocks, prompt_blocks)
+        self.rows = self.ints([row])
         num_layers = shape.num_layers
         query = (1, num_layers, WINDOW, shape.num_heads, d)
         self.query = normal(*query, device=device, dtype=shape.dtype)

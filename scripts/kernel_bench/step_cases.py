@@ -104,7 +104,7 @@ def decode_step(shape: ModelShape, batch: int, kept: int, device: torch.device) 
         normal(batch, shape.num_heads, shape.head_size, device=device, dtype=shape.dtype),
         new_pool(shape, batch * width, device),
         # Boundary 0: the row is the region, then the tail.
-        torch.tensor([[TAIL_TOKENS, region, 0, 0]] * batch, **ints),
+        torch.tensor([ops.RowDescriptor(TAIL_TOKENS, region)] * batch, **ints),
         offsets.to(device),
         shuffled_table(batch, width, device),
         torch.arange(batch + 1, **ints),

@@ -146,7 +146,9 @@ def test_a_compacted_prompt_is_decoded():
     counts = ops.joint_page_counts(scores, num_entries, total, torch.ones_like(total))
     offsets, indices = ops.select_entries(scores, num_entries, counts, num_region_blocks * 4)
     before = [
-        prompt_entries(batch.pool, batch.rows[0].tolist(), batch.block_table[0].tolist(), stream, 4)
+        prompt_entries(
+            batch.pool, batch.requests[0].descriptor, batch.block_table[0].tolist(), stream, 4
+        )
         for stream in range(4)
     ]
     ops.compact(
@@ -158,7 +160,7 @@ def test_a_compacted_prompt_is_decoded():
         max_region_blocks=num_region_blocks,
     )
     rows = batch.rows.clone()
-    rows[0, 3] = first_kept_block
+    rows[0, ops.ROW_FIELDS.index("first_kept_block")] = first_kept_block
     # The evicted blocks are gone.
     evicted = batch.block_table[0, :first_kept_block].long()
     batch.pool.view(-1, 4, b, 2 * shape.head_size)[evicted] = float("nan")

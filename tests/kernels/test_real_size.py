@@ -18,6 +18,7 @@ from gpu.real_size.rows import Rows, deal_blocks, draw_rows, fill_pool
 from paged_pool import DEVICE
 
 from vllm_kvcompress import ops
+from vllm_kvcompress.ops import RowDescriptor
 from vllm_kvcompress.ops.reference_paged import stream_tokens
 
 SCRIPT = Path(check_real_size.__file__)
@@ -82,7 +83,8 @@ def test_rows_are_numbers_where_the_reference_reads_and_nan_elsewhere():
     for r in range(rows.num_active):
         numbers = (tensor[r].tolist() for tensor in rows.tensors[:3])
         descriptor, offsets, table = numbers
-        kinds.add(descriptor[1] > 0)
+        descriptor = RowDescriptor(*descriptor)
+        kinds.add(descriptor.num_region_blocks > 0)
         for stream in range(rows.num_streams):
             arguments = (descriptor, offsets, table, stream, rows.num_streams, rows.block_size)
             places, num_region_tokens = stream_tokens(*arguments)

@@ -464,7 +464,11 @@ def test_same_as_the_policies_steps(scorer):
     entries = torch.stack(
         [
             prompt_entries(
-                batch.pool, batch.rows[0].tolist(), batch.block_table[0].tolist(), head, 4
+                batch.pool,
+                batch.requests[0].descriptor,
+                batch.block_table[0].tolist(),
+                head,
+                4,
             )
             for head in range(2)
         ]

@@ -37,7 +37,7 @@ def in_pages(key, value):
     entries = torch.full((num_heads, num_blocks * BLOCK_SIZE, 2 * head_size), torch.nan)
     entries[:, :num_tokens] = torch.cat([key, value], dim=-1)
     pages = entries.unflatten(1, (num_blocks, BLOCK_SIZE)).transpose(0, 1).flatten(0, 1)
-    rows = torch.tensor([[num_tokens, 0, 0, 0]], dtype=torch.int32)
+    rows = torch.tensor([ops.RowDescriptor(num_tokens)], dtype=torch.int32)
     return pages.contiguous(), rows, torch.arange(num_blocks, dtype=torch.int32)[None]
 
 

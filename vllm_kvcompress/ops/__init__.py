@@ -23,7 +23,7 @@ from vllm_kvcompress.ops.paged import (
     region_page_ids,
     unpack_pages,
 )
-from vllm_kvcompress.ops.pool_checks import HEAD_SIZES, MAX_GROUP, MAX_QUERY_LEN, ROW_FIELDS
+from vllm_kvcompress.ops.pool_checks import HEAD_SIZES, MAX_GROUP, MAX_QUERY_LEN
 from vllm_kvcompress.ops.scoring import (
     joint_top_counts,
     output_root,
@@ -51,6 +51,7 @@ from vllm_kvcompress.ops.window import (
     token_score_bytes,
     window_scores,
 )
+from vllm_kvcompress.row_descriptor import ROW_FIELDS, RowDescriptor
 
 __all__ = [
     "DecodeWork",
@@ -60,6 +61,7 @@ __all__ = [
     "MAX_QUERY_LEN",
     "PageOrder",
     "ROW_FIELDS",
+    "RowDescriptor",
     "apportion",
     "compact",
     "copy_pages",

@@ -53,12 +53,12 @@ def ragged_decode(
         pool: [num_pages, b, 2 d], the whole KV pool, contiguous: page
             `(block * L + layer) * H + head`, each token's key before its value. query's dtype,
             or fp8 e4m3 / e5m2.
-        rows: [R, 4] int32, see `ROW_FIELDS`. seq_len counts all tokens of the request, the
-            queries too; `first_kept_block * b` must lie before the first query.
+        rows: [R, ROW_FIELDS] int32, see `RowDescriptor`. seq_len counts all tokens of the
+            request, the queries too; `first_kept_block * b` must lie before the first query.
         page_offsets: [R, S + 1] int32, first virtual page of every stream of the region, S = L * H.
             Not read for dense rows.
-        block_table: [R, W] int32, `[prompt blocks][region blocks][later blocks]`. Entries of
-            evicted blocks are not read.
+        block_table: [R, W] int32 block ids, in the columns that `RowDescriptor` says. Entries of
+            evicted blocks and of older regions are not read.
         query_start_loc: [R + 1] int32; a row may have no query, and is then left alone.
         layer: index of the layer among the L that share the pool.
         num_kv_heads: H.

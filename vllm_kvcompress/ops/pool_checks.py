@@ -8,10 +8,8 @@ from types import ModuleType
 import torch
 
 from vllm_kvcompress.ops.checks import check
+from vllm_kvcompress.row_descriptor import ROW_FIELDS
 
-# Columns of a row descriptor: what `memory.RequestGeometry` says of a request, and its length.
-# All of them are 0 but the first for a row that is dense.
-ROW_FIELDS = ("seq_len", "num_region_blocks", "boundary_block", "first_kept_block")
 MAX_QUERY_LEN = 8
 HEAD_SIZES = (64, 80, 96, 128, 256)
 BLOCK_SIZES = (16, 32, 64, 128)

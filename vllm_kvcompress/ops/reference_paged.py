@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from vllm_kvcompress.ops import reference
+from vllm_kvcompress.row_descriptor import RowDescriptor
 
 
-def tail_block_id(table: list[int], row: list[int], block: int) -> int:
-    """Id of a dense block of a request, by its number in token order."""
-    _, num_region_blocks, boundary_block, _ = row
-    return table[block + num_region_blocks if block >= boundary_block else block]
+def descriptors(rows: torch.Tensor) -> list[RowDescriptor]:
+    """Of [R, ROW_FIELDS] numbers."""
+    return [RowDescriptor(*row) for row in rows.tolist()]
 
 
 def stream_tokens(
-    row: list[int],
+    row: RowDescriptor,
     offsets: list[int],
     table: list[int],
     stream: int,
@@ -27,7 +27,7 @@ def stream_tokens(
     """Where one stream's tokens lie, in order.
 
     Args:
-        row: descriptor of the request, see `decode.ROW_FIELDS`.
+        row: descriptor of the request.
         offsets: its page offsets; not read if it is dense.
         table: its block-table row.
         stream: layer * H + head.
@@ -37,16 +37,15 @@ def stream_tokens(
     Returns:
         (page id, place in the page) of every token, and how many of them are the region's.
     """
-    seq_len, num_region_blocks, boundary_block, first_kept_block = row
     places = []
-    if num_region_blocks:
+    if row.num_region_blocks:
         for page in range(offsets[stream], offsets[stream + 1]):
-            block = table[boundary_block + page // num_streams]
+            block = table[row.region_column + page // num_streams]
             page_id = block * num_streams + page % num_streams
             places += [(page_id, i) for i in range(block_size)]
     num_region_tokens = len(places)
-    for position in range(first_kept_block * block_size, seq_len):
-        block = tail_block_id(table, row, position // block_size)
+    for position in range(row.first_kept_block * block_size, row.seq_len):
+        block = table[row.column_of(position // block_size)]
         places.append((block * num_streams + stream, position % block_size))
     return places, num_region_tokens
 
@@ -74,7 +73,7 @@ def ragged_decode(
     num_streams = page_offsets.shape[1] - 1
     starts = query_start_loc.tolist()
     for r, (row, offsets, table) in enumerate(
-        zip(rows.tolist(), page_offsets.tolist(), block_table.tolist(), strict=True)
+        zip(descriptors(rows), page_offsets.tolist(), block_table.tolist(), strict=True)
     ):
         for head in range(num_kv_heads if starts[r + 1] > starts[r] else 0):
             stream = layer * num_kv_heads + head
@@ -115,15 +114,16 @@ def decode_work(
     starts = query_start_loc.tolist()
     for layer in range(num_layers):
         owners: list[int] = []
-        for r, (row, offsets) in enumerate(zip(rows.tolist(), page_offsets.tolist(), strict=True)):
+        for r, (row, offsets) in enumerate(
+            zip(descriptors(rows), page_offsets.tolist(), strict=True)
+        ):
             for head in range(num_kv_heads):
                 index, stream = r * num_kv_heads + head, layer * num_kv_heads + head
                 tile_starts[layer, index] = len(owners)
                 if starts[r + 1] == starts[r]:
                     continue
-                seq_len, num_region_blocks, _, first_kept_block = row
-                num_tokens = seq_len - first_kept_block * block_size
-                if num_region_blocks:
+                num_tokens = row.seq_len - row.first_kept_block * block_size
+                if row.num_region_blocks:
                     num_tokens += (offsets[stream + 1] - offsets[stream]) * block_size
                 owners += [index] * -(-num_tokens // tile_tokens)
         tile_starts[layer, len(rows) * num_kv_heads] = len(owners)
@@ -144,11 +144,11 @@ def token_slots(
     """See `ops.token_slots`."""
     slots.fill_(-1)
     starts = query_start_loc.tolist()
-    for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
+    for r, (row, table) in enumerate(zip(descriptors(rows), block_table.tolist(), strict=True)):
         query_len = starts[r + 1] - starts[r]
         for i in range(query_len):
-            position = row[0] - query_len + i
-            block = tail_block_id(table, row, position // block_size)
+            position = row.seq_len - query_len + i
+            block = table[row.column_of(position // block_size)]
             slots[starts[r] + i] = block * block_size + position % block_size
 
 
@@ -181,15 +181,13 @@ def store_tokens(
 
 
 def prompt_entries(
-    pool: torch.Tensor, row: list[int], table: list[int], stream: int, num_streams: int
+    pool: torch.Tensor, row: RowDescriptor, table: list[int], stream: int, num_streams: int
 ) -> torch.Tensor:
     """[n, 2 d] float64 keys and values of one stream of a prompt that is still dense."""
-    seq_len, num_region_blocks, boundary_block, _ = row
-    dense = [seq_len, num_region_blocks, boundary_block, 0]
     block_size = pool.shape[1]
     places = []
-    for position in range(seq_len):
-        block = tail_block_id(table, dense, position // block_size)
+    for position in range(row.seq_len):
+        block = table[row.column_of(position // block_size)]
         places.append((block * num_streams + stream, position % block_size))
     pages, slots = (torch.tensor(x, device=pool.device) for x in zip(*places, strict=True))
     return pool[pages, slots].double()
@@ -225,8 +223,8 @@ def window_scores(
     scores = torch.full(size, float("nan"), dtype=torch.float64, device=query.device)
     if part_sums is not None:
         part_sums.zero_()
-    for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
-        num_keys, rated = row[0], int(num_rated[r])
+    for r, (row, table) in enumerate(zip(descriptors(rows), block_table.tolist(), strict=True)):
+        num_keys, rated = row.seq_len, int(num_rated[r])
         for scored_stream in range(num_scored * num_kv_heads):
             index, head = divmod(scored_stream, num_kv_heads)
             stream = layer * num_kv_heads + scored_stream
@@ -288,7 +286,7 @@ def value_effect(
     """See `ops.paged_value_effect`."""
     num_scored, num_kv_heads, head_size, _ = output_root.shape
     roots = output_root.flatten(0, 1).double()
-    for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
+    for r, (row, table) in enumerate(zip(descriptors(rows), block_table.tolist(), strict=True)):
         for scored_stream in range(num_scored * num_kv_heads):
             stream = layer * num_kv_heads + scored_stream
             entries = prompt_entries(pool, row, table, stream, num_layers * num_kv_heads)
@@ -393,12 +391,11 @@ def compact(
     block_size = pool.shape[1]
     tokens_per_entry = block_size // entries_per_page
     bits = pool.view(torch.uint8)
-    for r, (row, table) in enumerate(zip(rows.tolist(), block_table.tolist(), strict=True)):
-        _, num_region_blocks, boundary_block, _ = row
+    for r, (row, table) in enumerate(zip(descriptors(rows), block_table.tolist(), strict=True)):
         offsets = page_offsets[r].tolist()
-        for stream in range(num_streams if num_region_blocks else 0):
+        for stream in range(num_streams if row.num_region_blocks else 0):
             for page in range(offsets[stream], offsets[stream + 1]):
-                block = table[boundary_block + page // num_streams]
+                block = table[row.region_column + page // num_streams]
                 target = block * num_streams + page % num_streams
                 for slot in range(block_size):
                     entry = page * entries_per_page + slot // tokens_per_entry

@@ -164,7 +164,7 @@ def compact(
             pages are only read, so no order of the copies matters.
         rows, block_table: as in `ragged_decode`; requests without a region are left alone.
         page_offsets, indices: of `select_entries`; entries are pages or tokens of the prompt,
-            all of them before `boundary_block`. Sums are num_region_blocks * S pages.
+            all of them before the region. Sums are num_region_blocks * S pages.
         max_region_blocks: greatest number of region blocks.
         granularity: 'page' or 'token'.
         key_offsets, value_offsets: [b, d] int64 of a `PageOrder`, 'native' on a CPU only; None =

@@ -69,8 +69,8 @@ def window_scores(
         query: [R, n, w, Hq, d] or [R, w, Hq, d] queries of the last w tokens, w at most the prompt
             and, but for 'native', at most 128. Any strides but the last.
         pool: [num_pages, b, 2 d] as in `ragged_decode`.
-        rows: [R, 4] int32; seq_len is the prompt's length, first_kept_block is not read: the prompt
-            is still dense. Blocks at and past `boundary_block` are shifted by `num_region_blocks`.
+        rows: [R, ROW_FIELDS] int32; seq_len is the prompt's length, first_kept_block is not read:
+            the prompt is still dense, though its row may hold its region already.
         block_table: [R, W] int32.
         num_rated: [R] int32, the first keys of each prompt that get a score, at most seq_len.
         max_rated: greatest number of them.

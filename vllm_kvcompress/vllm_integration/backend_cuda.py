@@ -261,7 +261,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
             size = (1, self.num_heads, self.head_size)
             query = torch.zeros(size, dtype=engine.pool.dtype, device=device)
             # A row without a query, of which nothing is computed.
-            numbers = torch.zeros(1, 4, dtype=torch.int32, device=device)
+            numbers = torch.zeros(1, len(ops.ROW_FIELDS), dtype=torch.int32, device=device)
             self._decode(
                 query,
                 query,

@@ -35,6 +35,9 @@ from vllm_kvcompress.vllm_integration.step_buffers import StepBuffers
 # Kernels are the same for any length.
 _WARM_UP_TOKENS = 1024
 
+# From a plan's numbers to a row descriptor's without its length, and the row of the page offsets.
+# The region of a first compaction begins at its boundary.
+_ROW_NUMBERS = [0, 1, 1, 2, 3]
 # Request ids and prompt lengths of a step's rows, told by vLLM's metadata.
 RowNames = Callable[[Any], tuple[Sequence[str], np.ndarray]]
 
@@ -45,7 +48,7 @@ class ExtendedRun:
 
     Attributes:
         token_start, token_end: its tokens.
-        rows: [P, 4] int32 descriptors, one per piece.
+        rows: [P, ROW_FIELDS] int32 descriptors, one per piece.
         page_offsets: [P, S + 1] int32, the row's own in every piece.
         block_table: [P, W] int32, likewise.
         query_start_loc: [P + 1] int32.
@@ -74,7 +77,7 @@ class DeviceStep:
     """A step as the layers need it; the first four, and `work`, lie at fixed addresses.
 
     Attributes:
-        rows: [R, 4] int32 descriptors (`ops.ROW_FIELDS`).
+        rows: [R, ROW_FIELDS] int32 descriptors.
         page_offsets: [R, S + 1] int32.
         block_table: [R, W] int32, vLLM's.
         query_start_loc: [R + 1] int32, vLLM's.
@@ -242,10 +245,10 @@ class CUDAEngine:
         num_rows = common.num_reqs
         rows = self._buffers.rows[:num_rows]
         page_offsets = self._buffers.row_offsets[:num_rows]
-        numbers = to_device(plan.numbers, self.pool.device)
+        numbers = to_device(plan.numbers[_ROW_NUMBERS], self.pool.device)
         rows[:, 0] = common.seq_lens[:num_rows]
-        rows[:, 1:] = numbers[:3].t()
-        torch.index_select(self._page_offsets, 0, numbers[3], out=page_offsets)
+        rows[:, 1:] = numbers[:-1].t()
+        torch.index_select(self._page_offsets, 0, numbers[-1], out=page_offsets)
         block_table = common.block_table_tensor[:num_rows]
         if plan.has_regions:
             ops.token_slots(
@@ -337,14 +340,14 @@ class CUDAEngine:
             np.arange(1, cdiv(row.query_len, MAX_QUERY_LEN) + 1) * MAX_QUERY_LEN, row.query_len
         )
         num_pieces = len(ends)
-        region = np.broadcast_to(numbers[:3, row.row], (num_pieces, 3))
+        *region, slot = numbers[_ROW_NUMBERS, row.row].tolist()
+        region = np.broadcast_to(region, (num_pieces, len(region)))
         rows = np.column_stack([row.seq_len - row.query_len + ends, region])
         packed = np.concatenate([rows.reshape(-1), [0], ends]).astype(np.int32)
         on_device = to_device(packed, self.pool.device)
-        slot = int(numbers[3, row.row])
-        piece_rows = on_device[: 4 * num_pieces].view(num_pieces, 4)
+        piece_rows = on_device[: rows.size].view(rows.shape)
         page_offsets = self._page_offsets[slot : slot + 1].expand(num_pieces, -1)
-        query_start_loc = on_device[4 * num_pieces :]
+        query_start_loc = on_device[rows.size :]
         # Lists of its own: a step may have several such rows.
         work = self._extended_work
         if work is not None:
@@ -499,7 +502,7 @@ class CUDAEngine:
         """
         work = self._work if max_query_len == 1 else self._extended_work
         offsets = self._zeros(1, self.shape.pages_per_block + 1)
-        return self.share_out(work, self._zeros(1, 4), offsets, self._zeros(2))
+        return self.share_out(work, self._zeros(1, len(ops.ROW_FIELDS)), offsets, self._zeros(2))
 
     def warm_up(self, max_len: int, tells_lse: bool = False) -> None:
         """Compile and run what a row's region or a prompt's end needs, before a request waits.

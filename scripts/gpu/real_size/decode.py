@@ -172,12 +172,12 @@ def check_sought(verdict: Verdict, step: Step, rows: Rows, out: torch.Tensor) ->
 
 def owner_of_last_block(rows: Rows) -> tuple[int, int]:
     """(row, stream) that owns the last page of the highest block in any region."""
-    num_region_blocks, boundary = rows.rows[: rows.num_active, 1:3].long().T[..., None]
+    its = ops.RowDescriptor(*rows.rows[: rows.num_active].long().T[..., None])
     column = torch.arange(rows.block_table.shape[1], device=rows.rows.device)[None]
-    is_region = (column >= boundary) & (column < boundary + num_region_blocks)
+    is_region = (column >= its.region_column) & (column < its.region_column + its.num_region_blocks)
     blocks = torch.where(is_region, rows.block_table[: rows.num_active], -1)
     row, column = divmod(int(blocks.argmax()), blocks.shape[1])
-    virtual = (column - int(boundary[row]) + 1) * rows.num_streams - 1
+    virtual = (column - int(its.region_column[row]) + 1) * rows.num_streams - 1
     ends = rows.page_offsets[row, 1:]
     return row, int((ends <= virtual).sum())
 
