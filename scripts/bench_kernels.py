@@ -46,7 +46,7 @@ from gpu.shapes import DRY_SHAPE, ModelShape, read_shapes
 from kernel_bench.case import Case
 from kernel_bench.prompt_cases import prompt_cases
 from kernel_bench.report import Report, Timer, counted_row
-from kernel_bench.step_cases import TAIL_TOKENS, decode_case, store_case
+from kernel_bench.step_cases import TAIL_TOKENS, decode_case
 from kernel_bench.timing import copy_bandwidth
 
 MODELS = ("Llama-3.1-8B", "Qwen3-8B", "Llama-3.1-70B TP8")
@@ -71,7 +71,6 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
                 num_tokens = batch * (kept + TAIL_TOKENS)
                 if fits(arguments, shape, num_tokens, f"batch {batch} x {kept} tokens"):
                     yield shape, decode_case(shape, batch, kept, device, arguments.peers)
-            yield shape, store_case(shape, batch, device)
 
 
 def fits(arguments: argparse.Namespace, shape: ModelShape, num_tokens: int, what: str) -> bool:

@@ -181,6 +181,7 @@ def _defensive_scores_kernel(
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_KEY_SCALE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -220,7 +221,9 @@ def _defensive_scores_kernel(
     num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
     region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
     boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
-    factor = tl.load(scale_ptr + layer_index) * tl.load(key_scale_ptr + stream)
+    factor = tl.load(scale_ptr + layer_index)
+    if HAS_KEY_SCALE:
+        factor *= tl.load(key_scale_ptr + stream)
     soft_cap = 0.0
     if HAS_SOFT_CAP:
         soft_cap = tl.load(soft_cap_ptr + layer_index)

@@ -49,6 +49,7 @@ def _value_effect_kernel(
     table_stride,
     effect_stride_request,
     effect_stride_stream,
+    HAS_SCALE: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -69,7 +70,9 @@ def _value_effect_kernel(
     boundary_block = tl.load(rows_ptr + request * ROW_WIDTH + ROW_BOUNDARY_BLOCK)
     table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
     stream = first_stream + scored_stream
-    value_scale = tl.load(value_scale_ptr + stream)
+    value_scale = 1.0
+    if HAS_SCALE:
+        value_scale = tl.load(value_scale_ptr + stream)
     root_ptr += scored_stream.to(tl.int64) * HEAD_SIZE * HEAD_SIZE
     effect_row_ptr = (
         effect_ptr
@@ -114,7 +117,7 @@ def value_effect(
     rows: torch.Tensor,
     block_table: torch.Tensor,
     num_rated: torch.Tensor,
-    value_scale: torch.Tensor,
+    value_scale: torch.Tensor | None,
     effect: torch.Tensor,
     *,
     layer: int,
@@ -136,12 +139,14 @@ def value_effect(
         rows,
         block_table,
         num_rated,
-        value_scale,
+        # Any pointer will do where there is none.
+        effect if value_scale is None else value_scale,
         layer * num_kv_heads,
         per_program,
         block_table.stride(0),
         effect.stride(0),
         effect.stride(1),
+        HAS_SCALE=value_scale is not None,
         PAGES_PER_BLOCK=num_layers * num_kv_heads,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=pool.shape[1],

@@ -57,6 +57,7 @@ def _window_sums_kernel(
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_KEY_SCALE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     POOL_KERNEL: tl.constexpr,
@@ -104,7 +105,9 @@ def _window_sums_kernel(
         TILE_D,
     )
     position = num_keys - WINDOW + place
-    factor = tl.load(scale_ptr + layer_index) * tl.load(key_scale_ptr + stream)
+    factor = tl.load(scale_ptr + layer_index)
+    if HAS_KEY_SCALE:
+        factor *= tl.load(key_scale_ptr + stream)
     soft_cap = 0.0
     if HAS_SOFT_CAP:
         soft_cap = tl.load(soft_cap_ptr + layer_index)

@@ -17,7 +17,6 @@ from vllm_kvcompress.candidates import Candidates, LayerPages
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import RequestGeometry, cdiv
 from vllm_kvcompress.ops import PageOrder
-from vllm_kvcompress.planned_scores import PagedPrompts, can_run, planned_scores
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import (
     ChunkInputs,
@@ -144,7 +143,7 @@ class Compactor:
         self.backend = backend
         self.scorer = make_scorer(config)
         plan = self.scorer.window_plan() if backend == "native" else None
-        self._plan = plan if plan is not None and can_run(plan) else None
+        self._plan = plan if plan is not None and plan.fits_ops else None
         self.use_parameters(layers)
 
     def use_parameters(self, layers: Sequence[LayerParameters]) -> None:
@@ -287,26 +286,26 @@ class Compactor:
         num_rated = plan.num_rated(geometry.compact_len, num_candidates, self.config.window)
         dense = ops.RowDescriptor(geometry.compact_len)
         numbers = torch.tensor([[*dense, num_rated, num_candidates]], dtype=torch.int32)
-        prompts = PagedPrompts(
-            self._as_pages(pages.pool),
-            numbers[:, :-2].contiguous(),
-            pages.blocks.int()[None],
+        prompts = ops.Prompts(
+            ops.Rows(numbers[:, :-2].contiguous(), pages.blocks.int()[None]),
             numbers[:, -2].contiguous(),
             numbers[:, -1].contiguous(),
             num_rated,
             num_candidates,
-            self.order,
         )
-        scores = planned_scores(
+        num_layers = pages.pages_per_block // num_heads
+        sinks = parameters.sinks
+        scores = ops.planned_scores(
             plan,
-            prompts,
             prompt.window_query[layer].permute(2, 0, 1, 3).flatten(1, 2)[None],
-            layer=pages.first // num_heads,
-            num_layers=pages.pages_per_block // num_heads,
-            num_kv_heads=num_heads,
-            scale=parameters.scale,
-            logits_soft_cap=parameters.logits_soft_cap,
-            sinks=parameters.sinks,
+            ops.Pool(self._as_pages(pages.pool), num_layers, num_heads, self.order),
+            prompts,
+            pages.first // num_heads,
+            ops.Logits(
+                parameters.scale,
+                parameters.logits_soft_cap,
+                None if sinks is None else sinks.flatten(),
+            ),
             output_root=self._output_roots[layer],
             page_reduce=None,
             backend=self.backend,
@@ -440,13 +439,15 @@ class Compactor:
             scores[None],
             torch.tensor([scores.shape[1]], dtype=torch.int32),
             num_pages.reshape(1, -1).int(),
-            self._as_pages(pool),
-            torch.tensor([row], dtype=torch.int32),
-            torch.cat([prompt_blocks, region_blocks]).int()[None],
+            ops.Pool(
+                self._as_pages(pool), self.shape.num_layers, self.shape.num_kv_heads, self.order
+            ),
+            ops.Rows(
+                torch.tensor([row], dtype=torch.int32),
+                torch.cat([prompt_blocks, region_blocks]).int()[None],
+            ),
             max_region_blocks=num_region_blocks,
             granularity=config.granularity,
-            key_offsets=self.order.key_offsets,
-            value_offsets=self.order.value_offsets,
             backend=self.backend,
         )
         return Selection(num_pages, indices[0].long(), config.granularity)

@@ -28,7 +28,6 @@ from vllm_kvcompress.layer_parameters import StackedParameters
 from vllm_kvcompress.layer_windows import LayerWindows, Window
 from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.ops import PageOrder
-from vllm_kvcompress.planned_scores import PagedPrompts, can_run, planned_scores
 from vllm_kvcompress.policies.base import LayerScores, WindowPlan
 from vllm_kvcompress.policies.budgets import plan_budgets
 from vllm_kvcompress.policies.selection import entries_per_page, entry_scores, first_stage_counts
@@ -166,6 +165,7 @@ class PagedCompactor:
         self.config = config
         self.shape = shape
         self.pool = pool
+        self._paged = ops.Pool(pool, shape.num_layers, shape.num_kv_heads)
         self._backend = backend
         self._select_backend = select_backend or backend
         self._per_page = entries_per_page(config, shape.block_size)
@@ -174,12 +174,8 @@ class PagedCompactor:
         self._general = Compactor(config, shape, order, layers)
         self.scorer = self._general.scorer
         plan = self.scorer.window_plan()
-        self._plan = plan if plan is not None and can_run(plan) else None
+        self._plan = plan if plan is not None and plan.fits_ops else None
         self.memory = ScoreMemory(config, shape, pool.element_size(), self._plan)
-        # The cache is not quantized. Made once, not for every prompt.
-        self._unit_scales = torch.ones(
-            shape.pages_per_block, dtype=torch.float32, device=pool.device
-        )
         self.use_parameters(layers)
         # By a prompt's numbers; nothing in it holds on to the pool.
         self._budgets = functools.lru_cache(maxsize=4096)(
@@ -357,30 +353,26 @@ class PagedCompactor:
             batch.windows.take(place, prompt, first, num_layers)
         query, lse = batch.windows.of_layers(num_layers)
         shape, staging = self.shape, batch.staging
-        prompts = PagedPrompts(
-            self.pool if staging is None else staging.area(),
-            batch.rows,
-            batch.block_table,
+        prompts = ops.Prompts(
+            ops.Rows(batch.rows, batch.block_table),
             batch.num_rated,
             batch.num_candidates,
             max_rated=max(self._num_rated(g) for g in batch.geometries),
             max_candidates=max(g.num_candidate_tokens for g in batch.geometries),
         )
-        pool_layers = shape.num_layers if staging is None else 1
+        pool = self._paged if staging is None else ops.Pool(staging.area(), 1, shape.num_kv_heads)
         by_page = self.config.granularity == "page"
         streams = slice(first * shape.num_kv_heads, (first + num_layers) * shape.num_kv_heads)
         width = max(g.first_kept_block for g in batch.geometries) * self._per_page
-        planned_scores(
+        ops.planned_scores(
             plan,
-            prompts,
             query,
-            lse,
-            layer=first if staging is None else 0,
-            num_layers=pool_layers,
-            num_kv_heads=shape.num_kv_heads,
+            pool,
+            prompts,
+            first if staging is None else 0,
+            lse=lse,
             **self._parameters.options(first, num_layers),
             page_reduce=self.config.option("page_reduce") if by_page else None,
-            unit_scales=self._unit_scales[: pool_layers * shape.num_kv_heads],
             out=batch.first[:, streams, :width],
             backend=self._backend,
         )
@@ -412,9 +404,8 @@ class PagedCompactor:
                 scores,
                 batch.num_entries,
                 num_pages,
-                self.pool,
-                batch.rows,
-                batch.block_table,
+                self._paged,
+                ops.Rows(batch.rows, batch.block_table),
                 max_region_blocks=max(g.num_region_blocks for g in batch.geometries),
                 granularity=self.config.granularity,
                 backend=self._select_backend,

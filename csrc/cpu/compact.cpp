@@ -1,4 +1,6 @@
 // Copies what prompts keep into their regions: whole pages, or single tokens in the page's order.
+// Copies entries from anywhere to anywhere.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -74,6 +76,17 @@ void compact_unit(const Compaction& params, int64_t unit) {
       return compact_stream<uint16_t>(params, request, stream);
     default:
       return compact_stream<uint32_t>(params, request, stream);
+  }
+}
+
+void move_unit(const Moves& params, int64_t unit) {
+  const int64_t end = std::min((unit + 1) * MOVES_PER_UNIT, params.num_moves);
+  for (int64_t i = unit * MOVES_PER_UNIT; i < end; ++i) {
+    const int64_t source = params.source_index[i];
+    const int64_t target = params.target_index[i];
+    if (source < 0 || target < 0) continue;
+    std::memcpy(params.target + target * params.entry_bytes,
+                params.source + source * params.entry_bytes, params.entry_bytes);
   }
 }
 

@@ -2,7 +2,7 @@
 // reads a value back, so a CUDA graph may record them. Results do not depend on any order in time.
 //
 // R requests, S streams (layer, KV head), layer first; N entries, which are pages or tokens. What
-// the values mean, and which are allowed, is written at vllm_kvcompress/ops/selection.py.
+// the values mean, and which are allowed, is written in vllm_kvcompress/ops/{select,move}/.
 #pragma once
 
 #include <cstddef>

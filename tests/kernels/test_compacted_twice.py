@@ -199,14 +199,10 @@ def test_rows_are_what_the_layouts_say(lives):
 def decode(lives, step, rows, layer, backend):
     return ops.ragged_decode(
         step.query,
-        lives[0].cache.pool,
-        rows,
-        step.page_offsets,
-        step.block_table,
-        step.query_start_loc,
-        layer=layer,
-        num_kv_heads=SHAPE.num_kv_heads,
-        scale=SCALE,
+        ops.Pool(lives[0].cache.pool, SHAPE.num_layers, SHAPE.num_kv_heads),
+        ops.Rows(rows, step.block_table, step.page_offsets, step.query_start_loc),
+        layer,
+        ops.Logits(SCALE),
         max_query_len=max(QUERY_LENS),
         backend=backend,
     )
@@ -236,11 +232,15 @@ def test_a_forgotten_shift_is_noticed(lives, step, backend):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_new_tokens_go_behind_the_newest_region(lives, step, backend):
     num_tokens = sum(QUERY_LENS)
-    arguments = (step.block_table, step.query_start_loc, num_tokens, SHAPE.block_size)
-    slots = ops.token_slots(step.rows, *arguments, backend=backend)
+
+    def slots_of(rows):
+        rows = ops.Rows(rows, step.block_table, None, step.query_start_loc)
+        return ops.token_slots(rows, num_tokens, SHAPE.block_size, backend=backend)
+
+    slots = slots_of(step.rows)
     expected = [life.slots(n) for life, n in zip(lives, QUERY_LENS, strict=True)]
     assert slots.tolist() == [slot for part in expected for slot in part]
-    wrong = ops.token_slots(forgotten_shift(step.rows), *arguments, backend=backend)
+    wrong = slots_of(forgotten_shift(step.rows))
     assert wrong.tolist() != slots.tolist()
 
 
@@ -288,15 +288,14 @@ def test_scores_of_a_prompt_behind_an_older_region(prompt, backend):
     query = random_like(size, SHAPE.dtype, generator)
     root = random_like((1, 2, SHAPE.head_size, SHAPE.head_size), SHAPE.dtype, generator)
     rated = torch.tensor([6 * SHAPE.block_size], dtype=torch.int32, device=DEVICE)
-    where = {"layer": 1, "num_layers": 2, "backend": backend}
 
     def read(rows, block_table):
-        prompts = (rows, block_table, rated, int(rated))
-        options = {"num_kv_heads": 2, "scale": SCALE, **where}
+        prompts = ops.Prompts(ops.Rows(rows, block_table), rated, rated, int(rated), int(rated))
+        where = (batch.paged(), prompts, 1)
         for reduce in ("mean", "defensive"):
-            scores = ops.window_scores(query, batch.pool, *prompts, reduce=reduce, **options)
-            yield scores.amax(dim=2)
-        yield ops.paged_value_effect(batch.pool, root, *prompts, **where)
+            how = (ops.Logits(SCALE), ops.WindowPlan(reduce=reduce))
+            yield ops.window_scores(query, *where, *how, backend=backend).amax(dim=2)
+        yield ops.paged_value_effect(root, *where, backend=backend)
 
     wanted = list(read(batch.rows, batch.block_table))
     assert all(torch.isfinite(w).all() for w in wanted)
@@ -328,13 +327,14 @@ def copied_region(prompt, target_column, compact):
 
 
 @pytest.mark.parametrize("column", [6, 7])
-@pytest.mark.parametrize("backend", ["reference", "triton", "native"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "native", "torch"])
 def test_a_region_is_written_at_its_own_column(prompt, backend, column):
     if backend == "native":
         need_compiled_ops()
 
-    def compact(*args, **options):
-        ops.compact(*args, **options, backend=backend)
+    def compact(pool, rows, block_table, *selection, **options):
+        rows = ops.Rows(rows, block_table)
+        ops.compact(prompt[0].paged(pool), rows, *selection, **options, backend=backend)
 
     found, expected = copied_region(prompt, column, compact)
     assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

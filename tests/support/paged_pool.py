@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from device_labels import LABELLED
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.memory.row_layout import CompactionPoint, RowLayout
 from vllm_kvcompress.ops import RowDescriptor
-from vllm_kvcompress.ops.reference_paged import stream_tokens
+from vllm_kvcompress.ops.rows_reference import stream_tokens
 
 # The GPU if there is one; else kernels run in Triton's interpreter, on memory with a label.
 DEVICE = torch.device("cuda") if torch.cuda.is_available() else LABELLED
@@ -114,17 +115,22 @@ class PagedBatch:
     query_start_loc: torch.Tensor
     query: torch.Tensor
 
+    def paged(self, pages: torch.Tensor | None = None, **options) -> ops.Pool:
+        """The pool, or other pages of its shape."""
+        pages = self.pool if pages is None else pages
+        return ops.Pool(pages, self.shape.num_layers, self.shape.num_kv_heads, **options)
+
     @property
-    def arguments(self) -> tuple[torch.Tensor, ...]:
-        """First arguments of `ops.ragged_decode`."""
-        return (
-            self.query,
-            self.pool,
-            self.rows,
-            self.page_offsets,
-            self.block_table,
-            self.query_start_loc,
+    def op_rows(self) -> ops.Rows:
+        return ops.Rows(self.rows, self.block_table, self.page_offsets, self.query_start_loc)
+
+    def prompts(self, rated: Sequence[int], candidates: Sequence[int] | None = None) -> ops.Prompts:
+        """Its rows as prompts of which so many tokens are rated, and compete."""
+        candidates = rated if candidates is None else candidates
+        numbers = torch.tensor(
+            [[*rated], [*candidates]], dtype=torch.int32, device=self.rows.device
         )
+        return ops.Prompts(self.op_rows, *numbers, max(rated), max(candidates))
 
     def stream_entries(self, request: int, stream: int) -> tuple[torch.Tensor, int]:
         """[n, 2 d] keys and values of one stream in order, and how many are the region's."""

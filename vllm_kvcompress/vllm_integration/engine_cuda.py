@@ -186,17 +186,13 @@ class CUDAEngine:
     def share_out(
         self,
         work: ops.DecodeWork | None,
-        rows: torch.Tensor,
-        page_offsets: torch.Tensor,
-        query_start_loc: torch.Tensor,
+        rows: ops.Rows,
     ) -> ops.DecodeWork | None:
         """Share a step's rows out among the decode kernel's programs, for all layers."""
         if work is None or not len(rows):
             return work
         return ops.decode_work(
             rows,
-            page_offsets,
-            query_start_loc,
             num_kv_heads=self.shape.num_kv_heads,
             block_size=self.shape.block_size,
             out=work,
@@ -252,9 +248,7 @@ class CUDAEngine:
         block_table = common.block_table_tensor[:num_rows]
         if plan.has_regions:
             ops.token_slots(
-                rows,
-                block_table,
-                common.query_start_loc,
+                ops.Rows(rows, block_table, None, common.query_start_loc),
                 common.slot_mapping.shape[0],
                 self.shape.block_size,
                 out=common.slot_mapping,
@@ -269,7 +263,10 @@ class CUDAEngine:
             page_offsets=page_offsets,
             block_table=block_table,
             query_start_loc=common.query_start_loc,
-            work=self.share_out(self._work, rows[single], page_offsets[single], starts),
+            work=self.share_out(
+                self._work,
+                ops.Rows(rows[single], block_table[single], page_offsets[single], starts),
+            ),
             num_single=plan.num_single,
             dense_table=_cut_regions(block_table, plan),
             extended=[self._extended_run(row, plan.numbers, block_table) for row in plan.extended],
@@ -352,14 +349,15 @@ class CUDAEngine:
         work = self._extended_work
         if work is not None:
             work = work.for_rows(num_pieces, self.shape.num_kv_heads)
+        table = block_table[row.row : row.row + 1].expand(num_pieces, -1)
         return ExtendedRun(
             token_start=row.token_start,
             token_end=row.token_start + row.query_len,
             rows=piece_rows,
             page_offsets=page_offsets,
-            block_table=block_table[row.row : row.row + 1].expand(num_pieces, -1),
+            block_table=table,
             query_start_loc=query_start_loc,
-            work=self.share_out(work, piece_rows, page_offsets, query_start_loc),
+            work=self.share_out(work, ops.Rows(piece_rows, table, page_offsets, query_start_loc)),
         )
 
     def staged_places(
@@ -502,7 +500,8 @@ class CUDAEngine:
         """
         work = self._work if max_query_len == 1 else self._extended_work
         offsets = self._zeros(1, self.shape.pages_per_block + 1)
-        return self.share_out(work, self._zeros(1, len(ops.ROW_FIELDS)), offsets, self._zeros(2))
+        row = self._zeros(1, len(ops.ROW_FIELDS))
+        return self.share_out(work, ops.Rows(row, row, offsets, self._zeros(2)))
 
     def warm_up(self, max_len: int, tells_lse: bool = False) -> None:
         """Compile and run what a row's region or a prompt's end needs, before a request waits.
@@ -514,9 +513,7 @@ class CUDAEngine:
             tells_lse: whether attention tells its sums, so that scores are made of them.
         """
         ops.token_slots(
-            self._buffers.rows[:1],
-            self._zeros(1, 1),
-            self._zeros(2),
+            ops.Rows(self._buffers.rows[:1], self._zeros(1, 1), None, self._zeros(2)),
             1,
             self.shape.block_size,
             backend=self.backend,

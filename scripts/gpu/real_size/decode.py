@@ -81,9 +81,7 @@ def share_work(step: Step) -> None:
     """Share the step's tiles among programs, at the same addresses as before."""
     rows = step.rows
     ops.decode_work(
-        rows.rows,
-        rows.page_offsets,
-        rows.query_start_loc,
+        rows.op_rows,
         num_kv_heads=step.shape.num_kv_heads,
         block_size=rows.block_size,
         out=step.work,
@@ -92,16 +90,15 @@ def share_work(step: Step) -> None:
 
 def decode_layers(step: Step) -> None:
     """Attention of all layers into `step.out`."""
+    shape, scales = step.shape, (step.key_scale, step.value_scale)
+    pool = ops.Pool(step.pool, shape.num_layers, shape.num_kv_heads, None, *scales)
     for layer in range(step.shape.num_layers):
         ops.ragged_decode(
             step.query[layer],
-            step.pool,
-            *step.rows.tensors,
-            layer=layer,
-            num_kv_heads=step.shape.num_kv_heads,
-            scale=step.scale,
-            key_scale=step.key_scale,
-            value_scale=step.value_scale,
+            pool,
+            step.rows.op_rows,
+            layer,
+            ops.Logits(step.scale),
             work=step.work,
             out=step.out[layer],
         )

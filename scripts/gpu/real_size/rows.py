@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from gpu.shapes import ModelShape
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.ops import ROW_FIELDS, RowDescriptor
 
 # Tokens of a prompt that are never evicted, and how much longer it was than its region.
@@ -63,6 +64,11 @@ class Rows:
         for mine, its in zip(self.tensors, other.tensors, strict=True):
             mine.copy_(its)
         self.num_active = other.num_active
+
+    @property
+    def op_rows(self) -> ops.Rows:
+        """As the ops take them."""
+        return ops.Rows(self.rows, self.block_table, self.page_offsets, self.query_start_loc)
 
     def num_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[R, S] int64 tokens of every stream: those of the region, and all of them."""
