@@ -16,7 +16,7 @@ from .join_scores import join_scores
 from .paging import is_interpreted
 from .ragged_decode import DecodeTiles, decode_tiles, ragged_decode
 from .select import joint_page_counts, select_entries
-from .store import store_tokens, token_slots
+from .slots import token_slots
 from .value_effect import value_effect
 from .window_score import num_score_groups, window_scores
 
@@ -33,7 +33,6 @@ __all__ = [
     "num_score_parts",
     "ragged_decode",
     "select_entries",
-    "store_tokens",
     "token_slots",
     "value_effect",
     "window_scores",

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .paging import ROW_BOUNDARY_BLOCK, ROW_NUM_REGION_BLOCKS, ROW_WIDTH
+from .paging import ROW_NUM_REGION_BLOCKS, ROW_REGION_COLUMN, ROW_WIDTH
 
 # Elements that one program has in flight.
 _TILE_ELEMENTS = 8192
@@ -49,7 +49,7 @@ def _compact_kernel(
     first = tl.program_id(0) * TILE_PAGES
     if first >= num_pages:
         return
-    boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
+    region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
     table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
     page = first + tl.arange(0, TILE_PAGES)
     is_page = page < num_pages
@@ -57,7 +57,7 @@ def _compact_kernel(
         page, offsets_ptr + request.to(tl.int64) * (NUM_STREAMS + 1), NUM_STREAMS, STEPS
     )
     target_block = tl.load(
-        table_row_ptr + boundary_block + page // NUM_STREAMS, mask=is_page, other=0
+        table_row_ptr + region_column + page // NUM_STREAMS, mask=is_page, other=0
     ).to(tl.int64)
     target = (target_block * NUM_STREAMS + page % NUM_STREAMS) * BLOCK_SIZE
     element = tl.arange(0, TILE_E)

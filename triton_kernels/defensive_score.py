@@ -12,6 +12,7 @@ from .paging import (
     INTERPRETED,
     ROW_BOUNDARY_BLOCK,
     ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
     ROW_SEQ_LEN,
     ROW_WIDTH,
     dot,
@@ -180,6 +181,7 @@ def _defensive_scores_kernel(
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_KEY_SCALE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -217,8 +219,11 @@ def _defensive_scores_kernel(
     num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
     # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
     num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
+    region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
     boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
-    factor = tl.load(scale_ptr + layer_index) * tl.load(key_scale_ptr + stream)
+    factor = tl.load(scale_ptr + layer_index)
+    if HAS_KEY_SCALE:
+        factor *= tl.load(key_scale_ptr + stream)
     soft_cap = 0.0
     if HAS_SOFT_CAP:
         soft_cap = tl.load(soft_cap_ptr + layer_index)
@@ -265,6 +270,7 @@ def _defensive_scores_kernel(
             table_row_ptr,
             stream,
             num_region_blocks,
+            region_column,
             boundary_block,
             PAGES_PER_BLOCK,
             BLOCK_SIZE,

@@ -8,12 +8,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Columns of a row descriptor; see `ops.RowLayout`.
+# Numbers of a row descriptor. What they mean, and their order, is written at
+# vllm_kvcompress/row_descriptor.py; a test compares.
 ROW_SEQ_LEN = tl.constexpr(0)
 ROW_NUM_REGION_BLOCKS = tl.constexpr(1)
-ROW_BOUNDARY_BLOCK = tl.constexpr(2)
-ROW_FIRST_KEPT_BLOCK = tl.constexpr(3)
-ROW_WIDTH = tl.constexpr(4)
+ROW_REGION_COLUMN = tl.constexpr(2)
+ROW_BOUNDARY_BLOCK = tl.constexpr(3)
+ROW_FIRST_KEPT_BLOCK = tl.constexpr(4)
+ROW_WIDTH = tl.constexpr(5)
 
 # A kernel must not be compiled once more for another prompt or batch. These arguments are parts of
 # larger tensors, which start at a multiple of 16 bytes or not, as it happens; kernels read single
@@ -62,9 +64,10 @@ def squash(logits, cap):
 
 
 @triton.jit
-def row_column(block, num_region_blocks, boundary_block):
-    """Column of a block-table row that holds a token block: those after the region are shifted."""
-    return block + tl.where(block >= boundary_block, num_region_blocks, 0)
+def row_column(block, num_region_blocks, region_column, boundary_block):
+    """Column of a dense token block: before the newest region, or behind it."""
+    before = block + (region_column - boundary_block)
+    return before + tl.where(block >= boundary_block, num_region_blocks, 0)
 
 
 @triton.jit
@@ -76,6 +79,7 @@ def stream_page_ids(
     num_region_tokens,
     first_virtual_page,
     num_region_blocks,
+    region_column,
     boundary_block,
     first_kept_block,
     BLOCK_SIZE: tl.constexpr,
@@ -99,8 +103,8 @@ def stream_page_ids(
     tail_block = first_kept_block + (tokens - num_region_tokens) // BLOCK_SIZE
     column = tl.where(
         in_region,
-        boundary_block + page // PAGES_PER_BLOCK,
-        row_column(tail_block, num_region_blocks, boundary_block),
+        region_column + page // PAGES_PER_BLOCK,
+        row_column(tail_block, num_region_blocks, region_column, boundary_block),
     )
     slot = tl.where(in_region, page % PAGES_PER_BLOCK, stream)
     block = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
@@ -114,13 +118,14 @@ def prompt_entries(
     table_row_ptr,
     stream,
     num_region_blocks,
+    region_column,
     boundary_block,
     PAGES_PER_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
     """Element offset of each token's key in the pool, for a prompt that is still dense."""
-    column = row_column(tokens // BLOCK_SIZE, num_region_blocks, boundary_block)
+    column = row_column(tokens // BLOCK_SIZE, num_region_blocks, region_column, boundary_block)
     block = tl.load(table_row_ptr + column, mask=mask, other=0).to(tl.int64)
     page = tl.where(mask, block * PAGES_PER_BLOCK + stream, 0)
     # Multiplied last, so that the compiler sees whole rows, and loads and copies 16 bytes at once.

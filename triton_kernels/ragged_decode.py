@@ -19,6 +19,7 @@ from .paging import (
     LOG2E,
     ROW_BOUNDARY_BLOCK,
     ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
     ROW_WIDTH,
     cast,
     dot,
@@ -199,6 +200,7 @@ def _ragged_decode_kernel(
             BLOCK_SIZE,
         )
         num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
+        region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
         boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
         table_row_ptr = table_ptr + row.to(tl.int64) * table_stride
         m_mask = query_token < query_len
@@ -235,6 +237,7 @@ def _ragged_decode_kernel(
                 num_region_tokens,
                 first_page,
                 num_region_blocks,
+                region_column,
                 boundary_block,
                 first_tail_block,
                 BLOCK_SIZE,

@@ -9,6 +9,7 @@ import triton.language as tl
 from .paging import (
     ROW_BOUNDARY_BLOCK,
     ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
     ROW_WIDTH,
     UNALIGNED,
     dot,
@@ -48,6 +49,7 @@ def _value_effect_kernel(
     table_stride,
     effect_stride_request,
     effect_stride_stream,
+    HAS_SCALE: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -64,10 +66,13 @@ def _value_effect_kernel(
     end = tl.minimum(start + tiles_per_program * TILE_N, num_rated)
     # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
     num_region_blocks = tl.load(rows_ptr + request * ROW_WIDTH + ROW_NUM_REGION_BLOCKS)
+    region_column = tl.load(rows_ptr + request * ROW_WIDTH + ROW_REGION_COLUMN)
     boundary_block = tl.load(rows_ptr + request * ROW_WIDTH + ROW_BOUNDARY_BLOCK)
     table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
     stream = first_stream + scored_stream
-    value_scale = tl.load(value_scale_ptr + stream)
+    value_scale = 1.0
+    if HAS_SCALE:
+        value_scale = tl.load(value_scale_ptr + stream)
     root_ptr += scored_stream.to(tl.int64) * HEAD_SIZE * HEAD_SIZE
     effect_row_ptr = (
         effect_ptr
@@ -86,6 +91,7 @@ def _value_effect_kernel(
             table_row_ptr,
             stream,
             num_region_blocks,
+            region_column,
             boundary_block,
             PAGES_PER_BLOCK,
             BLOCK_SIZE,
@@ -111,7 +117,7 @@ def value_effect(
     rows: torch.Tensor,
     block_table: torch.Tensor,
     num_rated: torch.Tensor,
-    value_scale: torch.Tensor,
+    value_scale: torch.Tensor | None,
     effect: torch.Tensor,
     *,
     layer: int,
@@ -133,12 +139,14 @@ def value_effect(
         rows,
         block_table,
         num_rated,
-        value_scale,
+        # Any pointer will do where there is none.
+        effect if value_scale is None else value_scale,
         layer * num_kv_heads,
         per_program,
         block_table.stride(0),
         effect.stride(0),
         effect.stride(1),
+        HAS_SCALE=value_scale is not None,
         PAGES_PER_BLOCK=num_layers * num_kv_heads,
         HEAD_SIZE=head_size,
         BLOCK_SIZE=pool.shape[1],

@@ -9,7 +9,13 @@ import triton
 import triton.language as tl
 
 from .defensive_score import defensive_scores
-from .paging import ROW_BOUNDARY_BLOCK, ROW_NUM_REGION_BLOCKS, ROW_SEQ_LEN, ROW_WIDTH
+from .paging import (
+    ROW_BOUNDARY_BLOCK,
+    ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
+    ROW_SEQ_LEN,
+    ROW_WIDTH,
+)
 from .window_sums import merged_sums, num_splits, window_sums
 from .window_tiles import (
     TILE_N,
@@ -67,6 +73,7 @@ def _window_scores_kernel(
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_KEY_SCALE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
@@ -96,8 +103,11 @@ def _window_scores_kernel(
     num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
     # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
     num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
+    region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
     boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
-    factor = tl.load(scale_ptr + layer_index) * tl.load(key_scale_ptr + stream)
+    factor = tl.load(scale_ptr + layer_index)
+    if HAS_KEY_SCALE:
+        factor *= tl.load(key_scale_ptr + stream)
     soft_cap = 0.0
     if HAS_SOFT_CAP:
         soft_cap = tl.load(soft_cap_ptr + layer_index)
@@ -147,6 +157,7 @@ def _window_scores_kernel(
             table_row_ptr,
             stream,
             num_region_blocks,
+            region_column,
             boundary_block,
             PAGES_PER_BLOCK,
             BLOCK_SIZE,
@@ -184,7 +195,7 @@ def window_scores(
     rows: torch.Tensor,
     block_table: torch.Tensor,
     num_rated: torch.Tensor,
-    key_scale: torch.Tensor,
+    key_scale: torch.Tensor | None,
     scores: torch.Tensor,
     *,
     layer: int,
@@ -218,7 +229,7 @@ def window_scores(
         block_table,
         num_rated,
         scale if lse is None else lse,
-        key_scale,
+        scale if key_scale is None else key_scale,
         scale,
         scale if logits_soft_cap is None else logits_soft_cap,
         layer * num_kv_heads,
@@ -234,6 +245,7 @@ def window_scores(
         "WINDOW": window,
         "HEAD_SIZE": head_size,
         "BLOCK_SIZE": pool.shape[1],
+        "HAS_KEY_SCALE": key_scale is not None,
         "HAS_SOFT_CAP": logits_soft_cap is not None,
         "HAS_LSE": lse is not None,
         "POOL_KERNEL": pool_kernel if is_defensive else 1,

@@ -11,6 +11,7 @@ import triton.language as tl
 from .paging import (
     ROW_BOUNDARY_BLOCK,
     ROW_NUM_REGION_BLOCKS,
+    ROW_REGION_COLUMN,
     ROW_SEQ_LEN,
     ROW_WIDTH,
 )
@@ -56,6 +57,7 @@ def _window_sums_kernel(
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_KEY_SCALE: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_LSE: tl.constexpr,
     POOL_KERNEL: tl.constexpr,
@@ -85,6 +87,7 @@ def _window_sums_kernel(
     num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
     # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
     num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
+    region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
     boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
     num_rated = tl.load(num_rated_ptr + request)
     rows, group_head, place, row_mask = split_rows(m_tile, GROUP, WINDOW, TILE_M, TILE_W)
@@ -102,7 +105,9 @@ def _window_sums_kernel(
         TILE_D,
     )
     position = num_keys - WINDOW + place
-    factor = tl.load(scale_ptr + layer_index) * tl.load(key_scale_ptr + stream)
+    factor = tl.load(scale_ptr + layer_index)
+    if HAS_KEY_SCALE:
+        factor *= tl.load(key_scale_ptr + stream)
     soft_cap = 0.0
     if HAS_SOFT_CAP:
         soft_cap = tl.load(soft_cap_ptr + layer_index)
@@ -133,6 +138,7 @@ def _window_sums_kernel(
             table_row_ptr,
             stream,
             num_region_blocks,
+            region_column,
             boundary_block,
             PAGES_PER_BLOCK,
             BLOCK_SIZE,

@@ -51,7 +51,7 @@ from timing.case import Case
 from timing.clock import copy_bandwidth
 from timing.prompt_cases import prompt_cases
 from timing.report import Report, Timer, counted_row
-from timing.step_cases import TAIL_TOKENS, decode_case, store_case
+from timing.step_cases import TAIL_TOKENS, decode_case
 
 MODELS = ("Llama-3.1-8B", "Qwen3-8B", "Llama-3.1-70B TP8")
 # FlexAttention would be compiled for the CPU.
@@ -75,7 +75,6 @@ def cases(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple
                 num_tokens = batch * (kept + TAIL_TOKENS)
                 if fits(arguments, shape, num_tokens, f"batch {batch} x {kept} tokens"):
                     yield shape, decode_case(shape, batch, kept, device, arguments.peers)
-            yield shape, store_case(shape, batch, device)
 
 
 def fits(arguments: argparse.Namespace, shape: ModelShape, num_tokens: int, what: str) -> bool:

@@ -14,7 +14,11 @@ from vllm_kvcompress import ops
 
 # Rows of the compiled ops.
 NATIVE = "vllm-kvcompress C++"
-WINDOW, POOL_KERNEL = 16, 5
+WINDOW = 16
+# As span has it.
+PLAN = ops.WindowPlan(
+    reduce="defensive", near_tokens=8, group_reduce="max", floor_at_mean=True, span_kernel=11
+)
 
 
 class Prompt:
@@ -36,7 +40,8 @@ class Prompt:
         num_blocks = prompt_blocks + self.region
         self.pool = new_pool(shape, num_blocks, device)
         self.table = shuffled_table(1, num_blocks, device)
-        self.rows = self.ints([[prompt_len, self.region, prompt_blocks, 0]])
+        row = ops.RowDescriptor(prompt_len, self.region, prompt_blocks, prompt_blocks)
+        self.rows = self.ints([row])
         num_layers = shape.num_layers
         query = (1, num_layers, WINDOW, shape.num_heads, d)
         self.query = normal(*query, device=device, dtype=shape.dtype)
@@ -44,14 +49,16 @@ class Prompt:
         self.root = normal(num_layers, num_kv_heads, d, d, device=device, dtype=shape.dtype)
         # The engine keeps these; made in a call they would be launches.
         self.scale = torch.full((num_layers,), d**-0.5, device=device)
-        self.stored_scale = torch.ones(shape.num_streams, device=device)
         self.num_rated = prompt_len - WINDOW
-        num_parts = ops.num_score_parts(self.num_rated, POOL_KERNEL)
+        num_parts = ops.num_score_parts(self.num_rated, PLAN.mean_kernel)
         self.part_sums = torch.zeros(1, shape.num_streams, num_parts, device=device)
         self.num_candidates = self.num_rated // b * b
         self.num_entries = self.num_candidates // b
-        self.rated = self.ints([self.num_rated])
-        self.candidates = self.ints([self.num_candidates])
+        numbers = (self.ints([self.num_rated]), self.ints([self.num_candidates]))
+        most = (self.num_rated, self.num_candidates)
+        self.op_rows = ops.Rows(self.rows, self.table)
+        self.prompts = ops.Prompts(self.op_rows, *numbers, *most)
+        self.paged = ops.Pool(self.pool, num_layers, num_kv_heads)
         self.entries = self.ints([self.num_entries])
         self.page_scores = torch.rand(1, shape.num_streams, self.num_entries, device=device)
         self.total = self.ints([[self.num_kept_pages]])
@@ -80,48 +87,26 @@ class Prompt:
         """All layers' scores of keys."""
         return ops.window_scores(
             self.query,
-            self.pool,
-            self.rows,
-            self.table,
-            self.rated,
-            self.num_rated,
-            layer=0,
-            num_layers=self.shape.num_layers,
-            num_kv_heads=self.shape.num_kv_heads,
-            scale=self.scale,
-            key_scale=self.stored_scale,
-            reduce="defensive",
-            near_tokens=8,
-            pool_kernel=POOL_KERNEL,
+            self.paged,
+            self.prompts,
+            0,
+            ops.Logits(self.scale),
+            PLAN,
             lse=self.lse if with_lse else None,
             part_sums=self.part_sums,
         )
 
     def effect(self) -> torch.Tensor:
         """How much values move the outputs of all layers."""
-        return ops.paged_value_effect(
-            self.pool,
-            self.root,
-            self.rows,
-            self.table,
-            self.rated,
-            self.num_rated,
-            layer=0,
-            num_layers=self.shape.num_layers,
-            value_scale=self.stored_scale,
-        )
+        return ops.paged_value_effect(self.root, self.paged, self.prompts, 0)
 
     def join(self, scores: torch.Tensor, effect: torch.Tensor) -> torch.Tensor:
         """All layers' scores of pages."""
         return ops.join_scores(
             scores,
-            self.rated,
-            self.candidates,
-            self.num_candidates,
-            group_reduce="max",
-            floor_at_mean=True,
+            self.prompts,
+            PLAN,
             effect=effect,
-            span_kernel=11,
             page_reduce="mean",
             page_size=self.shape.block_size,
             num_kv_heads=self.shape.num_kv_heads,
@@ -139,8 +124,13 @@ class Prompt:
         self, selection: tuple[torch.Tensor, torch.Tensor], with_native: bool = False
     ) -> None:
         """Copy what is kept into the region."""
-        backend = native if with_native else ops
-        backend.compact(self.pool, self.rows, self.table, *selection, max_region_blocks=self.region)
+        ops.compact(
+            self.paged,
+            self.op_rows,
+            *selection,
+            max_region_blocks=self.region,
+            backend="native" if with_native else "triton",
+        )
 
     def native_select_and_compact(self) -> None:
         """Both by the compiled op that does both."""

@@ -1,4 +1,4 @@
-"""What a decode step does: attention of all layers, and new tokens into their pages."""
+"""What a decode step does: attention of all layers."""
 
 from __future__ import annotations
 
@@ -64,10 +64,9 @@ class DecodeStep:
     def run(self, work: ops.DecodeWork, out: torch.Tensor) -> torch.Tensor:
         """Share out the work, then attend in every layer."""
         shape = self.shape
+        rows = ops.Rows(self.rows, self.table, self.offsets, self.starts)
         ops.decode_work(
-            self.rows,
-            self.offsets,
-            self.starts,
+            rows,
             num_kv_heads=shape.num_kv_heads,
             block_size=shape.block_size,
             out=work,
@@ -75,14 +74,10 @@ class DecodeStep:
         for layer in range(shape.num_layers):
             ops.ragged_decode(
                 self.query,
-                self.pool,
-                self.rows,
-                self.offsets,
-                self.table,
-                self.starts,
-                layer=layer,
-                num_kv_heads=shape.num_kv_heads,
-                scale=shape.head_size**-0.5,
+                ops.Pool(self.pool, shape.num_layers, shape.num_kv_heads),
+                rows,
+                layer,
+                ops.Logits(shape.head_size**-0.5),
                 work=work,
                 out=out,
             )
@@ -104,7 +99,7 @@ def decode_step(shape: ModelShape, batch: int, kept: int, device: torch.device) 
         normal(batch, shape.num_heads, shape.head_size, device=device, dtype=shape.dtype),
         new_pool(shape, batch * width, device),
         # Boundary 0: the row is the region, then the tail.
-        torch.tensor([[TAIL_TOKENS, region, 0, 0]] * batch, **ints),
+        torch.tensor([ops.RowDescriptor(TAIL_TOKENS, region)] * batch, **ints),
         offsets.to(device),
         shuffled_table(batch, width, device),
         torch.arange(batch + 1, **ints),
@@ -131,21 +126,4 @@ def decode_case(
         if device.type == "meta"
         else decode_peers(peers, shape, batch, mean_tokens, device),
         extra={"batch": batch, "kept_tokens": kept},
-    )
-
-
-def store_case(shape: ModelShape, batch: int, device: torch.device) -> Case:
-    """New tokens of one step into the pages of every layer."""
-    num_layers = shape.num_layers
-    pool = new_pool(shape, batch, device)
-    key = normal(batch, shape.num_kv_heads, shape.head_size, device=device, dtype=shape.dtype)
-    slots = torch.arange(batch, dtype=torch.int64, device=device) * shape.block_size
-
-    def step() -> None:
-        for layer in range(num_layers):
-            ops.store_tokens(key, key, pool, slots, layer=layer, num_layers=num_layers)
-
-    num_bytes = num_layers * 2 * key.numel() * (key.element_size() + pool.element_size())
-    return Case(
-        "store_tokens", f"batch {batch}", step, num_bytes, num_layers, extra={"batch": batch}
     )

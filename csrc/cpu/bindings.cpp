@@ -27,7 +27,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using namespace kvcompress;
 
-constexpr int64_t ROW_WIDTH = 4;
 constexpr std::align_val_t CACHE_LINE{64};
 
 const InstructionSet* best_instruction_set() {
@@ -193,10 +192,10 @@ PagedLayer checked_layer(const Tensor& pool, const Tensor& rows, const Tensor& b
   const int64_t head_size = pool.size(2) / 2;
   STD_TORCH_CHECK(block_size >= 1 && head_size >= 1, "a page has ", block_size, " tokens of ",
                   head_size, " elements");
-  const int32_t* lens = rows.const_data_ptr<int32_t>();
+  const int32_t* all_rows = rows.const_data_ptr<int32_t>();
   const int32_t* rated = num_rated.const_data_ptr<int32_t>();
   for (int64_t r = 0; r < num_requests; ++r) {
-    const int64_t num_tokens = lens[ROW_WIDTH * r];
+    const int64_t num_tokens = row_of(all_rows, r)[ROW_SEQ_LEN];
     const int64_t needed = (num_tokens + block_size - 1) / block_size;
     STD_TORCH_CHECK(num_tokens >= 1 && needed <= block_table.size(1), "a prompt of ", num_tokens,
                     " tokens does not fit ", block_table.size(1), " blocks of ", block_size);
@@ -208,7 +207,7 @@ PagedLayer checked_layer(const Tensor& pool, const Tensor& rows, const Tensor& b
           element_of("pool", pool),
           page_elements,
           order_of("offsets", offsets, block_size, head_size, plain_first, page_elements),
-          lens,
+          all_rows,
           block_table.const_data_ptr<int32_t>(),
           block_table.stride(0),
           static_cast<int>(num_requests),
@@ -227,7 +226,8 @@ const float* checked_scale(const char* name, const Tensor& scale, int64_t num_st
 
 void window_scores(const Tensor& query, const Tensor& pool, const Tensor& rows,
                    const Tensor& block_table, const Tensor& num_rated,
-                   const std::optional<Tensor>& key_offsets, const Tensor& key_scale,
+                   const std::optional<Tensor>& key_offsets,
+                   const std::optional<Tensor>& key_scale,
                    const std::optional<Tensor>& lse, const std::optional<Tensor>& sinks,
                    const Tensor& scores, int64_t layer, int64_t num_layers, int64_t num_kv_heads,
                    double scale, double logits_soft_cap, int64_t reduce, int64_t power,
@@ -250,9 +250,10 @@ void window_scores(const Tensor& query, const Tensor& pool, const Tensor& rows,
   check_tensor("scores", scores, {num_requests, num_kv_heads, num_heads / num_kv_heads, max_rated},
                ScalarType::Float);
   for (int64_t r = 0; r < num_requests; ++r) {
-    STD_TORCH_CHECK(params.pages.rows[ROW_WIDTH * r] >= window, "a prompt of ",
-                    params.pages.rows[ROW_WIDTH * r], " tokens has no window of ", window);
-    params.max_tokens = std::max(params.max_tokens, params.pages.rows[ROW_WIDTH * r]);
+    const int32_t num_tokens = row_of(params.pages.rows, r)[ROW_SEQ_LEN];
+    STD_TORCH_CHECK(num_tokens >= window, "a prompt of ", num_tokens, " tokens has no window of ",
+                    window);
+    params.max_tokens = std::max(params.max_tokens, num_tokens);
   }
   params.query = query.const_data_ptr();
   params.query_type = element_of("query", query);
@@ -262,7 +263,9 @@ void window_scores(const Tensor& query, const Tensor& pool, const Tensor& rows,
   params.window = to_int("window", window);
   params.group = to_int("group", num_heads / num_kv_heads);
   params.num_rated = num_rated.const_data_ptr<int32_t>();
-  params.key_scale = checked_scale("key_scale", key_scale, num_layers * num_kv_heads);
+  if (key_scale.has_value()) {
+    params.key_scale = checked_scale("key_scale", *key_scale, num_layers * num_kv_heads);
+  }
   if (lse.has_value()) {
     check_tensor("lse", *lse, {num_requests, window, num_heads}, ScalarType::Float);
     check_contiguous("lse", *lse);
@@ -283,7 +286,8 @@ void window_scores(const Tensor& query, const Tensor& pool, const Tensor& rows,
 
 void paged_value_effect(const Tensor& pool, const Tensor& output_root, const Tensor& rows,
                         const Tensor& block_table, const Tensor& num_rated,
-                        const std::optional<Tensor>& value_offsets, const Tensor& value_scale,
+                        const std::optional<Tensor>& value_offsets,
+                        const std::optional<Tensor>& value_scale,
                         const Tensor& effect, int64_t layer, int64_t num_layers) {
   STD_TORCH_CHECK(output_root.dim() == 3, "want an output root [H, d, d], got ",
                   shape_of(output_root));
@@ -304,7 +308,9 @@ void paged_value_effect(const Tensor& pool, const Tensor& output_root, const Ten
   check_tensor("effect", effect, {num_requests, num_kv_heads, params.max_rated}, ScalarType::Float);
   params.output_root = output_root.const_data_ptr();
   params.num_rated = num_rated.const_data_ptr<int32_t>();
-  params.value_scale = checked_scale("value_scale", value_scale, num_layers * num_kv_heads);
+  if (value_scale.has_value()) {
+    params.value_scale = checked_scale("value_scale", *value_scale, num_layers * num_kv_heads);
+  }
   params.effect = effect.mutable_data_ptr<float>();
   run_units(*instruction_set->effect, params, num_requests * num_kv_heads * effect_parts(params));
 }
@@ -520,6 +526,28 @@ void select_and_compact(const Tensor& scores, const Tensor& num_entries, const T
   });
 }
 
+void move_entries(const Tensor& source, const Tensor& source_index, const Tensor& target,
+                  const Tensor& target_index) {
+  STD_TORCH_CHECK(source.dim() == 2, "want a source [entries, elements], got ", shape_of(source));
+  check_contiguous("source", source);
+  check_tensor("target", target, {-1, source.size(1)}, source.scalar_type());
+  check_contiguous("target", target);
+  const int64_t num_moves = source_index.numel();
+  check_tensor("source_index", source_index, {num_moves}, ScalarType::Long);
+  check_contiguous("source_index", source_index);
+  check_tensor("target_index", target_index, {num_moves}, ScalarType::Long);
+  check_contiguous("target_index", target_index);
+  const Moves params = {static_cast<const char*>(source.const_data_ptr()),
+                        static_cast<char*>(target.mutable_data_ptr()),
+                        source.size(1) * static_cast<int64_t>(source.element_size()),
+                        source_index.const_data_ptr<int64_t>(),
+                        target_index.const_data_ptr<int64_t>(),
+                        num_moves};
+  TorchWorkers workers;
+  workers.each((num_moves + MOVES_PER_UNIT - 1) / MOVES_PER_UNIT,
+               [&](int64_t unit) { move_unit(params, unit); });
+}
+
 }  // namespace
 
 // Names of the instruction sets that the library has and this CPU too, best first, by number; null
@@ -555,4 +583,5 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_kvcompress, CPU, m) {
   m.impl("select_entries", TORCH_BOX(&select_entries));
   m.impl("compact", TORCH_BOX(&compact));
   m.impl("select_and_compact", TORCH_BOX(&select_and_compact));
+  m.impl("move_entries", TORCH_BOX(&move_entries));
 }

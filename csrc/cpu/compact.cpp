@@ -1,4 +1,6 @@
 // Copies what prompts keep into their regions: whole pages, or single tokens in the page's order.
+// Copies entries from anywhere to anywhere.
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -35,7 +37,7 @@ template <class Stored>
 void compact_stream(const Compaction& params, int64_t request, int64_t stream) {
   const int64_t num_streams = params.num_streams;
   const int64_t block_size = params.block_size;
-  const int32_t* row = params.rows + 4 * request;
+  const int32_t* row = row_of(params.rows, request);
   const int32_t* table = params.block_table + request * params.table_stride;
   const int32_t* offsets = params.page_offsets + request * (num_streams + 1) + stream;
   const int32_t* indices = params.indices + request * params.indices_stride;
@@ -45,7 +47,7 @@ void compact_stream(const Compaction& params, int64_t request, int64_t stream) {
   std::vector<const Stored*> sources(block_size);
   std::vector<int64_t> slots(block_size);
   for (int64_t page = offsets[0]; page < offsets[1]; ++page) {
-    Stored* target = page_of(table[row[2] + page / num_streams], page % num_streams);
+    Stored* target = page_of(table[row[ROW_REGION_COLUMN] + page / num_streams], page % num_streams);
     if (params.entries_per_page == 1) {
       std::memcpy(target, page_of(table[indices[page]], stream),
                   params.page_elements * sizeof(Stored));
@@ -66,7 +68,7 @@ void compact_stream(const Compaction& params, int64_t request, int64_t stream) {
 void compact_unit(const Compaction& params, int64_t unit) {
   const int64_t request = unit / params.num_streams;
   const int64_t stream = unit % params.num_streams;
-  if (params.rows[4 * request + 1] == 0) return;
+  if (row_of(params.rows, request)[ROW_NUM_REGION_BLOCKS] == 0) return;
   switch (params.element_bytes) {
     case 1:
       return compact_stream<uint8_t>(params, request, stream);
@@ -74,6 +76,17 @@ void compact_unit(const Compaction& params, int64_t unit) {
       return compact_stream<uint16_t>(params, request, stream);
     default:
       return compact_stream<uint32_t>(params, request, stream);
+  }
+}
+
+void move_unit(const Moves& params, int64_t unit) {
+  const int64_t end = std::min((unit + 1) * MOVES_PER_UNIT, params.num_moves);
+  for (int64_t i = unit * MOVES_PER_UNIT; i < end; ++i) {
+    const int64_t source = params.source_index[i];
+    const int64_t target = params.target_index[i];
+    if (source < 0 || target < 0) continue;
+    std::memcpy(params.target + target * params.entry_bytes,
+                params.source + source * params.entry_bytes, params.entry_bytes);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // R requests, L layers, H KV heads, g query heads per KV head, S = L * H streams (layer, KV head),
 // layer first; N entries, which are pages or tokens; b tokens per page, d the head size. What the
-// values mean, and which are allowed, is written at vllm_kvcompress/ops/{window,selection}.py.
+// values mean, and which are allowed, is written in vllm_kvcompress/ops/{window,select,move}/.
 //
 // Work is cut into units that do not depend on the number of threads, and nothing is summed over
 // units. So results are the same to the bit for any number of threads.
@@ -10,6 +10,8 @@
 
 #include <cstddef>
 #include <cstdint>
+
+#include "../row_fields.h"
 
 namespace kvcompress {
 
@@ -36,6 +38,16 @@ static inline int64_t offset_of(const ElementOrder& order, int64_t token, int64_
              : order.first + token * order.token_stride + element * order.element_stride;
 }
 
+static inline const int32_t* row_of(const int32_t* rows, int64_t request) {
+  return rows + ROW_WIDTH * request;
+}
+
+// Column of a dense token block: before the newest region, or behind it.
+static inline int64_t row_column(const int32_t* row, int64_t block) {
+  const int64_t before = block + row[ROW_REGION_COLUMN] - row[ROW_BOUNDARY_BLOCK];
+  return block >= row[ROW_BOUNDARY_BLOCK] ? before + row[ROW_NUM_REGION_BLOCKS] : before;
+}
+
 // One layer of prompts that lie in their pages.
 struct PagedLayer {
   // [blocks, L, H, page_elements], read only.
@@ -43,9 +55,9 @@ struct PagedLayer {
   Element type;
   int64_t page_elements;
   ElementOrder order;
-  // [R, 4]: length, region blocks, boundary block, first kept block.
+  // [R, ROW_WIDTH]
   const int32_t* rows;
-  // [R, table_stride]: block ids; those from the boundary block on are shifted by the region's.
+  // [R, table_stride]: block ids.
   const int32_t* block_table;
   int64_t table_stride;
   int num_requests;
@@ -59,15 +71,19 @@ struct PagedLayer {
 // First element of the page that holds a token of a prompt.
 static inline int64_t page_start(const PagedLayer& pages, int64_t request, int64_t head,
                                  int64_t token) {
-  const int32_t* row = pages.rows + 4 * request;
-  int64_t column = token / pages.block_size;
-  column += column >= row[2] ? row[1] : 0;
+  const int32_t* row = row_of(pages.rows, request);
+  const int64_t column = row_column(row, token / pages.block_size);
   const int64_t block = pages.block_table[request * pages.table_stride + column];
   return ((block * pages.num_layers + pages.layer) * pages.num_kv_heads + head) *
          pages.page_elements;
 }
 
-// In the order of ops.window.WINDOW_REDUCTIONS.
+// What a head's stored numbers are multiplied by, of [L * H] scales or null.
+static inline float scale_of(const float* scales, const PagedLayer& pages, int64_t head) {
+  return scales != nullptr ? scales[pages.layer * pages.num_kv_heads + head] : 1.0f;
+}
+
+// In the order of WINDOW_REDUCTIONS in ops/window/plan.py.
 enum class WindowReduction { MEAN, SUM, MAX, DEFENSIVE };
 
 struct WindowScores {
@@ -82,7 +98,7 @@ struct WindowScores {
   int group;
   // [R]
   const int32_t* num_rated;
-  // [L * H]
+  // [L * H] or null.
   const float* key_scale;
   // [R, w, H * g] or null.
   const float* lse;
@@ -108,14 +124,14 @@ struct ValueEffect {
   Element root_type;
   // [R]
   const int32_t* num_rated;
-  // [L * H]
+  // [L * H] or null.
   const float* value_scale;
   // [R, H, max_rated], written up to each request's num_rated.
   float* effect;
   int64_t max_rated;
 };
 
-// In the order of ops.window.GROUP_REDUCTIONS, of 'max' and 'avg', and of PAGE_REDUCTIONS.
+// In the order of GROUP_REDUCTIONS there, of 'max' and 'avg', and of PAGE_REDUCTIONS.
 enum class GroupReduction { MEAN, SUM, MAX };
 enum class PoolKind { MAX, AVG };
 enum class PageReduction { TOKEN, MAX, MEAN, RMS };
@@ -238,6 +254,19 @@ struct Compaction {
   int64_t indices_stride;
 };
 
+struct Moves {
+  // [n, entry_bytes], read only, and [k, entry_bytes], written; may be the same.
+  const char* source;
+  char* target;
+  int64_t entry_bytes;
+  // [num_moves] each; a negative number in either moves nothing.
+  const int64_t* source_index;
+  const int64_t* target_index;
+  int64_t num_moves;
+};
+
+constexpr int MOVES_PER_UNIT = 64;
+
 // Runs unit(i) for every i below `count`, in any order and by any number of threads.
 class Workers {
  public:
@@ -258,5 +287,8 @@ void select_unit(const Selection& params, int64_t unit);
 
 // Copies what one stream of one request keeps; R * S units. Requests without a region are left.
 void compact_unit(const Compaction& params, int64_t unit);
+
+// Makes MOVES_PER_UNIT moves.
+void move_unit(const Moves& params, int64_t unit);
 
 }  // namespace kvcompress

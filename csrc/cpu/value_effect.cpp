@@ -91,8 +91,7 @@ void part(const ValueEffect& params, int64_t number, const float* root, float* v
   const int64_t start = number % num_parts * EFFECT_TOKENS;
   const int64_t end = minimum(start + EFFECT_TOKENS, params.num_rated[request]);
   const Layout layout = layout_of(params);
-  const float scale =
-      __builtin_fabsf(params.value_scale[params.pages.layer * params.pages.num_kv_heads + head]);
+  const float scale = __builtin_fabsf(scale_of(params.value_scale, params.pages, head));
   for (int64_t first = start; first < end; first += ROWS) {
     load_values<Type>(params, request, head, first, end, values);
     float found[ROWS];

@@ -129,8 +129,7 @@ void fill_logits(const Unit& unit, const Layout& layout, void* query_scratch, fl
     const auto* from = static_cast<const typename QueryType::Stored*>(params.query) + start;
     Dot::template load_query<QueryType>(params, from, queries + row * head_size);
   }
-  const float factor =
-      params.scale * params.key_scale[pages.layer * pages.num_kv_heads + unit.kv_head];
+  const float factor = params.scale * scale_of(params.key_scale, pages, unit.kv_head);
   const float cap = params.logits_soft_cap;
   for (int64_t first = 0; first < unit.num_tokens; first += TILE) {
     Dot::template pack<KeyType>(unit, first, tile);
@@ -305,7 +304,7 @@ void window_unit(const WindowScores& params, int64_t number, void* scratch) {
                      request,
                      query_head,
                      query_head / params.group,
-                     params.pages.rows[4 * request],
+                     row_of(params.pages.rows, request)[ROW_SEQ_LEN],
                      params.num_rated[request],
                      logits,
                      layout.row_stride};

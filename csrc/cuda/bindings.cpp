@@ -20,11 +20,11 @@
 namespace {
 
 using torch::headeronly::ScalarType;
+using kvcompress::ROW_WIDTH;
 using torch::stable::Tensor;
 
 constexpr int64_t MAX_STREAMS = 8192;
 constexpr int64_t MAX_REQUESTS = 65535;
-constexpr int64_t ROW_WIDTH = 4;
 
 std::string shape_of(const Tensor& tensor) {
   std::string text = "[";

@@ -27,7 +27,7 @@ __device__ inline CopyList copy_list(uint32_t* shared) {
 struct RowPages {
   const int32_t* block_table;
   int num_region_blocks;
-  int boundary_block;
+  int region_column;
   unsigned num_streams;
   // Logarithm of the entries per page, a power of two: divisions cost registers.
   int page_shift;
@@ -41,7 +41,7 @@ struct RowPages {
   // Pool number of an entry of the region, counted from the region's first page on.
   __device__ uint32_t target(unsigned entry) const {
     const unsigned page = entry >> page_shift;
-    const uint32_t block = block_table[boundary_block + page / num_streams];
+    const uint32_t block = block_table[region_column + page / num_streams];
     return (block * num_streams + page % num_streams) << page_shift | (entry & place_mask());
   }
 
@@ -49,9 +49,10 @@ struct RowPages {
 };
 
 __device__ inline RowPages row_pages(const Pages& pages, int request) {
-  const int32_t* row = pages.rows + request * 4;
-  return {pages.block_table + request * pages.table_stride, row[1], row[2],
-          static_cast<unsigned>(pages.num_streams), __ffs(pages.entries_per_page) - 1};
+  const int32_t* row = pages.rows + request * ROW_WIDTH;
+  return {pages.block_table + request * pages.table_stride, row[ROW_NUM_REGION_BLOCKS],
+          row[ROW_REGION_COLUMN], static_cast<unsigned>(pages.num_streams),
+          __ffs(pages.entries_per_page) - 1};
 }
 
 // 16 bytes.

@@ -2,11 +2,13 @@
 // reads a value back, so a CUDA graph may record them. Results do not depend on any order in time.
 //
 // R requests, S streams (layer, KV head), layer first; N entries, which are pages or tokens. What
-// the values mean, and which are allowed, is written at vllm_kvcompress/ops/selection.py.
+// the values mean, and which are allowed, is written in vllm_kvcompress/ops/{select,move}/.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#include "../row_fields.h"
 
 #ifdef KVC_ON_HOST
 #include "cuda_on_host.h"
@@ -61,9 +63,9 @@ struct Pages {
   // [blocks, S, b] tokens of token_bytes each, written at the regions' pages only. A token is its
   // key and its value, in plain order.
   void* pool;
-  // [R, 4]: length, region blocks, boundary block, first kept block. Read only.
+  // [R, ROW_WIDTH], read only.
   const int32_t* rows;
-  // [R, table_stride]: block ids of a request, its region's from the boundary block on. Read only.
+  // [R, table_stride]: block ids of a request. Read only.
   const int32_t* block_table;
   int64_t table_stride;
   int num_requests;

@@ -51,7 +51,7 @@ from gpu import recording
 from gpu.real_size.decode import DecodeCases
 from gpu.real_size.judge import Verdict
 from gpu.real_size.prompt import PromptCases
-from gpu.real_size.store import StoreCases
+from gpu.real_size.slots import SlotCases
 from gpu.shapes import ModelShape, read_shapes
 
 SHAPE = "Llama-3.1-8B"
@@ -69,7 +69,7 @@ class Sizes:
         shape: of the model.
         pool_blocks: most blocks of the pool, and of the one of fp8.
         batches: rows of a step.
-        fp8_batch: rows of a step in fp8, and of the rows that store tokens.
+        fp8_batch: rows of a step in fp8, and of the rows whose tokens get slots.
         row_blocks: most blocks that a row owns.
         prompt_len: tokens.
     """
@@ -116,14 +116,14 @@ def cases(sizes: Sizes, device: torch.device) -> Cases:
     for batch in sizes.batches:
         yield from DecodeCases(shape, pool, batch, sizes.row_blocks).run()
     yield from PromptCases(shape, pool, sizes.prompt_len).run()
-    yield from StoreCases(shape, pool, sizes.fp8_batch, sizes.row_blocks).run()
+    yield from SlotCases(shape, pool, sizes.fp8_batch, sizes.row_blocks).run()
     del pool
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     pool = new_pool(shape, sizes.fp8_blocks, torch.float8_e4m3fn, device)
     yield from DecodeCases(shape, pool, sizes.fp8_batch, sizes.row_blocks).run()
-    yield from StoreCases(shape, pool, sizes.fp8_batch, sizes.row_blocks).run()
+    yield from SlotCases(shape, pool, sizes.fp8_batch, sizes.row_blocks).run()
 
 
 def row_of(name: str, run: Callable[[], Verdict], device: torch.device) -> dict[str, Any]:

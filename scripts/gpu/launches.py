@@ -31,7 +31,7 @@ class Batch:
         self.shape = shape
         size = (shape.num_streams, shape.block_size, 2 * shape.head_size)
         self.pool = torch.empty(size, dtype=shape.pool_dtype)
-        self.rows = self.ints(4)
+        self.rows = self.ints(len(ops.ROW_FIELDS))
         self.table = self.ints(NUM_BLOCKS)
         self.offsets = self.ints(shape.num_streams + 1)
         self.lens = torch.zeros(NUM_REQUESTS, dtype=torch.int32)
@@ -111,22 +111,14 @@ def decode_launches(batch: Batch) -> Calls:
     yield "all options", decode(1, logits_soft_cap=50.0, sinks=torch.zeros(shape.num_heads))
 
 
-def store_launches(batch: Batch) -> Calls:
-    """New tokens into pages."""
+def slot_launches(batch: Batch) -> Calls:
+    """Where new tokens go."""
     shape = batch.shape
-    key = torch.empty(NUM_REQUESTS, shape.num_kv_heads, shape.head_size, dtype=shape.dtype)
     slots = torch.zeros(NUM_REQUESTS, dtype=torch.int64)
     yield (
         "",
         lambda: triton_kernels.token_slots(
-            batch.rows, batch.table, batch.lens, shape.block_size, slots
-        ),
-    )
-    scales = (batch.scales, batch.scales)
-    yield (
-        "",
-        lambda: triton_kernels.store_tokens(
-            key, key, batch.pool, slots, *scales, batch.model["layer"], shape.num_layers
+            batch.rows, batch.table, batch.lens, slots, block_size=shape.block_size
         ),
     )
 
@@ -284,7 +276,7 @@ def move_launches(batch: Batch) -> Calls:
 
 FAMILIES = (
     decode_launches,
-    store_launches,
+    slot_launches,
     score_launches,
     effect_launches,
     join_launches,

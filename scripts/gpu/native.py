@@ -7,6 +7,7 @@ import sys
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -48,7 +49,20 @@ def load_here(out_dir: Path) -> None:
 
 joint_page_counts = partial(ops.joint_page_counts, backend="native")
 select_entries = partial(ops.select_entries, backend="native")
-compact = partial(ops.compact, backend="native")
+
+
+def compact(
+    pool: torch.Tensor,
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    page_offsets: torch.Tensor,
+    indices: torch.Tensor,
+    **options: Any,
+) -> None:
+    """`ops.compact` of plain tensors; which streams are a layer's does not matter."""
+    streams = ops.Pool(pool, 1, page_offsets.shape[1] - 1)
+    prompts = ops.Rows(rows, block_table)
+    ops.compact(streams, prompts, page_offsets, indices, **options, backend="native")
 
 
 def select_and_compact(
@@ -69,9 +83,8 @@ def select_and_compact(
         scores,
         num_entries,
         num_pages,
-        pool,
-        rows,
-        block_table,
+        ops.Pool(pool, 1, scores.shape[1]),
+        ops.Rows(rows, block_table),
         max_region_blocks=max_region_blocks,
         granularity="page" if page_size == 1 else "token",
         backend="native",

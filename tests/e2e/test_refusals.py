@@ -378,7 +378,7 @@ def test_heads_that_a_gpu_cannot_take(changes, message, tmp_path) -> None:
 
 
 def test_compression_brings_its_own_scheduler(model) -> None:
-    own = "vllm_kvcompress.vllm_integration.scheduler.scheduler.scheduler.scheduler.KVCompressScheduler"
+    own = "vllm_kvcompress.vllm_integration.scheduler.scheduler.KVCompressScheduler"
     assert _engine_config(model, GOOD).scheduler_config.scheduler_cls == own
     again = _engine_config(model, GOOD, scheduler_cls=own)
     assert again.scheduler_config.scheduler_cls == own

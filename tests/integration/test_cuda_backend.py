@@ -19,7 +19,7 @@ from paged_pool import DEVICE
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction import score_memory, scoring
+from vllm_kvcompress.compaction import score_memory
 from vllm_kvcompress.compaction.staging import Staging
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape
@@ -154,13 +154,13 @@ def test_layers_are_scored_in_groups_that_fit_memory(monkeypatch, method, flash_
     # Two layers of two prompts: groups of two, two and one.
     layer_bytes = 2 * WINDOW * 2 * (64 * DTYPE.itemsize + 4)
     monkeypatch.setattr(score_memory, "MOST_WINDOW_BYTES", 2 * layer_bytes)
-    groups, planned = [], scoring.planned_scores
+    groups, planned = [], ops.planned_scores
 
-    def count(plan, prompts, query, *args, layer, **kwargs):
+    def count(plan, query, pool, prompts, layer, *args, **kwargs):
         groups.append((layer, query.shape[1]))
-        return planned(plan, prompts, query, *args, layer=layer, **kwargs)
+        return planned(plan, query, pool, prompts, layer, *args, **kwargs)
 
-    monkeypatch.setattr(scoring, "planned_scores", count)
+    monkeypatch.setattr(ops, "planned_scores", count)
     # One's window is cut by a step's end, the other's is not.
     parts, whole = Request("parts", 150), Request("whole", 170)
     rig.step([(parts, 147)])
@@ -198,11 +198,11 @@ def test_scores_use_what_attention_tells_of_sums(monkeypatch, version, tells, re
             # Else it is made of the same queries and keys.
             own = window_scores(query, *args, **kwargs)
             theirs = window_scores(query, *args, lse=lse, **kwargs)
-            for scores, other, n in zip(own, theirs, args[3].tolist(), strict=True):
+            for scores, other, n in zip(own, theirs, args[1].num_rated.tolist(), strict=True):
                 torch.testing.assert_close(scores[..., :n], other[..., :n])
         return window_scores(query, *args, lse=lse, **kwargs)
 
-    monkeypatch.setattr(ops, "window_scores", watch)
+    monkeypatch.setattr("vllm_kvcompress.ops.window.planned.window_scores", watch)
     shape = SHAPES["gqa_3_to_1"]
     config = config_of({"mean": "snapkv", "defensive": "span"}[reduce], 16)
     rig = Rig(monkeypatch, shape, config, DTYPE, "reference", version)

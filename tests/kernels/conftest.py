@@ -42,7 +42,7 @@ def scorer(request) -> Iterator[str]:
         yield "native"
 
 
-@pytest.fixture(scope="module", params=["triton", "native"])
+@pytest.fixture(scope="module", params=["triton", "native", "torch"])
 def selector(request) -> str:
     """The backend of ops that select and copy."""
     if request.param == "native":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiled_ops import need_compiled_ops
 from paged_pool import DEVICE, PagedBatch, Request, Shape, compressed, make_batch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.ops.reference_paged import prompt_entries
+from vllm_kvcompress.ops.rows_reference import prompt_entries
 
 BASE = Shape()
 
@@ -74,9 +75,8 @@ def test_matches_reference(selector, shape, granularity):
     for backend in (selector, "reference"):
         pools[backend] = batch.pool.clone()
         ops.compact(
-            pools[backend],
-            batch.rows,
-            batch.block_table,
+            batch.paged(pools[backend]),
+            batch.op_rows,
             *selection,
             max_region_blocks=3,
             granularity=granularity,
@@ -95,9 +95,11 @@ def test_matches_reference(selector, shape, granularity):
     assert torch.equal(got, batch.pool.view(torch.uint8))
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "native", "torch", "reference"])
 @pytest.mark.parametrize(("num_elements", "dtype"), [(3, torch.int8), (2048, torch.bfloat16)])
 def test_entries_move_from_anywhere_to_anywhere(backend, num_elements, dtype):
+    if backend == "native":
+        need_compiled_ops()
     generator = torch.Generator().manual_seed(2)
     size = (120, num_elements)
     source = torch.randint(-100, 100, size, generator=generator).to(dtype)
@@ -146,33 +148,30 @@ def test_a_compacted_prompt_is_decoded():
     counts = ops.joint_page_counts(scores, num_entries, total, torch.ones_like(total))
     offsets, indices = ops.select_entries(scores, num_entries, counts, num_region_blocks * 4)
     before = [
-        prompt_entries(batch.pool, batch.rows[0].tolist(), batch.block_table[0].tolist(), stream, 4)
+        prompt_entries(
+            batch.pool, batch.requests[0].descriptor, batch.block_table[0].tolist(), stream, 4
+        )
         for stream in range(4)
     ]
     ops.compact(
-        batch.pool,
-        batch.rows,
-        batch.block_table,
+        batch.paged(),
+        batch.op_rows,
         offsets,
         indices,
         max_region_blocks=num_region_blocks,
     )
     rows = batch.rows.clone()
-    rows[0, 3] = first_kept_block
+    rows[0, ops.ROW_FIELDS.index("first_kept_block")] = first_kept_block
     # The evicted blocks are gone.
     evicted = batch.block_table[0, :first_kept_block].long()
     batch.pool.view(-1, 4, b, 2 * shape.head_size)[evicted] = float("nan")
     for layer in range(2):
         out = ops.ragged_decode(
             batch.query,
-            batch.pool,
-            rows,
-            offsets,
-            batch.block_table,
-            batch.query_start_loc,
-            layer=layer,
-            num_kv_heads=2,
-            scale=0.125,
+            batch.paged(),
+            ops.Rows(rows, batch.block_table, offsets, batch.query_start_loc),
+            layer,
+            ops.Logits(0.125),
         )
         for head in range(2):
             stream = layer * 2 + head
@@ -200,4 +199,4 @@ def test_what_does_not_fit_is_refused():
     ):
         pool, *selection = arguments
         with pytest.raises(ValueError, match=message):
-            ops.compact(pool, batch.rows, batch.block_table, *selection, **{**options, **change})
+            ops.compact(batch.paged(pool), batch.op_rows, *selection, **{**options, **change})

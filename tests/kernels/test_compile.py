@@ -21,7 +21,6 @@ KERNELS = {
     "ragged_decode_kernel",
     "select_kernel",
     "share_pages_kernel",
-    "store_tokens_kernel",
     "token_slots_kernel",
     "value_effect_kernel",
     "window_scores_kernel",

@@ -17,6 +17,8 @@ from csrc_cases import (
 )
 from paged_pool import PagedBatch, Request, Shape, make_batch
 
+from vllm_kvcompress import ops
+
 BASE = Shape()
 SHAPES = {
     "float32": BASE,
@@ -112,7 +114,7 @@ def test_requests_without_a_region_are_selected_only(target):
     kernels, device = target
     batch = prompts_with_regions(BASE, device)
     rows = batch.rows.clone()
-    rows[:, 1] = 0
+    rows[:, ops.ROW_FIELDS.index("num_region_blocks")] = 0
     scores = fresh_scores(batch, 6)
     num_streams = BASE.num_streams
     counts = torch.ones(len(batch.requests), num_streams, dtype=torch.int32, device=device)

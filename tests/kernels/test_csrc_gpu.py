@@ -47,7 +47,7 @@ def test_a_graph_replays_all_ops_without_the_host():
     num_requests, num_streams, num_entries = len(batch.requests), BASE.num_streams, 6
     scores = fresh_scores(batch, num_entries)
     lens = int32([num_entries] * num_requests, device)
-    regions = batch.rows[:, 1:2]
+    regions = batch.rows[:, [ops.ROW_FIELDS.index("num_region_blocks")]]
     # A request without a region is selected too, and then not copied.
     totals = (regions.clamp(min=1) * num_streams).contiguous()
     sure = torch.ones_like(totals)

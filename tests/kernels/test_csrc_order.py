@@ -97,7 +97,9 @@ def copies(page_size: int) -> bool:
     rows = (batch.rows, batch.block_table)
     granularity = "page" if page_size == 1 else "token"
     pools = [batch.pool.clone() for _ in range(3)]
-    ops.compact(pools[0], *rows, *want, **options, granularity=granularity, backend="reference")
+    pool = batch.paged(pools[0])
+    whole = {"granularity": granularity, "backend": "reference"}
+    ops.compact(pool, batch.op_rows, *want, **options, **whole)
     csrc_on_host.compact(pools[1], *rows, *want, **options, granularity=granularity)
     got = csrc_on_host.select_and_compact(
         *selected, pools[2], *rows, page_size=page_size, **options

@@ -59,7 +59,6 @@ def test_a_dry_run_executes_every_case(tmp_path):
     own = {row["op"] for row in rows if row["by"] == "vllm-kvcompress"}
     assert own == {
         "ragged_decode",
-        "store_tokens",
         "window_scores",
         "paged_value_effect",
         "join_scores",

@@ -94,36 +94,35 @@ def decode(
     shape: Shape = BASE,
     requests: list[Request] | None = None,
     num_programs: int = 11,
-    **options,
+    sinks: torch.Tensor | None = None,
 ) -> Run:
     """Both kernels; streams are cut into many pieces, which the last program to end merges."""
     batch = make_batch(shape, requests or ragged_requests(shape, query_len), "cpu")
-    heads = {"num_kv_heads": shape.num_kv_heads}
 
     def run() -> tuple[torch.Tensor, ...]:
         work = ops.new_decode_work(
             len(batch.requests),
             num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
             group=shape.group,
             head_size=shape.head_size,
             pool_dtype=shape.dtype,
             device=DEVICE,
             max_query_len=query_len,
             num_programs=num_programs,
-            **heads,
         )
         work = replace(work, tiles=replace(work.tiles, least_tiles=1))
-        lists = (batch.rows, batch.page_offsets, batch.query_start_loc)
-        ops.decode_work(*lists, **heads, block_size=shape.block_size, out=work)
+        heads, b = shape.num_kv_heads, shape.block_size
+        ops.decode_work(batch.op_rows, num_kv_heads=heads, block_size=b, out=work)
         outs = [
             ops.ragged_decode(
-                *batch.arguments,
-                **heads,
-                layer=layer,
-                scale=0.125,
+                batch.query,
+                batch.paged(),
+                batch.op_rows,
+                layer,
+                ops.Logits(0.125, sinks=sinks),
                 max_query_len=query_len,
                 work=work,
-                **options,
             )
             for layer in range(shape.num_layers)
         ]
@@ -136,23 +135,7 @@ def decode(
 def slots() -> Run:
     batch = make_batch(BASE, [Request(20 + i, query_len=i % 7) for i in range(90)], "cpu")
     num_tokens = int(batch.query_start_loc[-1]) + 150
-    return lambda: (
-        ops.token_slots(batch.rows, batch.block_table, batch.query_start_loc, num_tokens, 16),
-    )
-
-
-def store() -> Run:
-    batch = make_batch(BASE, [Request(40)], "cpu")
-    generator = torch.Generator().manual_seed(1)
-    key, value = (random_like((6, 2, 64), BASE.dtype, generator) for _ in range(2))
-    places = torch.tensor([35, -1, 3, 16, 47, 20])
-
-    def run() -> tuple[torch.Tensor, ...]:
-        pool = batch.pool.clone()
-        ops.store_tokens(key, value, pool, places, layer=1, num_layers=2)
-        return (pool,)
-
-    return run
+    return lambda: (ops.token_slots(batch.op_rows, num_tokens, 16),)
 
 
 def prompts():
@@ -165,7 +148,7 @@ def prompts():
     return batch, query
 
 
-def score(with_lse: bool = False, **options) -> Run:
+def score(with_lse: bool = False, **plan) -> Run:
     batch, query = prompts()
     # Whether it fits these queries does not matter here.
     lse = (
@@ -176,17 +159,12 @@ def score(with_lse: bool = False, **options) -> Run:
     return lambda: (
         ops.window_scores(
             query,
-            batch.pool,
-            batch.rows,
-            batch.block_table,
-            int32([178, 88]),
-            178,
-            layer=0,
-            num_layers=2,
-            num_kv_heads=2,
-            scale=0.125,
+            batch.paged(),
+            batch.prompts([178, 88]),
+            0,
+            ops.Logits(0.125),
+            ops.WindowPlan(**plan),
             lse=lse,
-            **options,
         ),
     )
 
@@ -194,31 +172,22 @@ def score(with_lse: bool = False, **options) -> Run:
 def effect() -> Run:
     batch, _ = prompts()
     root = random_like((2, 2, 64, 64), BASE.dtype, torch.Generator().manual_seed(3))
-    return lambda: (
-        ops.paged_value_effect(
-            batch.pool,
-            root,
-            batch.rows,
-            batch.block_table,
-            int32([178, 88]),
-            178,
-            layer=0,
-            num_layers=2,
-        ),
-    )
+    arguments = (root, batch.paged(), batch.prompts([178, 88]), 0)
+    return lambda: (ops.paged_value_effect(*arguments),)
 
 
-def join(num_groups: int = 3, **options) -> Run:
+def join(num_groups: int = 3, page_reduce: str = "max", **steps) -> Run:
     """Of two layers of one head."""
     generator = torch.Generator().manual_seed(4)
     scores = random_like((2, 2, num_groups, 1100), torch.float32, generator).abs()
     values = random_like((2, 2, 1100), torch.float32, generator).abs()
-    rated, candidates = int32([1100, 290]), int32([1088, 256])
-    if options.get("floor_at_mean"):
+    rows = ops.Rows(int32([]), int32([]))
+    prompts = ops.Prompts(rows, int32([1100, 290]), int32([1088, 256]), 1100, 1088)
+    plan, options = ops.WindowPlan(**steps), {"effect": values, "num_kv_heads": 1}
+    if plan.floor_at_mean:
         size = (2, 2, ops.num_score_parts(1100, 5))
         options["part_sums"] = random_like(size, torch.float32, generator).abs()
-    options |= {"effect": values, "num_kv_heads": 1}
-    return lambda: (ops.join_scores(scores, rated, candidates, 1088, **options),)
+    return lambda: (ops.join_scores(scores, prompts, plan, page_reduce=page_reduce, **options),)
 
 
 def tied_scores() -> torch.Tensor:
@@ -257,9 +226,8 @@ def compact(granularity: str) -> Run:
     def run() -> tuple[torch.Tensor, ...]:
         pool = batch.pool.clone()
         ops.compact(
-            pool,
-            batch.rows,
-            batch.block_table,
+            batch.paged(pool),
+            batch.op_rows,
             *selection,
             max_region_blocks=3,
             granularity=granularity,
@@ -289,7 +257,6 @@ CASES: dict[str, Callable[[], Run]] = {
         3, sinks=torch.linspace(-3, 5, BASE.num_heads)
     ),
     "token_slots": slots,
-    "store_tokens": store,
     **{
         f"window_scores, {kind}": lambda kind=kind: score(True, reduce=kind)
         for kind in ("mean", "max")
@@ -298,9 +265,9 @@ CASES: dict[str, Callable[[], Run]] = {
     "window_scores, defensive": lambda: score(reduce="defensive", near_tokens=8),
     "window_scores, defensive, lse given": lambda: score(True, reduce="defensive"),
     "value_effect": effect,
-    "join_scores, SnapKV": lambda: join(pool_kernel=7, page_reduce="max"),
+    "join_scores, SnapKV": lambda: join(pool_kernel=7),
     "join_scores, span": lambda: join(
-        1, group_reduce="max", floor_at_mean=True, span_kernel=11, page_reduce="rms"
+        1, "rms", group_reduce="max", floor_at_mean=True, span_kernel=11
     ),
     "joint_page_counts": lambda: counts([[300], [90]]),
     "joint_page_counts, two groups": lambda: counts([[300, 20], [90, 90]]),

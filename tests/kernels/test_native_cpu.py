@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from paged_pool import PagedBatch, Request, Shape, make_batch, random_like
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.ops import native, reference_paged
+from vllm_kvcompress.ops import native
+from vllm_kvcompress.ops.move import reference as move_reference
+from vllm_kvcompress.ops.select import reference as select_reference
+from vllm_kvcompress.ops.window import reference as window_reference
 
 
 @pytest.fixture(scope="module", params=INSTRUCTION_SETS)
@@ -95,59 +98,28 @@ class Scoring:
     rated: torch.Tensor
 
     @property
-    def prompts(self) -> tuple:
-        return self.batch.rows, self.batch.block_table, self.rated, int(self.rated.max())
+    def prompts(self) -> ops.Prompts:
+        return self.batch.prompts(self.rated.tolist())
 
-    def window_options(self, options: dict) -> dict:
+    def window_arguments(self, logits_soft_cap=0.0, **plan) -> tuple:
         shape = self.batch.shape
-        return {
-            "layer": shape.num_layers - 1,
-            "num_layers": shape.num_layers,
-            "num_kv_heads": shape.num_kv_heads,
-            "scale": shape.head_size**-0.5,
-            **options,
-        }
+        logits = ops.Logits(shape.head_size**-0.5, logits_soft_cap)
+        return self.prompts, shape.num_layers - 1, logits, ops.WindowPlan(**plan)
 
-    def window_scores(self, pool: torch.Tensor, offsets=None, **options) -> torch.Tensor:
-        return ops.window_scores(
-            self.query,
-            pool,
-            *self.prompts,
-            key_offsets=offsets,
-            backend="native",
-            **self.window_options(options),
-        )
+    def window_scores(self, pool: torch.Tensor, order=None, **options) -> torch.Tensor:
+        pool = self.batch.paged(pool, order=order)
+        arguments = self.window_arguments(**options)
+        return ops.window_scores(self.query, pool, *arguments, backend="native")
 
     def want_scores(self, **options) -> torch.Tensor:
-        defaults = {
-            "logits_soft_cap": 0.0,
-            "reduce": "mean",
-            "power": 1,
-            "near_tokens": 0,
-            "pool_kernel": 5,
-            "lse": None,
-            "sinks": None,
-            "part_sums": None,
-        }
-        wanted = self.window_options({**defaults, **options})
-        for name in ("scale", "logits_soft_cap"):
-            wanted[name] = torch.tensor([wanted[name]], dtype=torch.float32)
         # Not by the front door, which keeps to sizes that Triton's kernels have.
-        scales = torch.ones(self.batch.shape.num_streams)
-        return reference_paged.window_scores(
-            self.query[:, None], self.batch.pool, *self.prompts, scales, **wanted
+        return window_reference.window_scores(
+            self.query[:, None], self.batch.paged(), *self.window_arguments(**options)
         )
 
-    def value_effect(self, pool: torch.Tensor, offsets=None) -> torch.Tensor:
-        return ops.paged_value_effect(
-            pool,
-            self.root,
-            *self.prompts,
-            layer=0,
-            num_layers=self.batch.shape.num_layers,
-            value_offsets=offsets,
-            backend="native",
-        )
+    def value_effect(self, pool: torch.Tensor, order=None) -> torch.Tensor:
+        pool = self.batch.paged(pool, order=order)
+        return ops.paged_value_effect(self.root, pool, self.prompts, 0, backend="native")
 
 
 def make_scoring(shape: Shape, lens=(150, 70), window=9) -> Scoring:
@@ -177,7 +149,7 @@ def check_rated(got: torch.Tensor, want: torch.Tensor, rated: torch.Tensor) -> N
 def test_window_scores_of_any_page(instruction_set, shape, order, reduce):
     scoring, order = make_scoring(shape), order(shape)
     pool = in_order(scoring.batch.pool, order)
-    got = scoring.window_scores(pool, order.key_offsets, reduce=reduce, near_tokens=4)
+    got = scoring.window_scores(pool, order, reduce=reduce, near_tokens=4)
     want = scoring.want_scores(reduce=reduce, near_tokens=4)
     if reduce == "defensive":
         got = got.amax(dim=2, keepdim=True)
@@ -188,12 +160,10 @@ def test_window_scores_of_any_page(instruction_set, shape, order, reduce):
 @any_shape
 def test_value_effect_of_any_page(instruction_set, shape, order):
     scoring, order = make_scoring(shape), order(shape)
-    got = scoring.value_effect(in_order(scoring.batch.pool, order), order.value_offsets)
+    got = scoring.value_effect(in_order(scoring.batch.pool, order), order)
     want = torch.empty_like(got)
-    arguments = (*scoring.prompts[:3], torch.ones(shape.num_streams), want)
-    reference_paged.value_effect(
-        scoring.batch.pool, scoring.root[None], *arguments, layer=0, num_layers=shape.num_layers
-    )
+    arguments = (scoring.batch.paged(), scoring.prompts, 0, want)
+    window_reference.value_effect(scoring.root[None], *arguments)
     check_rated(got, want, scoring.rated)
 
 
@@ -249,13 +219,9 @@ def test_any_number_of_threads_gives_the_same_bits(instruction_set):
             joint.append(
                 ops.join_scores(
                     scores[-1],
-                    scoring.rated,
-                    int32(640, 640),
-                    640,
-                    group_reduce="max",
-                    floor_at_mean=True,
+                    scoring.batch.prompts(scoring.rated.tolist(), [640, 640]),
+                    ops.WindowPlan(group_reduce="max", floor_at_mean=True, span_kernel=11),
                     effect=effect[-1],
-                    span_kernel=11,
                     backend="native",
                 )
             )
@@ -275,10 +241,11 @@ def test_any_number_of_threads_gives_the_same_bits(instruction_set):
             assert torch.equal(results[0], other)
 
 
+@pytest.mark.parametrize("backend", ["native", "torch"])
 @pytest.mark.parametrize("granularity", ["page", "token"])
 @any_order
 @any_shape
-def test_selection_is_copied_in_any_order(shape, order, granularity):
+def test_selection_is_copied_in_any_order(shape, order, granularity, backend):
     order = order(shape)
     b, num_streams = shape.block_size, shape.num_streams
     requests = [
@@ -292,43 +259,29 @@ def test_selection_is_copied_in_any_order(shape, order, granularity):
     scores = torch.rand(3, num_streams, 9 * per_page, generator=generator)
     entries, totals = int32(8, 4, 7), int32([2 * num_streams], [1], [3 * num_streams])
     entries *= per_page
-    counts = ops.joint_page_counts(
-        scores,
-        entries,
-        totals.maximum(int32([num_streams])),
-        int32([1], [0], [2]),
-        per_page,
-        backend="native",
-    )
+    shared = (totals.maximum(int32([num_streams])), int32([1], [0], [2]), per_page)
+    counts = ops.joint_page_counts(scores, entries, *shared, backend=backend)
+    assert torch.equal(counts, ops.joint_page_counts(scores, entries, *shared, backend="native"))
     # The middle one has no region to fill.
     counts[1] = 0
     pool = in_order(batch.pool, order)
-    offsets = {"key_offsets": order.key_offsets, "value_offsets": order.value_offsets}
-    arguments = (scores, entries, counts, pool, batch.rows, batch.block_table)
-    page_offsets, indices = ops.select_and_compact(
-        *arguments, max_region_blocks=3, granularity=granularity, **offsets, backend="native"
-    )
+    arguments = (scores, entries, counts, batch.paged(pool, order=order), batch.op_rows)
+    options = {"max_region_blocks": 3, "granularity": granularity, "backend": backend}
+    page_offsets, indices = ops.select_and_compact(*arguments, **options)
     want_offsets, want = (torch.zeros_like(x) for x in (page_offsets, indices))
-    reference_paged.select_entries(scores, entries, counts, want_offsets, want, per_page)
+    selected = (scores, entries, counts, want_offsets, want)
+    select_reference.select_entries(*selected, page_size=per_page)
     assert torch.equal(page_offsets, want_offsets)
     for r, total in enumerate(want_offsets[:, -1].tolist()):
         assert torch.equal(indices[r, : total * per_page], want[r, : total * per_page])
     plain = batch.pool.clone()
-    reference_paged.compact(plain, batch.rows, batch.block_table, want_offsets, want, per_page)
+    copied = (plain, batch.rows, batch.block_table, want_offsets, want)
+    move_reference.compact(*copied, max_region_blocks=3, entries_per_page=per_page)
     assert torch.equal(bits(pool), bits(in_order(plain, order)))
     # In two steps, too.
     again = in_order(batch.pool, order)
-    ops.compact(
-        again,
-        batch.rows,
-        batch.block_table,
-        page_offsets,
-        indices,
-        max_region_blocks=3,
-        granularity=granularity,
-        **offsets,
-        backend="native",
-    )
+    selection = (page_offsets, indices)
+    ops.compact(batch.paged(again, order=order), batch.op_rows, *selection, **options)
     assert torch.equal(bits(again), bits(pool))
 
 
@@ -350,11 +303,13 @@ def test_ties_and_special_numbers(data):
         int32([total]),
         int32([data.draw(st.integers(0, total // num_streams))]),
     )
-    counts = ops.joint_page_counts(scores, *arguments, backend="native")
-    assert torch.equal(counts, ops.joint_page_counts(scores, *arguments, backend="reference"))
-    chosen = ops.select_entries(scores, int32(width), counts, total, backend="native")
-    wanted = ops.select_entries(scores, int32(width), counts, total, backend="reference")
-    assert torch.equal(chosen[0], wanted[0]) and torch.equal(chosen[1], wanted[1])
+    want = ops.joint_page_counts(scores, *arguments, backend="reference")
+    wanted = ops.select_entries(scores, int32(width), want, total, backend="reference")
+    for backend in ("native", "torch"):
+        counts = ops.joint_page_counts(scores, *arguments, backend=backend)
+        assert torch.equal(counts, want)
+        chosen = ops.select_entries(scores, int32(width), counts, total, backend=backend)
+        assert torch.equal(chosen[0], wanted[0]) and torch.equal(chosen[1], wanted[1])
 
 
 def test_many_streams_and_long_rows():
@@ -383,9 +338,15 @@ def test_what_would_read_or_write_elsewhere_is_refused():
     with pytest.raises(RuntimeError, match="a prompt of 8 tokens has no window of 9"):
         scoring.window_scores(pool)
     with pytest.raises(ValueError, match="want offsets"):
-        scoring.window_scores(pool, torch.zeros(16, 63, dtype=torch.int64))
+        scoring.window_scores(pool, by_token(Shape(head_size=63)))
+    # Not by the front door, whose page orders are whole.
+    rows, rated = scoring.batch.rows, scoring.rated
+    prompts = (rows, scoring.batch.block_table, rated)
+    effect = torch.empty(2, 2, int(rated.max()))
     with pytest.raises(RuntimeError, match="are not those of a page of 2048 elements"):
-        scoring.value_effect(pool, torch.full((16, 64), 2048))
+        native.native_ops(pool).paged_value_effect(
+            pool, scoring.root, *prompts, torch.full((16, 64), 2048), None, effect, 0, 1
+        )
     with pytest.raises(ValueError, match="bf16, fp16 or fp32"):
         scoring.window_scores(pool.double())
     scores = torch.zeros(1, 2, 8)
@@ -399,24 +360,15 @@ def test_what_would_read_or_write_elsewhere_is_refused():
 
 def test_page_orders_are_refused_by_other_backends():
     shape = Shape()
-    scoring, offsets = make_scoring(shape), by_element(shape)
-    arguments = (scoring.query, scoring.batch.pool, *scoring.prompts)
-    options = scoring.window_options({"key_offsets": offsets.key_offsets})
+    scoring = make_scoring(shape)
+    batch = scoring.batch
+    pool = batch.paged(order=by_element(shape))
+    selection = (batch.page_offsets, batch.page_offsets)
     for backend in ("triton", "reference"):
         with pytest.raises(ValueError, match="plain pages only"):
-            ops.window_scores(*arguments, **options, backend=backend)
+            ops.window_scores(scoring.query, pool, *scoring.window_arguments(), backend=backend)
         with pytest.raises(ValueError, match="plain pages only"):
-            ops.compact(
-                scoring.batch.pool,
-                scoring.batch.rows,
-                scoring.batch.block_table,
-                scoring.batch.page_offsets,
-                scoring.batch.page_offsets,
-                max_region_blocks=0,
-                key_offsets=offsets.key_offsets,
-                value_offsets=offsets.value_offsets,
-                backend=backend,
-            )
+            ops.compact(pool, batch.op_rows, *selection, max_region_blocks=0, backend=backend)
 
 
 def test_the_best_instruction_set_is_the_default():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from paged_pool import DEVICE, PagedBatch, Request, Shape, compressed, make_batch
 
 from vllm_kvcompress import ops, triton_kernels
-from vllm_kvcompress.ops import pool_checks
+from vllm_kvcompress.ops import dispatch
 
 # The package has a function of this name.
 WORK_MODULE = sys.modules[triton_kernels.decode_work.__module__]
@@ -66,6 +66,29 @@ def in_same_dtype(batch: PagedBatch, layer: int, **options) -> torch.Tensor:
     return out
 
 
+def decode(
+    batch: PagedBatch,
+    *,
+    layer: int,
+    scale: float = 0.125,
+    logits_soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
+    query: torch.Tensor | None = None,
+    **options,
+) -> torch.Tensor:
+    """`ops.ragged_decode` of a batch."""
+    return ops.ragged_decode(
+        batch.query if query is None else query,
+        batch.paged(key_scale=key_scale, value_scale=value_scale),
+        batch.op_rows,
+        layer,
+        ops.Logits(scale, logits_soft_cap, sinks),
+        **options,
+    )
+
+
 def make_work(batch: PagedBatch, num_programs: int | None, num_rows: int = 0) -> ops.DecodeWork:
     """Room for a batch's work, cut as small as it can be, so that short streams are shared."""
     shape = batch.shape
@@ -87,9 +110,7 @@ def make_work(batch: PagedBatch, num_programs: int | None, num_rows: int = 0) ->
 
 def share_out(batch: PagedBatch, work: ops.DecodeWork, backend: str = "triton") -> ops.DecodeWork:
     return ops.decode_work(
-        batch.rows,
-        batch.page_offsets,
-        batch.query_start_loc,
+        batch.op_rows,
         num_kv_heads=batch.shape.num_kv_heads,
         block_size=batch.shape.block_size,
         out=work,
@@ -105,13 +126,12 @@ def assert_matches_reference(
     max_query_len = max(request.query_len for request in batch.requests)
     arguments = {
         "layer": layer,
-        "num_kv_heads": batch.shape.num_kv_heads,
         "max_query_len": max(1, max_query_len),
         "work": share_out(batch, make_work(batch, num_programs)),
     }
     outs = {
-        backend: ops.ragged_decode(
-            *batch.arguments,
+        backend: decode(
+            batch,
             **arguments,
             **options,
             out=torch.full_like(batch.query, float("nan")),
@@ -173,7 +193,7 @@ def test_rows_of_different_query_lengths(device):
 def test_a_row_without_queries_is_left_alone(device):
     shape = BASE
     batch = make_batch(shape, [Request(20), Request(0, query_len=0)], device)
-    out = ops.ragged_decode(*batch.arguments, layer=0, num_kv_heads=2, scale=0.1)
+    out = decode(batch, layer=0)
     assert out.shape[0] == 1
     assert out.isfinite().all()
 
@@ -227,7 +247,7 @@ def test_small_batches_are_not_cut_into_crumbs(seq_len, working, device):
     work = make_work(batch, 6)
     work = dataclasses.replace(work, tiles=dataclasses.replace(work.tiles, least_tiles=4))
     share_out(batch, work)
-    ops.ragged_decode(*batch.arguments, layer=0, num_kv_heads=1, scale=0.125, work=work)
+    decode(batch, layer=0, work=work)
     # The one stream's pieces: of its start, and of each that goes on; none if it is not shared.
     pieces = int((~work.pieces[:, 0, 0].isnan()).sum())
     assert (pieces or 1) == working
@@ -239,10 +259,10 @@ def test_work_of_a_captured_graph_serves_other_rows(device):
     few = make_batch(shape, [Request(40), Request(33)], device)
     many = make_batch(shape, [*ragged_requests(shape), Request(200)], device)
     work = make_work(many, 9)
-    options = {"layer": 1, "num_kv_heads": 2, "scale": 0.125, "work": work}
-    want = ops.ragged_decode(*many.arguments, **{**options, "work": None})
+    options = {"layer": 1, "work": work}
+    want = decode(many, **{**options, "work": None})
     share_out(few, work)
-    ops.ragged_decode(*few.arguments, **options)
+    decode(few, **options)
     # A graph of six rows launches what it launched, though the lists were made for two.
     padded = dataclasses.replace(
         many, query_start_loc=torch.tensor([0, 1, 2, 2, 2, 2, 2], dtype=torch.int32, device=device)
@@ -259,11 +279,11 @@ def test_work_of_a_captured_graph_serves_other_rows(device):
     )
     share_out(small, work)
     out = torch.full_like(many.query, torch.nan)
-    ops.ragged_decode(*padded.arguments, **options, out=out)
+    decode(padded, **options, out=out)
     torch.testing.assert_close(out[:2], want[:2], atol=1e-5, rtol=1e-5)
     assert out[2:].isnan().all()
     share_out(many, work)
-    again = ops.ragged_decode(*many.arguments, **options)
+    again = decode(many, **options)
     torch.testing.assert_close(again, want, atol=1e-5, rtol=1e-5)
 
 
@@ -310,18 +330,16 @@ def test_non_contiguous_query_and_out(device):
     fused = fused.to(BASE.dtype)
     query, out = fused[:, :num_heads, :d], fused[:, num_heads : 2 * num_heads, :d]
     query.copy_(batch.query)
-    options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125}
-    want = ops.ragged_decode(*batch.arguments, **options)
-    ops.ragged_decode(query, *batch.arguments[1:], **options, out=out)
+    want = decode(batch, layer=0)
+    decode(batch, layer=0, query=query, out=out)
     assert torch.equal(out, want)
     assert fused[:, 2 * num_heads :].isnan().all()
 
 
 def test_same_result_each_time(device):
     batch = make_batch(BASE, [*ragged_requests(BASE), Request(900)], device)
-    options = {"layer": 0, "num_kv_heads": 2, "scale": 0.125}
-    first = ops.ragged_decode(*batch.arguments, **options)
-    assert torch.equal(first, ops.ragged_decode(*batch.arguments, **options))
+    first = decode(batch, layer=0)
+    assert torch.equal(first, decode(batch, layer=0))
 
 
 @hypothesis_settings(max_examples=15)
@@ -364,7 +382,6 @@ def test_any_ragged_layout(data):
     [
         ({"layer": 2}, "layer 2 is not among 2"),
         ({"max_query_len": 9}, "1 to 8 queries"),
-        ({"num_kv_heads": 3}, "query heads"),
         ({"sinks": torch.zeros(3)}, "want sinks"),
         ({"key_scale": torch.ones(3)}, "4 float32 scales"),
         ({"logits_soft_cap": -1.0}, "must not be negative"),
@@ -374,28 +391,27 @@ def test_any_ragged_layout(data):
 )
 def test_what_does_not_fit_is_refused(change, message, device):
     batch = make_batch(BASE, ragged_requests(BASE), device)
-    options = {"layer": 0, "num_kv_heads": 2, "scale": 1.0, **change}
     with pytest.raises(ValueError, match=message):
-        ops.ragged_decode(*batch.arguments, **options)
+        decode(batch, **{"layer": 0, **change})
 
 
 def test_shapes_that_do_not_fit_are_refused(device):
     batch = make_batch(BASE, ragged_requests(BASE), device)
-    options = {"layer": 0, "num_kv_heads": 2, "scale": 1.0}
-    for position, wrong, message in (
-        (0, batch.query[..., :32], "head size 32"),
-        (0, batch.query.half(), "does not fit"),
-        (1, batch.pool[:, :, :96], "contiguous pool"),
-        (1, batch.pool[:-1], "not whole blocks"),
-        (2, batch.rows[:, :3], "row descriptors"),
-        (3, batch.page_offsets.long(), "page offsets"),
-        (4, batch.block_table[1:], "block table"),
-        (5, batch.query_start_loc[1:], "query starts"),
+    for name, wrong, message in (
+        ("query", batch.query[..., :32], "head size 32"),
+        ("query", batch.query.half(), "does not fit"),
+        ("pool", batch.pool[:, :, :96], "contiguous pool"),
+        ("pool", batch.pool[:-1], "not whole blocks"),
+        ("shape", dataclasses.replace(BASE, num_kv_heads=3), "query heads"),
+        ("rows", batch.rows[:, :3], "row descriptors"),
+        ("page_offsets", batch.page_offsets.long(), "page offsets"),
+        ("page_offsets", None, "page offsets"),
+        ("block_table", batch.block_table[1:], "block table"),
+        ("query_start_loc", batch.query_start_loc[1:], "query starts"),
+        ("query_start_loc", None, "query starts"),
     ):
-        arguments = list(batch.arguments)
-        arguments[position] = wrong
         with pytest.raises(ValueError, match=message):
-            ops.ragged_decode(*arguments, **options)
+            decode(dataclasses.replace(batch, **{name: wrong}), layer=0)
 
 
 @pytest.mark.parametrize(
@@ -405,9 +421,9 @@ def test_fp8_e4m3_is_refused_where_the_gpu_has_no_such_type(monkeypatch, capabil
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     pool = SimpleNamespace(is_cuda=True, dtype=torch.float8_e4m3fn, device="cuda:0")
     other = SimpleNamespace(is_cuda=True, dtype=torch.float8_e5m2, device="cuda:0")
-    pool_checks.triton_kernels(other)
+    dispatch.triton_kernels(other)
     if is_refused:
         with pytest.raises(RuntimeError, match=r"need compute capability 8.9, this GPU has 8.0"):
-            pool_checks.triton_kernels(other, pool)
+            dispatch.triton_kernels(other, pool)
     else:
-        pool_checks.triton_kernels(other, pool)
+        dispatch.triton_kernels(other, pool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,7 +19,8 @@ from gpu.real_size.rows import Rows, deal_blocks, draw_rows, fill_pool
 from paged_pool import DEVICE
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.ops.reference_paged import stream_tokens
+from vllm_kvcompress.ops import RowDescriptor
+from vllm_kvcompress.ops.rows_reference import stream_tokens
 
 SCRIPT = Path(check_real_size.__file__)
 CPU = torch.device("cpu")
@@ -33,7 +35,6 @@ OPS = (
     "select_entries",
     "compact",
     "token_slots",
-    "store_tokens",
     "move_entries",
 )
 
@@ -82,7 +83,8 @@ def test_rows_are_numbers_where_the_reference_reads_and_nan_elsewhere():
     for r in range(rows.num_active):
         numbers = (tensor[r].tolist() for tensor in rows.tensors[:3])
         descriptor, offsets, table = numbers
-        kinds.add(descriptor[1] > 0)
+        descriptor = RowDescriptor(*descriptor)
+        kinds.add(descriptor.num_region_blocks > 0)
         for stream in range(rows.num_streams):
             arguments = (descriptor, offsets, table, stream, rows.num_streams, rows.block_size)
             places, num_region_tokens = stream_tokens(*arguments)
@@ -199,7 +201,9 @@ def scaled(name: str, factor: float) -> Callable:
 
 
 def without_near_tokens(*args, right=ops.window_scores, **options):
-    return right(*args, **{**options, "near_tokens": 0, "backend": "reference"})
+    *args, plan = args
+    plan = dataclasses.replace(plan, near_tokens=0)
+    return right(*args, plan, **{**options, "backend": "reference"})
 
 
 def late_entries(*args, right=ops.select_entries, **options):
@@ -218,23 +222,22 @@ def one_page_elsewhere(*args, right=ops.joint_page_counts, **options):
 def copies_too_much(pool, *args, right=ops.compact, **options):
     right(pool, *args, **{**options, "backend": "reference"})
     # Of a block that is nobody's.
-    pool.view(torch.int16)[0, 0, 0] += 1
+    pool.pages.view(torch.int16)[0, 0, 0] += 1
 
 
 def copies_nothing(*args, **options):
     pass
 
 
-def stores_twice(key, value, pool, slots, right=ops.store_tokens, **options):
-    right(key, value, pool, slots, **{**options, "backend": "reference"})
-    pool[0, 0] = pool[0, 1].float().nan_to_num(nan=1.0).to(pool.dtype)
-
-
 def dense_slots(rows, *args, right=ops.token_slots, **options):
     """As vLLM counts them: it knows nothing of regions."""
-    rows = rows.clone()
-    rows[:, 1:] = 0
-    return right(rows, *args, **{**options, "backend": "reference"})
+    descriptors = rows.descriptors.clone()
+    descriptors[:, 1:] = 0
+    return right(
+        dataclasses.replace(rows, descriptors=descriptors),
+        *args,
+        **{**options, "backend": "reference"},
+    )
 
 
 SCORES = "scores of sampled layers"
@@ -251,8 +254,7 @@ OTHER_FAULTS = [
     ),
     ("compact", lambda: copies_too_much, {"compressed", "selection and compaction by tokens"}),
     ("compact", lambda: copies_nothing, {"compressed", "selection and compaction by tokens"}),
-    ("store_tokens", lambda: stores_twice, {"new tokens stored"}),
-    ("token_slots", lambda: dense_slots, {"new tokens stored"}),
+    ("token_slots", lambda: dense_slots, {"slots of new tokens"}),
     ("move_entries", lambda: copies_nothing, {"pages moved"}),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from closeness import assert_close
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from paged_pool import DEVICE, PagedBatch, Request, Shape, make_batch, random_like
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.ops.reference_paged import prompt_entries
+from vllm_kvcompress.ops.rows_reference import prompt_entries
 
 BASE = Shape()
 
@@ -65,6 +67,12 @@ def window_lse(
     return lse.float()
 
 
+def plan_of(options: dict) -> ops.WindowPlan:
+    """Of those options that are a plan's, which are taken away."""
+    names = [field.name for field in dataclasses.fields(ops.WindowPlan)]
+    return ops.WindowPlan(**{name: options.pop(name) for name in names if name in options})
+
+
 def check_scores(
     backend: str,
     shape: Shape,
@@ -79,18 +87,12 @@ def check_scores(
     layer, scale = shape.num_layers - 1, shape.head_size**-0.5
     if with_lse:
         options["lse"] = window_lse(batch, query, layer, scale, options.get("sinks"))
-    rated = int32(*num_rated)
-    arguments = (query, batch.pool, batch.rows, batch.block_table, rated, max(num_rated))
-    options = {
-        "layer": layer,
-        "num_layers": shape.num_layers,
-        "num_kv_heads": shape.num_kv_heads,
-        "scale": scale,
-        **options,
-    }
-    got = ops.window_scores(*arguments, **options, backend=backend)
-    want = ops.window_scores(*arguments, **options, backend="reference")
-    if options.get("reduce") == "defensive":
+    lse, plan = options.pop("lse", None), plan_of(options)
+    pool = batch.paged(key_scale=options.pop("key_scale", None))
+    arguments = (query, pool, batch.prompts(num_rated), layer, ops.Logits(scale, **options), plan)
+    got = ops.window_scores(*arguments, lse=lse, backend=backend)
+    want = ops.window_scores(*arguments, lse=lse, backend="reference")
+    if plan.reduce == "defensive":
         got = got.amax(dim=2, keepdim=True)
     for r, rated_here in enumerate(num_rated):
         # Inputs are multiplied exactly and summed in float32.
@@ -141,13 +143,11 @@ def test_keys_that_hardly_anybody_looks_at_do_not_win(scorer, with_lse, loudness
             keys *= 0.1
         else:
             keys[:] = key if position >= num_rated else 0.45 * key
-    arguments = (query, batch.pool, batch.rows, batch.block_table, int32(num_rated), num_rated)
-    options = {"layer": 0, "num_layers": 1, "num_kv_heads": shape.num_kv_heads, "scale": scale}
-    options |= {"reduce": "defensive", "pool_kernel": 5}
-    if with_lse:
-        options["lse"] = window_lse(batch, query, 0, scale)
-    want = ops.window_scores(*arguments, **options, backend="reference").amax(dim=2)
-    got = ops.window_scores(*arguments, **options, backend=scorer).amax(dim=2)
+    plan = ops.WindowPlan(reduce="defensive")
+    arguments = (query, batch.paged(), batch.prompts([num_rated]), 0, ops.Logits(scale), plan)
+    lse = window_lse(batch, query, 0, scale) if with_lse else None
+    want = ops.window_scores(*arguments, lse=lse, backend="reference").amax(dim=2)
+    got = ops.window_scores(*arguments, lse=lse, backend=scorer).amax(dim=2)
     assert (got.amax(dim=2) <= 2 * want.amax(dim=2)).all()
     if not with_lse:
         torch.testing.assert_close(got, want.float(), rtol=1e-3, atol=0)
@@ -162,8 +162,8 @@ def test_keys_that_hardly_anybody_looks_at_do_not_win(scorer, with_lse, loudness
         {"reduce": "sum", "power": 2},
         {"reduce": "mean", "near_tokens": 3},
         {"reduce": "defensive", "near_tokens": 8},
-        {"reduce": "defensive", "pool_kernel": 1},
-        {"reduce": "defensive", "pool_kernel": 9, "near_tokens": 20},
+        {"reduce": "defensive", "mean_kernel": 1},
+        {"reduce": "defensive", "mean_kernel": 9, "near_tokens": 20},
     ],
     ids=str,
 )
@@ -174,7 +174,7 @@ def test_reductions(scorer, options, with_lse):
 
 def test_soft_cap_and_scales(scorer):
     scales = torch.linspace(0.5, 2.0, BASE.num_streams, device=DEVICE)
-    check_scores(scorer, BASE, (90,), (80,), 8, logits_soft_cap=3.0, key_scale=scales)
+    check_scores(scorer, BASE, (90,), (80,), 8, soft_cap=3.0, key_scale=scales)
 
 
 @pytest.mark.parametrize("with_lse", [False, True])
@@ -224,10 +224,9 @@ def check_effect(backend: str, shape: Shape, root_dtype: torch.dtype) -> None:
     size = (shape.num_kv_heads, shape.head_size, shape.head_size)
     root = random_like(size, root_dtype, generator)
     scales = torch.linspace(0.5, 2.0, shape.num_streams, device=DEVICE)
-    arguments = (batch.pool, root, batch.rows, batch.block_table, int32(130, 70), 130)
-    options = {"layer": 1, "num_layers": 2, "value_scale": scales}
-    got = ops.paged_value_effect(*arguments, **options, backend=backend)
-    want = ops.paged_value_effect(*arguments, **options, backend="reference")
+    arguments = (root, batch.paged(value_scale=scales), batch.prompts([130, 70]), 1)
+    got = ops.paged_value_effect(*arguments, backend=backend)
+    want = ops.paged_value_effect(*arguments, backend="reference")
     for r, rated in enumerate((130, 70)):
         exact = want[r, :, :rated]
         assert_close(got[r, :, :rated], exact, exact, torch.float32, ulps=64)
@@ -268,41 +267,41 @@ class Layers:
 
     def scores(self, backend: str, layers: slice, out: torch.Tensor) -> None:
         """Everything from queries to pages, of some of the two layers."""
-        batch, shape, reduce = self.batch, self.shape, self.reduce
-        num_layers = layers.stop - layers.start
-        prompt = (batch.rows, batch.block_table, int32(*self.rated), max(self.rated))
-        where = {"layer": self.first + layers.start, "num_layers": 3, "backend": backend}
-        soft_cap, part_sums = self.soft_cap, None
-        if reduce == "defensive":
+        num_layers, soft_cap, part_sums = layers.stop - layers.start, self.soft_cap, None
+        prompts = self.batch.prompts(self.rated, self.candidates)
+        where = (self.batch.paged(key_scale=self.key_scale), prompts, self.first + layers.start)
+        plan = ops.WindowPlan(
+            reduce=self.reduce,
+            near_tokens=3,
+            group_reduce="max",
+            floor_at_mean=self.reduce == "defensive",
+            span_kernel=11,
+        )
+        logits = ops.Logits(
+            self.scale[layers],
+            soft_cap if isinstance(soft_cap, float) else soft_cap[layers],
+            self.sinks[layers],
+        )
+        if self.reduce == "defensive":
             num_parts = ops.num_score_parts(max(self.rated), 5)
             part_sums = torch.empty(3, num_layers * 2, num_parts, device=DEVICE)
         scores = ops.window_scores(
             self.query[:, layers],
-            batch.pool,
-            *prompt,
-            **where,
-            num_kv_heads=shape.num_kv_heads,
-            scale=self.scale[layers],
-            logits_soft_cap=soft_cap if isinstance(soft_cap, float) else soft_cap[layers],
-            reduce=reduce,
-            near_tokens=3,
+            *where,
+            logits,
+            plan,
             lse=None if self.lse is None else self.lse[:, layers],
-            key_scale=self.key_scale,
-            sinks=self.sinks[layers],
             part_sums=part_sums,
+            backend=backend,
         )
-        effect = ops.paged_value_effect(batch.pool, self.roots[layers], *prompt, **where)
+        effect = ops.paged_value_effect(self.roots[layers], *where, backend=backend)
         ops.join_scores(
             scores,
-            int32(*self.rated),
-            int32(*self.candidates),
-            max(self.candidates),
-            group_reduce="max",
-            floor_at_mean=reduce == "defensive",
+            prompts,
+            plan,
             effect=effect,
-            span_kernel=11,
             page_reduce="mean",
-            num_kv_heads=shape.num_kv_heads,
+            num_kv_heads=self.shape.num_kv_heads,
             part_sums=part_sums,
             out=out,
             backend=backend,
@@ -335,10 +334,9 @@ def test_part_sums_are_of_all_scores(num_parts):
     query, rated = window_query(BASE, 2, 8), (num_parts * 60 - 1, 61)
     part_sums = torch.full((2, 4, num_parts), float("nan"), device=DEVICE)
     query = torch.stack([query, -query], dim=1)
-    options = {"layer": 0, "num_layers": 2, "num_kv_heads": 2, "scale": 0.125}
-    options |= {"reduce": "defensive", "part_sums": part_sums}
-    arguments = (query, batch.pool, batch.rows, batch.block_table, int32(*rated), rated[0])
-    scores = ops.window_scores(*arguments, **options)
+    plan = ops.WindowPlan(reduce="defensive")
+    arguments = (query, batch.paged(), batch.prompts(rated), 0, ops.Logits(0.125), plan)
+    scores = ops.window_scores(*arguments, part_sums=part_sums)
     for r, n in enumerate(rated):
         want = scores[r, :, 0, :n].double().sum(dim=1)
         torch.testing.assert_close(part_sums[r].double().sum(dim=1), want, rtol=1e-5, atol=0)
@@ -346,6 +344,13 @@ def test_part_sums_are_of_all_scores(num_parts):
         expected = torch.zeros_like(part_sums[r])
         expected[:, : len(parts)] = torch.stack(parts, dim=1)
         torch.testing.assert_close(part_sums[r], expected)
+
+
+def lengths(rated: tuple[int, ...], candidates: tuple[int, ...]) -> ops.Prompts:
+    """Of prompts whose rows are not read."""
+    rows = ops.Rows(int32(), int32())
+    numbers = (int32(*rated), int32(*candidates))
+    return ops.Prompts(rows, *numbers, max(rated), max(candidates))
 
 
 def raw_scores(num_requests: int, num_heads: int, num_groups: int, num_tokens: int):
@@ -380,9 +385,10 @@ def test_join_scores(scorer, options, with_effect):
     effect = raw_scores(3, 2, 1, 700)[:, :, 0] if with_effect else None
     if effect is not None:
         effect[1, :, 7] = 0.0
-    arguments = (scores, int32(*rated), int32(*candidates), 640)
-    got = ops.join_scores(*arguments, **options, effect=effect, backend=scorer)
-    want = ops.join_scores(*arguments, **options, effect=effect, backend="reference")
+    pages = dict(options)
+    arguments = (scores, lengths(rated, candidates), plan_of(pages))
+    got = ops.join_scores(*arguments, **pages, effect=effect, backend=scorer)
+    want = ops.join_scores(*arguments, **pages, effect=effect, backend="reference")
     page = options.get("page_size", 16) if "page_reduce" in options else 1
     for r, num_candidates in enumerate(candidates):
         exact = want[r, :, : num_candidates // page]
@@ -403,9 +409,10 @@ def test_join_scores_of_span(scorer, page_reduce, num_parts):
         scores[r, :, :, num_rated:] = float("nan")
     effect = raw_scores(2, 4, 1, 700)[:, :, 0]
     # Heads of one layer, but for compiled ops of a CPU, which know no more than one.
-    options = {"group_reduce": "max", "floor_at_mean": True, "span_kernel": 11, "effect": effect}
-    options |= {"page_reduce": page_reduce, "num_kv_heads": 4 if scorer == "native" else 2}
-    arguments = (scores, int32(*rated), int32(*candidates), 640)
+    options = {"effect": effect, "page_reduce": page_reduce}
+    options["num_kv_heads"] = 4 if scorer == "native" else 2
+    plan = ops.WindowPlan(group_reduce="max", floor_at_mean=True, span_kernel=11)
+    arguments = (scores, lengths(rated, candidates), plan)
     got = ops.join_scores(*arguments, **options, part_sums=part_sums, backend=scorer)
     want = ops.join_scores(*arguments, **options, backend="reference")
     for r, num_candidates in enumerate(candidates):
@@ -417,7 +424,8 @@ def test_join_scores_of_span(scorer, page_reduce, num_parts):
 def test_small_scores_keep_their_order_as_pages(scorer):
     scores = torch.full((1, 1, 1, 32), 1e-30, device=DEVICE)
     scores[..., 16:] = 2e-30
-    pages = ops.join_scores(scores, int32(32), int32(32), 32, page_reduce="rms", backend=scorer)
+    arguments = (scores, lengths((32,), (32,)), ops.WindowPlan())
+    pages = ops.join_scores(*arguments, page_reduce="rms", backend=scorer)
     assert torch.allclose(pages, torch.tensor([[[1e-30, 2e-30]]], device=DEVICE), rtol=1e-5, atol=0)
 
 
@@ -432,39 +440,25 @@ def test_same_as_the_policies_steps(scorer):
     query = window_query(shape, 1, window)
     generator = torch.Generator(DEVICE).manual_seed(3)
     root = random_like((2, 64, 64), torch.float32, generator)
-    shared = {"layer": 0, "num_layers": 2, "backend": scorer}
-    num_rated = num_tokens - window
-    prompt = (batch.rows, batch.block_table, int32(num_rated), num_rated)
-    part_sums = None
-    if scorer == "triton":
-        part_sums = torch.empty(1, 2, ops.num_score_parts(num_rated, 5), device=DEVICE)
-    scores = ops.window_scores(
+    got = ops.planned_scores(
+        Span().window_plan(),
         query,
-        batch.pool,
-        *prompt,
-        **shared,
-        num_kv_heads=2,
-        scale=0.125,
-        reduce="defensive",
-        near_tokens=8,
-        part_sums=part_sums,
-    )
-    got = ops.join_scores(
-        scores,
-        int32(num_rated),
-        int32(num_candidates),
-        num_candidates,
-        part_sums=part_sums,
-        group_reduce="max",
-        floor_at_mean=True,
-        effect=ops.paged_value_effect(batch.pool, root, *prompt, **shared),
-        span_kernel=11,
+        batch.paged(),
+        batch.prompts([num_tokens - window], [num_candidates]),
+        0,
+        ops.Logits(0.125),
+        output_root=root,
+        page_reduce=None,
         backend=scorer,
     )
     entries = torch.stack(
         [
             prompt_entries(
-                batch.pool, batch.rows[0].tolist(), batch.block_table[0].tolist(), head, 4
+                batch.pool,
+                batch.requests[0].descriptor,
+                batch.block_table[0].tolist(),
+                head,
+                4,
             )
             for head in range(2)
         ]
@@ -507,20 +501,21 @@ def test_any_prompt(scorer, window, group, extra, reduce, near_tokens, with_lse)
 def test_what_does_not_fit_is_refused():
     batch = prompts(BASE, (40,))
     query = window_query(BASE, 1, 8)
-    options = {"layer": 0, "num_layers": 2, "num_kv_heads": 2, "scale": 1.0}
-    arguments = (query, batch.pool, batch.rows, batch.block_table, int32(32), 32)
+    prompts_, logits = batch.prompts([32]), ops.Logits(1.0)
     for change, message in (
         ({"reduce": "median"}, "unknown window reduction 'median'"),
         ({"reduce": "defensive", "power": 2}, "power 2 does not go with 'defensive'"),
-        ({"pool_kernel": 4}, "must be odd"),
+        ({"mean_kernel": 4}, "must be odd"),
         ({"near_tokens": -1}, "must not be negative"),
         ({"layer": 2}, "layer 2 is not among 2"),
         ({"lse": torch.zeros(1, 8, 3)}, "want lse"),
     ):
+        layer, plan = change.pop("layer", 0), plan_of(change)
         with pytest.raises(ValueError, match=message):
-            ops.window_scores(*arguments, **{**options, **change})
+            ops.window_scores(query, batch.paged(), prompts_, layer, logits, plan, **change)
+    wrong = dataclasses.replace(prompts_, num_rated=int32(3, 4))
     with pytest.raises(ValueError, match="want num_rated"):
-        ops.window_scores(*arguments[:4], int32(3, 4), 32, **options)
+        ops.window_scores(query, batch.paged(), wrong, 0, logits, ops.WindowPlan())
     scores = raw_scores(1, 2, 1, 64)
     for change, message in (
         ({"group_reduce": "min"}, "unknown group reduction"),
@@ -531,4 +526,4 @@ def test_what_does_not_fit_is_refused():
         ({"effect": torch.zeros(1, 2, 63)}, "want effect"),
     ):
         with pytest.raises(ValueError, match=message):
-            ops.join_scores(scores, int32(64), int32(64), 64, **change)
+            ops.join_scores(scores, lengths((64,), (64,)), plan_of(change), **change)

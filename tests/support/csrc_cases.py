@@ -66,9 +66,8 @@ def reference_region(
         backend="reference",
     )
     ops.compact(
-        pool,
-        batch.rows,
-        batch.block_table,
+        batch.paged(pool),
+        batch.op_rows,
         *selection,
         max_region_blocks=max_region_blocks,
         granularity="page" if page_size == 1 else "token",

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from device_labels import LABELLED
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.memory import cdiv
-from vllm_kvcompress.ops.reference_paged import stream_tokens
+from vllm_kvcompress.memory.row_layout import CompactionPoint, RowLayout
+from vllm_kvcompress.ops import RowDescriptor
+from vllm_kvcompress.ops.rows_reference import stream_tokens
 
 # The GPU if there is one; else kernels run in Triton's interpreter, on memory with a label.
 DEVICE = torch.device("cuda") if torch.cuda.is_available() else LABELLED
@@ -18,7 +21,11 @@ DEVICE = torch.device("cuda") if torch.cuda.is_available() else LABELLED
 
 @dataclass(frozen=True)
 class Request:
-    """One row: dense, or with a region whose streams own `pages` pages each."""
+    """One row: dense, or with a region whose streams own `pages` pages each.
+
+    Attributes:
+        older_points: compactions before the one that made the region.
+    """
 
     seq_len: int
     query_len: int = 1
@@ -26,13 +33,21 @@ class Request:
     boundary_block: int = 0
     first_kept_block: int = 0
     pages: tuple[int, ...] = ()
+    older_points: tuple[CompactionPoint, ...] = ()
 
     @property
-    def descriptor(self) -> list[int]:
-        return [self.seq_len, self.num_region_blocks, self.boundary_block, self.first_kept_block]
+    def layout(self) -> RowLayout:
+        if not self.num_region_blocks:
+            return RowLayout()
+        newest = CompactionPoint(self.boundary_block, self.num_region_blocks, self.first_kept_block)
+        return RowLayout((*self.older_points, newest))
+
+    @property
+    def descriptor(self) -> RowDescriptor:
+        return self.layout.descriptor(self.seq_len)
 
     def num_row_blocks(self, block_size: int) -> int:
-        return cdiv(self.seq_len, block_size) + self.num_region_blocks
+        return cdiv(self.seq_len, block_size) + self.layout.num_region_blocks
 
 
 # What engines run in on a GPU, for which float32 kernels take long to compile.
@@ -100,22 +115,27 @@ class PagedBatch:
     query_start_loc: torch.Tensor
     query: torch.Tensor
 
+    def paged(self, pages: torch.Tensor | None = None, **options) -> ops.Pool:
+        """The pool, or other pages of its shape."""
+        pages = self.pool if pages is None else pages
+        return ops.Pool(pages, self.shape.num_layers, self.shape.num_kv_heads, **options)
+
     @property
-    def arguments(self) -> tuple[torch.Tensor, ...]:
-        """First arguments of `ops.ragged_decode`."""
-        return (
-            self.query,
-            self.pool,
-            self.rows,
-            self.page_offsets,
-            self.block_table,
-            self.query_start_loc,
+    def op_rows(self) -> ops.Rows:
+        return ops.Rows(self.rows, self.block_table, self.page_offsets, self.query_start_loc)
+
+    def prompts(self, rated: Sequence[int], candidates: Sequence[int] | None = None) -> ops.Prompts:
+        """Its rows as prompts of which so many tokens are rated, and compete."""
+        candidates = rated if candidates is None else candidates
+        numbers = torch.tensor(
+            [[*rated], [*candidates]], dtype=torch.int32, device=self.rows.device
         )
+        return ops.Prompts(self.op_rows, *numbers, max(rated), max(candidates))
 
     def stream_entries(self, request: int, stream: int) -> tuple[torch.Tensor, int]:
         """[n, 2 d] keys and values of one stream in order, and how many are the region's."""
         places, num_region_tokens = stream_tokens(
-            self.rows[request].tolist(),
+            RowDescriptor(*self.rows[request].tolist()),
             self.page_offsets[request].tolist(),
             self.block_table[request].tolist(),
             stream,
@@ -161,7 +181,7 @@ def make_batch(
     for r, (request, width) in enumerate(zip(requests, widths, strict=True)):
         table[r, :width] = torch.tensor([ids.pop() for _ in range(width)])
         if request.num_region_blocks:
-            table[r, : request.first_kept_block] = 0
+            table[r, : request.layout.column_of(request.first_kept_block)] = 0
     offsets = torch.zeros(len(requests), num_streams + 1, dtype=torch.int32)
     for r, request in enumerate(requests):
         if request.pages:

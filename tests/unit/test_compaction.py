@@ -37,7 +37,6 @@ from compaction_prompts import (
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
-from vllm_kvcompress.ops import reference
 from vllm_kvcompress.policies import RECIPES, make_scorer
 
 
@@ -424,9 +423,12 @@ def stream_tokens(prompt, selection, stream):
 
 def decode_attention(prompt, selection, layer, query):
     heads = range(SHAPE.num_kv_heads)
-    read = [stream_tokens(prompt, selection, layer * len(heads) + head) for head in heads]
-    keys, values = zip(*read, strict=True)
-    return reference.ragged_attention(query, list(keys), list(values), LAYERS[layer].scale)
+    outs = []
+    for head in heads:
+        key, value = stream_tokens(prompt, selection, layer * len(heads) + head)
+        logits = query[head].double() @ key.double().T * LAYERS[layer].scale
+        outs.append(logits.softmax(dim=-1) @ value.double())
+    return torch.stack(outs)
 
 
 def plain_attention(prompt, layer, query, keep_mask=None):

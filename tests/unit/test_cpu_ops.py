@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.ops.window.plan import MAX_POOL_KERNEL
 from vllm_kvcompress.policies import RECIPES, make_budgets, make_scorer
 from vllm_kvcompress.policies.base import LayerScores
 from vllm_kvcompress.policies.selection import select
@@ -68,7 +69,7 @@ def test_the_name_says_what_is_left_to_torch(compiled, method):
 
 
 def test_pooling_wider_than_the_ops_know_is_left_to_torch(compiled):
-    config = config_of({"method": "snapkv", "pool_kernel": ops.MAX_POOL_KERNEL + 2})
+    config = config_of({"method": "snapkv", "pool_kernel": MAX_POOL_KERNEL + 2})
     prompt = make_prompt(config, 73)
     expected = compaction_prompts.scores_of(config, prompt)
     with on_backend("native"):

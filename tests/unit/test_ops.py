@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.ops import reference
+from vllm_kvcompress.ops.scoring import reference
 
 INF = float("inf")
 # Few distinct values, so that ties are the rule.
@@ -465,16 +465,6 @@ def test_ragged_page_table_against_loops(counts, tail_blocks, spare, random):
         width,
     )
     assert actual.tolist() == expected
-
-
-def test_ragged_attention_reference_by_hand():
-    query = torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]])
-    keys = [torch.tensor([[3.0, 9.0]]), torch.tensor([[0.0, 0.0], [5.0, 1.0]])]
-    values = [torch.tensor([[4.0, -4.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])]
-    out = reference.ragged_attention(query, keys, values, scale=0.5)
-    weights = torch.tensor([0.0, 1.0], dtype=torch.float64).softmax(dim=0)
-    torch.testing.assert_close(out[0, 0], torch.tensor([4.0, -4.0], dtype=torch.float64))
-    torch.testing.assert_close(out[1, 0], weights)
 
 
 ZEROS = torch.zeros

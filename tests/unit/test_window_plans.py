@@ -37,7 +37,7 @@ def in_pages(key, value):
     entries = torch.full((num_heads, num_blocks * BLOCK_SIZE, 2 * head_size), torch.nan)
     entries[:, :num_tokens] = torch.cat([key, value], dim=-1)
     pages = entries.unflatten(1, (num_blocks, BLOCK_SIZE)).transpose(0, 1).flatten(0, 1)
-    rows = torch.tensor([[num_tokens, 0, 0, 0]], dtype=torch.int32)
+    rows = torch.tensor([ops.RowDescriptor(num_tokens)], dtype=torch.int32)
     return pages.contiguous(), rows, torch.arange(num_blocks, dtype=torch.int32)[None]
 
 
@@ -61,41 +61,17 @@ def test_plan_and_score_agree(method, options, with_sinks):
     num_rated = plan.num_rated(NUM_TOKENS, num_candidates, WINDOW)
     assert num_rated == (96 if plan.rates_window else NUM_TOKENS - WINDOW)
     rated, candidates = (torch.tensor([n], dtype=torch.int32) for n in (num_rated, num_candidates))
-    where = {"layer": 0, "num_layers": 1, "backend": "reference"}
+    prompts = ops.Prompts(ops.Rows(rows, table), rated, candidates, num_rated, num_candidates)
     query = inputs.window_query.permute(2, 0, 1, 3).reshape(1, WINDOW, num_heads * group, HEAD_SIZE)
-    scores = ops.window_scores(
+    found = ops.planned_scores(
+        plan,
         query,
-        pool,
-        rows,
-        table,
-        rated,
-        num_rated,
-        num_kv_heads=num_heads,
-        scale=inputs.scale,
-        reduce=plan.reduce,
-        power=plan.power,
-        near_tokens=plan.near_tokens,
-        pool_kernel=plan.mean_kernel,
-        sinks=None if sinks is None else sinks.flatten(),
-        **where,
-    )
-    effect = None
-    if plan.uses_value_effect:
-        effect = ops.paged_value_effect(
-            pool, inputs.output_root, rows, table, rated, num_rated, **where
-        )
-    found = ops.join_scores(
-        scores,
-        rated,
-        candidates,
-        num_candidates,
-        group_reduce=plan.group_reduce,
-        pool_kernel=plan.pool_kernel,
-        pool_kind=plan.pool_kind,
-        pool_first=plan.pool_first,
-        floor_at_mean=plan.floor_at_mean,
-        effect=effect,
-        span_kernel=plan.span_kernel,
+        ops.Pool(pool, 1, num_heads),
+        prompts,
+        0,
+        ops.Logits(inputs.scale, sinks=None if sinks is None else sinks.flatten()),
+        output_root=inputs.output_root,
+        page_reduce=None,
         backend="reference",
     )
     expected = scorer.score(inputs)

@@ -25,8 +25,20 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.ops.transfers import to_device
-from vllm_kvcompress.planned_scores import PagedPrompts
 from vllm_kvcompress.policies.base import LayerScores
+
+
+def _descriptor(geometry: RequestGeometry, is_staged: bool) -> ops.RowDescriptor:
+    """Of a prompt at its compaction point; staged ones have no region beside them."""
+    if is_staged:
+        return ops.RowDescriptor(geometry.compact_len)
+    return ops.RowDescriptor(
+        geometry.compact_len,
+        geometry.num_region_blocks,
+        geometry.boundary_block,
+        geometry.boundary_block,
+        geometry.first_kept_block,
+    )
 
 
 @dataclass
@@ -35,7 +47,7 @@ class PromptBatch:
 
     Attributes:
         prompts: what was collected of each.
-        rows: [R, 4] int32 descriptors; the length is the compaction point's.
+        rows: [R, ROW_FIELDS] int32 descriptors; the length is the compaction point's.
         block_table: [R, W] int32, `[prompt blocks][region blocks][later blocks]`.
         num_candidates: [R] int32 tokens that compete.
         num_rated: [R] int32 tokens that fused ops rate, at least num_candidates; 0 if none do.
@@ -99,9 +111,9 @@ class Compactor:
         self.config = config
         self.shape = shape
         self.pool = pool
-        self._order = order
-        # What ops for a GPU take is plain.
-        self._kernel_order = order if backends.score in ("native", "torch") else None
+        # What ops for a GPU take is plain, and is not said.
+        self._kernel_order = None if order.is_plain else order
+        self._paged = ops.Pool(pool, shape.num_layers, shape.num_kv_heads, self._kernel_order)
         self._backends = backends
         self.buffer: torch.Tensor | None = None
         self.scoring = Scoring(config, shape, pool, order, layers, backends.score)
@@ -143,23 +155,20 @@ class Compactor:
         """
         geometries = [prompt.geometry for prompt in prompts]
         num_prompts = len(prompts)
-        numbers = np.zeros((7, num_prompts), np.int32)
+        rows = np.array([_descriptor(g, is_one_shot) for g in geometries], np.int32)
+        numbers = np.zeros((3, num_prompts), np.int32)
         for i, g in enumerate(geometries):
-            numbers[0, i] = g.compact_len
-            if not is_one_shot:
-                numbers[1:4, i] = g.num_region_blocks, g.boundary_block, g.first_kept_block
-            numbers[4, i] = g.num_candidate_tokens
-            numbers[5, i] = self.scoring.num_rated(g)
-            numbers[6, i] = g.first_kept_block * self._chooser.per_page
-        packed = np.concatenate([numbers[:4].T.reshape(-1), numbers[4:].reshape(-1)])
+            numbers[0, i] = g.num_candidate_tokens
+            numbers[1, i] = self.scoring.num_rated(g)
+            numbers[2, i] = g.first_kept_block * self._chooser.per_page
         device = self.pool.device
-        on_device = to_device(packed, device)
-        num_candidates, num_rated, num_entries = on_device[4 * num_prompts :].view(3, -1)
+        on_device = to_device(np.concatenate([rows.reshape(-1), numbers.reshape(-1)]), device)
+        num_candidates, num_rated, num_entries = on_device[rows.size :].view(3, -1)
         num_streams = self.shape.pages_per_block
-        size = (num_prompts, num_streams, ops.score_width(int(numbers[6].max())))
+        size = (num_prompts, num_streams, ops.score_width(int(numbers[2].max())))
         batch = PromptBatch(
             prompts,
-            on_device[: 4 * num_prompts].view(num_prompts, 4),
+            on_device[: rows.size].view(rows.shape),
             block_table,
             num_candidates,
             num_rated,
@@ -185,11 +194,11 @@ class Compactor:
             self.shape,
             self.buffer,
             self.pool,
-            self._order,
+            self._kernel_order,
             geometries,
             block_table,
             [int(b.stream_guaranteed[0]) for b in self._chooser.budgets(geometries)],
-            move_backend="torch" if self._kernel_order is not None else self._backends.score,
+            move_backend=self._backends.score,
             select_backend=self._backends.select,
         )
 
@@ -252,20 +261,20 @@ class Compactor:
             batch.windows.take(place, prompt, first, num_layers)
         query, lse = batch.windows.of_layers(num_layers)
         staging, geometries = batch.staging, batch.geometries
-        prompts = PagedPrompts(
-            self.pool if staging is None else staging.area(),
-            batch.rows,
-            batch.block_table,
+        prompts = ops.Prompts(
+            ops.Rows(batch.rows, batch.block_table),
             batch.num_rated,
             batch.num_candidates,
             max_rated=max(self.scoring.num_rated(g) for g in geometries),
             max_candidates=max(g.num_candidate_tokens for g in geometries),
-            order=self._kernel_order,
         )
+        pool = self._paged
+        if staging is not None:
+            pool = ops.Pool(staging.area(), 1, self.shape.num_kv_heads, self._kernel_order)
         width = max(g.first_kept_block for g in geometries) * self._chooser.per_page
         streams = self.shape.streams(first, num_layers)
         out = batch.first[:, streams, :width]
-        self.scoring.by_ops(prompts, query, lse, first, num_layers, staging is not None, out)
+        self.scoring.by_ops(pool, prompts, query, lse, first, out)
         if first + num_layers == self.shape.num_layers:
             batch.windows = None
 
@@ -291,18 +300,14 @@ class Compactor:
         if staging is None:
             choice = self._chooser.choose(geometries, batch.num_entries, batch.first, batch.second)
             num_pages = choice.num_pages
-            order = self._kernel_order
             page_offsets, _ = ops.select_and_compact(
                 choice.scores,
                 batch.num_entries,
                 num_pages,
-                self.pool,
-                batch.rows,
-                batch.block_table,
+                self._paged,
+                ops.Rows(batch.rows, batch.block_table),
                 max_region_blocks=max(g.num_region_blocks for g in geometries),
                 granularity=self.config.granularity,
-                key_offsets=None if order is None else order.key_offsets,
-                value_offsets=None if order is None else order.value_offsets,
                 backend=self._backends.select,
             )
         elif staging.is_joint:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_kvcompress import ops
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.policies.base import Rotary
 
@@ -63,13 +64,16 @@ class StackedParameters:
         )
 
     def options(self, first: int, num_layers: int) -> dict[str, Any]:
-        """Arguments of `planned_scores` for some layers one after another."""
+        """Arguments of `ops.planned_scores` for some layers one after another."""
         layers = slice(first, first + num_layers)
         soft_cap = self.logits_soft_cap
+        logits = ops.Logits(
+            self.scale[layers],
+            soft_cap if isinstance(soft_cap, float) else soft_cap[layers],
+            None if self.sinks is None else self.sinks[layers].flatten(1),
+        )
         return {
-            "scale": self.scale[layers],
-            "logits_soft_cap": soft_cap if isinstance(soft_cap, float) else soft_cap[layers],
-            "sinks": None if self.sinks is None else self.sinks[layers],
+            "logits": logits,
             "output_root": None if self.output_root is None else self.output_root[layers],
         }
 

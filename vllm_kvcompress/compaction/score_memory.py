@@ -59,12 +59,7 @@ class ScoreMemory:
             geometry.compact_len, geometry.num_candidate_tokens, self._config.window
         )
         return shape.num_kv_heads * ops.token_score_bytes(
-            num_rated,
-            window=self._config.window,
-            group=shape.num_queries_per_kv,
-            reduce=plan.reduce,
-            has_effect=plan.uses_value_effect,
-            span_kernel=plan.span_kernel,
+            plan, num_rated, window=self._config.window, group=shape.num_queries_per_kv
         )
 
     def prompt_bytes(self, geometry: RequestGeometry) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -18,7 +17,6 @@ from vllm_kvcompress.compaction.prompts import LayerPages, PromptCompaction
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
 from vllm_kvcompress.ops import PageOrder
-from vllm_kvcompress.planned_scores import PagedPrompts, can_run, planned_scores
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs
 from vllm_kvcompress.policies.selection import entry_scores
@@ -29,9 +27,10 @@ class Backends:
     """Which implementation of the ops computes what.
 
     Attributes:
-        score: of scores: 'triton' and 'reference' take several layers at once, 'native' (compiled,
-            for a CPU) takes one; 'torch' leaves them to the scorer.
-        select: of selection and copies: 'triton', 'native', 'torch' or 'reference'.
+        score: of scores, and of moves between buffer and pool: 'triton' and 'reference' score
+            several layers at once, 'native' (compiled, for a CPU) one; 'torch' leaves scores to the
+            scorer.
+        select: of selection and what it copies: 'triton', 'native', 'torch' or 'reference'.
     """
 
     score: str
@@ -68,12 +67,8 @@ class Scoring:
         self.backend = backend
         self.scorer = make_scorer(config)
         plan = None if backend == "torch" else self.scorer.window_plan()
-        self.plan = plan if plan is not None and can_run(plan) else None
+        self.plan = plan if plan is not None and plan.fits_ops else None
         self._pool = pool
-        # The cache is not quantized. Made once, not for every prompt.
-        self._unit_scales = torch.ones(
-            shape.pages_per_block, dtype=torch.float32, device=pool.device
-        )
         self.use_parameters(layers)
 
     @property
@@ -257,58 +252,52 @@ class Scoring:
 
     def by_ops(
         self,
-        prompts: PagedPrompts,
+        pool: ops.Pool,
+        prompts: ops.Prompts,
         query: torch.Tensor,
         lse: torch.Tensor | None,
         first: int,
-        num_layers: int,
-        is_layer_alone: bool,
         out: torch.Tensor,
     ) -> None:
         """Scores of some layers' entries by fused ops, straight from pages.
 
         Args:
-            prompts: where they are.
-            query: [R, n, w, H * g, d] queries of their windows.
+            pool: of all layers, or of the first of these alone.
+            prompts: in it.
+            query: [R, n, w, H * g, d] queries of their windows in n layers one after another.
             lse: [R, n, w, H * g] float32 of these queries, if attention has told it.
-            first, num_layers: the layers; n is `num_layers`.
-            is_layer_alone: whether the prompts' pool has one layer only, the first of these.
+            first: 0-based index of the first layer.
             out: [R, n * H, entries] float32, written up to each prompt's own entries.
         """
         assert self.plan is not None
-        num_heads = self.shape.num_kv_heads
-        pool_layers = 1 if is_layer_alone else self.shape.num_layers
+        layer = first if pool.num_layers == self.shape.num_layers else 0
         by_page = self.config.granularity == "page"
-        where: dict[str, Any] = {
-            "layer": 0 if is_layer_alone else first,
-            "num_layers": pool_layers,
-            "num_kv_heads": num_heads,
-            "backend": self.backend,
-        }
         if self.takes_several_layers:
-            planned_scores(
+            ops.planned_scores(
                 self.plan,
-                prompts,
                 query,
-                lse,
-                **where,
-                **self._stacked.options(first, num_layers),
+                pool,
+                prompts,
+                layer,
+                lse=lse,
+                **self._stacked.options(first, query.shape[1]),
                 page_reduce=self.config.option("page_reduce") if by_page else None,
-                unit_scales=self._unit_scales[: pool_layers * num_heads],
                 out=out,
+                backend=self.backend,
             )
             return
         parameters = self.layers[first]
-        scores = planned_scores(
+        sinks = None if parameters.sinks is None else parameters.sinks.flatten()
+        scores = ops.planned_scores(
             self.plan,
-            prompts,
             query[:, 0],
-            **where,
-            scale=parameters.scale,
-            logits_soft_cap=parameters.logits_soft_cap,
-            sinks=parameters.sinks,
+            pool,
+            prompts,
+            layer,
+            ops.Logits(parameters.scale, parameters.logits_soft_cap, sinks),
             output_root=parameters.output_root,
             page_reduce=None,
+            backend=self.backend,
         )
         # Entries past a prompt's own mean nothing.
         out.copy_(entry_scores(LayerScores(scores), self.config, self.shape.block_size).first)

@@ -64,11 +64,11 @@ class Staging:
         shape: of the paged cache.
         buffer: [pages, b, 2 d], on the pool's device, all of it finite; None = made here.
         pool: [num_pages, b, 2 d], written at the regions' pages only.
-        order: element order of pages.
+        order: element order of pages; None = plain.
         geometries: of the prompts.
         block_table: [R, W] int32, their rows, `[evicted][region blocks][later blocks]`.
         guaranteed: per prompt, entries that each stream is assured of where all layers compete.
-        move_backend: of the op that moves, 'triton' or 'reference'; on a CPU torch moves.
+        move_backend: of the op that moves.
         select_backend: of the ops that select.
 
     Raises:
@@ -81,7 +81,7 @@ class Staging:
         shape: CacheShape,
         buffer: torch.Tensor | None,
         pool: torch.Tensor,
-        order: PageOrder,
+        order: PageOrder | None,
         geometries: Sequence[RequestGeometry],
         block_table: torch.Tensor,
         guaranteed: Sequence[int],
@@ -282,9 +282,9 @@ class Staging:
     def _move(self, source: torch.Tensor, pages: torch.Tensor, target: torch.Tensor) -> None:
         """Copy entries of the buffer to entries of `pages`; negative numbers stand for none."""
         source, target = source.flatten(), target.flatten()
-        if self._move_backend == "torch":
+        if self._per_page > 1 and self._order is not None:
             is_moved = (source >= 0) & (target >= 0)
-            self._move_by_torch(source[is_moved], pages, target[is_moved])
+            self._move_tokens(source[is_moved], pages, target[is_moved], self._order)
             return
         as_entries = (-1, self._buffer.shape[1] * self._buffer.shape[2] // self._per_page)
         ops.move_entries(
@@ -295,16 +295,14 @@ class Staging:
             backend=self._move_backend,
         )
 
-    def _move_by_torch(
-        self, source: torch.Tensor, pages: torch.Tensor, target: torch.Tensor
+    def _move_tokens(
+        self, source: torch.Tensor, pages: torch.Tensor, target: torch.Tensor, order: PageOrder
     ) -> None:
-        """Copy entries of pages of any element order."""
-        flat, per_page = self._buffer.flatten(1), self._per_page
-        if per_page == 1:
-            pages.flatten(1).index_copy_(0, target, flat.index_select(0, source))
-            return
-        order, slots = self._order, target % per_page
-        key, value = ops.gather_tokens(flat, source // per_page, source % per_page, order)
+        """Copy tokens of pages whose elements are in another order than token after token."""
+        slots, per_page = target % self._per_page, self._per_page
+        key, value = ops.gather_tokens(
+            self._buffer.flatten(1), source // per_page, source % per_page, order
+        )
         target_pages = (target // per_page)[:, None]
         pages.flatten(1)[target_pages, order.key_offsets[slots]] = key
         pages.flatten(1)[target_pages, order.value_offsets[slots]] = value

@@ -2,19 +2,22 @@
 
 Backends: 'torch' (vectorised, any device), 'triton' (CUDA's paged pool), 'native' (compiled, for
 CPU and CUDA, where it is built) and 'reference' (float64 loops, slow and obvious, the judge of the
-others).
+others). `dispatch.py` says how a backend's name becomes code.
 """
 
-from vllm_kvcompress.ops.decode import ragged_decode, store_tokens, token_slots
-from vllm_kvcompress.ops.decode_work import (
+from vllm_kvcompress.ops.decode import (
     DecodeWork,
     decode_work,
     new_decode_work,
     num_multiprocessors,
+    ragged_decode,
+    token_slots,
 )
+from vllm_kvcompress.ops.limits import HEAD_SIZES, MAX_GROUP, MAX_QUERY_LEN
+from vllm_kvcompress.ops.move import compact, move_entries, select_and_compact
 from vllm_kvcompress.ops.native import instruction_set
 from vllm_kvcompress.ops.native import problem as native_problem
-from vllm_kvcompress.ops.paged import (
+from vllm_kvcompress.ops.pages import (
     PageOrder,
     copy_pages,
     gather_tokens,
@@ -23,7 +26,6 @@ from vllm_kvcompress.ops.paged import (
     region_page_ids,
     unpack_pages,
 )
-from vllm_kvcompress.ops.pool_checks import HEAD_SIZES, MAX_GROUP, MAX_QUERY_LEN, ROW_FIELDS
 from vllm_kvcompress.ops.scoring import (
     joint_top_counts,
     output_root,
@@ -34,32 +36,33 @@ from vllm_kvcompress.ops.scoring import (
     value_effect,
     window_attention,
 )
-from vllm_kvcompress.ops.selection import (
-    apportion,
-    compact,
-    joint_page_counts,
-    move_entries,
-    select_and_compact,
-    select_entries,
-)
+from vllm_kvcompress.ops.select import apportion, joint_page_counts, select_entries
+from vllm_kvcompress.ops.structs import Logits, Pool, Prompts, Rows
 from vllm_kvcompress.ops.window import (
-    MAX_POOL_KERNEL,
+    WindowPlan,
     join_scores,
     num_score_parts,
     paged_value_effect,
+    planned_scores,
     score_width,
     token_score_bytes,
     window_scores,
 )
+from vllm_kvcompress.row_descriptor import ROW_FIELDS, RowDescriptor
 
 __all__ = [
     "DecodeWork",
     "HEAD_SIZES",
+    "Logits",
     "MAX_GROUP",
-    "MAX_POOL_KERNEL",
     "MAX_QUERY_LEN",
     "PageOrder",
+    "Pool",
+    "Prompts",
     "ROW_FIELDS",
+    "RowDescriptor",
+    "Rows",
+    "WindowPlan",
     "apportion",
     "compact",
     "copy_pages",
@@ -74,11 +77,12 @@ __all__ = [
     "new_decode_work",
     "num_multiprocessors",
     "num_score_parts",
+    "output_root",
     "pack_pages",
     "page_scores",
     "paged_value_effect",
+    "planned_scores",
     "pool_scores",
-    "output_root",
     "projected_value_norm",
     "ragged_decode",
     "ragged_page_table",
@@ -87,11 +91,10 @@ __all__ = [
     "select_and_compact",
     "select_entries",
     "select_top",
-    "store_tokens",
     "token_score_bytes",
     "token_slots",
-    "value_effect",
     "unpack_pages",
+    "value_effect",
     "window_attention",
     "window_scores",
 ]

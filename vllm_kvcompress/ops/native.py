@@ -27,12 +27,14 @@ SCHEMAS = (
     "Tensor block_table, Tensor? key_offsets, Tensor? value_offsets, int max_region_blocks, "
     "int page_size) -> ()",
     # The rest is compiled for CPUs only.
+    "move_entries(Tensor source, Tensor source_index, Tensor(a!) target, "
+    "Tensor target_index) -> ()",
     "window_scores(Tensor query, Tensor pool, Tensor rows, Tensor block_table, Tensor num_rated, "
-    "Tensor? key_offsets, Tensor key_scale, Tensor? lse, Tensor? sinks, Tensor(a!) scores, "
+    "Tensor? key_offsets, Tensor? key_scale, Tensor? lse, Tensor? sinks, Tensor(a!) scores, "
     "int layer, int num_layers, int num_kv_heads, float scale, float logits_soft_cap, int reduce, "
     "int power, int near_tokens, int pool_kernel) -> ()",
     "paged_value_effect(Tensor pool, Tensor output_root, Tensor rows, Tensor block_table, "
-    "Tensor num_rated, Tensor? value_offsets, Tensor value_scale, Tensor(a!) effect, int layer, "
+    "Tensor num_rated, Tensor? value_offsets, Tensor? value_scale, Tensor(a!) effect, int layer, "
     "int num_layers) -> ()",
     "join_scores(Tensor scores, Tensor num_rated, Tensor num_candidates, Tensor? effect, "
     "Tensor(a!) out, int group_reduce, int pool_kernel, int pool_kind, bool pool_first, "

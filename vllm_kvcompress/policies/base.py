@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from vllm_kvcompress.ops import WindowPlan
+
 NEEDS = ("window_query", "value", "output_weight", "output_root", "all_queries", "rotary")
 # The `scope_reason` of several scorers.
 EVERY_HEAD_ALIKE = "it scores all heads of a layer alike, so they cannot compete"
@@ -152,41 +154,6 @@ class LayerScores:
 
     first: torch.Tensor
     second: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class WindowPlan:
-    """How ops that read pages make a scorer's scores, in place of its `score`.
-
-    `ops.window_scores`, then `ops.paged_value_effect` if it is used, then `ops.join_scores`; all
-    but two fields are options of theirs.
-
-    Attributes:
-        reduce, power, near_tokens: of window_scores.
-        mean_kernel: its pool_kernel, read by 'defensive' alone.
-        rates_window: whether tokens of the window are rated too; else only those before it.
-        group_reduce, pool_kernel, pool_kind, pool_first, floor_at_mean, span_kernel: of
-            join_scores.
-        uses_value_effect: whether scores are weighed by what values do (need 'output_root').
-    """
-
-    reduce: str = "mean"
-    power: int = 1
-    near_tokens: int = 0
-    mean_kernel: int = 5
-    rates_window: bool = False
-    group_reduce: str = "mean"
-    pool_kernel: int = 1
-    pool_kind: str = "max"
-    pool_first: bool = True
-    floor_at_mean: bool = False
-    span_kernel: int = 1
-    uses_value_effect: bool = False
-
-    def num_rated(self, num_tokens: int, num_candidates: int, window: int) -> int:
-        """Tokens that window_scores rates, of a prompt of num_tokens."""
-        before_window = num_tokens - window
-        return max(num_candidates, before_window) if self.rates_window else before_window
 
 
 @dataclass(frozen=True)

@@ -372,7 +372,7 @@ def _use_own_scheduler(scheduler_config: Any) -> None:
     name = (
         "KVCompressAsyncScheduler" if scheduler_config.async_scheduling else "KVCompressScheduler"
     )
-    path = f"vllm_kvcompress.vllm_integration.scheduler.scheduler.scheduler.scheduler.{name}"
+    path = f"vllm_kvcompress.vllm_integration.scheduler.scheduler.{name}"
     if scheduler_config.scheduler_cls not in (None, path):
         raise KVCompressConfigError(
             "KV compression brings its own scheduler class and cannot use "

@@ -81,9 +81,7 @@ def share_work(step: Step) -> None:
     """Share the step's tiles among programs, at the same addresses as before."""
     rows = step.rows
     ops.decode_work(
-        rows.rows,
-        rows.page_offsets,
-        rows.query_start_loc,
+        rows.op_rows,
         num_kv_heads=step.shape.num_kv_heads,
         block_size=rows.block_size,
         out=step.work,
@@ -92,16 +90,15 @@ def share_work(step: Step) -> None:
 
 def decode_layers(step: Step) -> None:
     """Attention of all layers into `step.out`."""
+    shape, scales = step.shape, (step.key_scale, step.value_scale)
+    pool = ops.Pool(step.pool, shape.num_layers, shape.num_kv_heads, None, *scales)
     for layer in range(step.shape.num_layers):
         ops.ragged_decode(
             step.query[layer],
-            step.pool,
-            *step.rows.tensors,
-            layer=layer,
-            num_kv_heads=step.shape.num_kv_heads,
-            scale=step.scale,
-            key_scale=step.key_scale,
-            value_scale=step.value_scale,
+            pool,
+            step.rows.op_rows,
+            layer,
+            ops.Logits(step.scale),
             work=step.work,
             out=step.out[layer],
         )
@@ -172,12 +169,12 @@ def check_sought(verdict: Verdict, step: Step, rows: Rows, out: torch.Tensor) ->
 
 def owner_of_last_block(rows: Rows) -> tuple[int, int]:
     """(row, stream) that owns the last page of the highest block in any region."""
-    num_region_blocks, boundary = rows.rows[: rows.num_active, 1:3].long().T[..., None]
+    its = ops.RowDescriptor(*rows.rows[: rows.num_active].long().T[..., None])
     column = torch.arange(rows.block_table.shape[1], device=rows.rows.device)[None]
-    is_region = (column >= boundary) & (column < boundary + num_region_blocks)
+    is_region = (column >= its.region_column) & (column < its.region_column + its.num_region_blocks)
     blocks = torch.where(is_region, rows.block_table[: rows.num_active], -1)
     row, column = divmod(int(blocks.argmax()), blocks.shape[1])
-    virtual = (column - int(boundary[row]) + 1) * rows.num_streams - 1
+    virtual = (column - int(its.region_column[row]) + 1) * rows.num_streams - 1
     ends = rows.page_offsets[row, 1:]
     return row, int((ends <= virtual).sum())
 

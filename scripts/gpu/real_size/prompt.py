@@ -17,7 +17,14 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.ops import native
 
 WINDOW, NEAR_TOKENS, POOL_KERNEL, SPAN_KERNEL = 16, 8, 5, 11
-NEAR = {"reduce": "defensive", "near_tokens": NEAR_TOKENS, "pool_kernel": POOL_KERNEL}
+PLAN = ops.WindowPlan(
+    reduce="defensive",
+    near_tokens=NEAR_TOKENS,
+    mean_kernel=POOL_KERNEL,
+    group_reduce="max",
+    floor_at_mean=True,
+    span_kernel=SPAN_KERNEL,
+)
 # Of the prompt's pages, those that are kept, and what each stream is sure of.
 KEPT, GUARANTEED = 0.125, 2
 # float32 roundings of the largest score allowed on top of twice torch's own error in float32: a
@@ -115,7 +122,8 @@ class PromptCases:
         columns = torch.arange(num_blocks)
         columns += torch.where(columns >= boundary, self.region, 0)
         table[0, columns] = prompt_ids[:num_blocks].int()
-        rows = torch.tensor([[self.prompt_len, self.region, boundary, 0]], dtype=torch.int32)
+        row = ops.RowDescriptor(self.prompt_len, self.region, boundary, boundary)
+        rows = torch.tensor([row], dtype=torch.int32)
         offsets = torch.zeros(1, shape.num_streams + 1, dtype=torch.int32)
         starts = torch.tensor([0, 1], dtype=torch.int32)
         dense = Rows(rows, offsets, table, starts, 1, b)
@@ -144,22 +152,33 @@ class PromptCases:
         layers = (0, shape.num_layers // 2, shape.num_layers - 1)
         self.sampled = list(dict.fromkeys(layers))
 
+    @property
+    def paged(self) -> ops.Pool:
+        """The pool as ops take it."""
+        return ops.Pool(self.pool, self.shape.num_layers, self.shape.num_kv_heads)
+
+    @property
+    def prompts(self) -> ops.Prompts:
+        """The prompt as ops take it."""
+        most = (self.num_rated, self.num_candidates)
+        return ops.Prompts(self.rows.op_rows, self.rated, self.candidates, *most)
+
     def window_scores(
-        self, query: torch.Tensor, layer: int, options: dict[str, Any]
+        self,
+        query: torch.Tensor,
+        layer: int,
+        plan: ops.WindowPlan = PLAN,
+        **sums: torch.Tensor | None,
     ) -> torch.Tensor:
         """Scores of the layers that the queries are of, from `layer` on."""
         return ops.window_scores(
             query,
-            self.pool,
-            self.rows.rows,
-            self.rows.block_table,
-            self.rated,
-            self.num_rated,
-            layer=layer,
-            num_layers=self.shape.num_layers,
-            num_kv_heads=self.shape.num_kv_heads,
-            scale=self.shape.head_size**-0.5,
-            **options,
+            self.paged,
+            self.prompts,
+            layer,
+            ops.Logits(self.shape.head_size**-0.5),
+            plan,
+            **sums,
         )
 
     def score(self) -> None:
@@ -167,26 +186,13 @@ class PromptCases:
         num_parts = ops.num_score_parts(self.num_rated, POOL_KERNEL)
         size = (1, self.shape.num_streams, num_parts)
         part_sums = torch.empty(size, dtype=torch.float32, device=self.pool.device)
-        self.window = self.window_scores(self.query, 0, {**NEAR, "part_sums": part_sums})
-        self.effect = ops.paged_value_effect(
-            self.pool,
-            self.root,
-            self.rows.rows,
-            self.rows.block_table,
-            self.rated,
-            self.num_rated,
-            layer=0,
-            num_layers=self.shape.num_layers,
-        )
+        self.window = self.window_scores(self.query, 0, part_sums=part_sums)
+        self.effect = ops.paged_value_effect(self.root, self.paged, self.prompts, 0)
         pages = ops.join_scores(
             self.window,
-            self.rated,
-            self.candidates,
-            self.num_candidates,
-            group_reduce="max",
-            floor_at_mean=True,
+            self.prompts,
+            PLAN,
             effect=self.effect,
-            span_kernel=SPAN_KERNEL,
             page_reduce="rms",
             page_size=self.shape.block_size,
             num_kv_heads=self.shape.num_kv_heads,
@@ -228,9 +234,8 @@ class PromptCases:
     ) -> None:
         """`ops.compact` of this prompt."""
         ops.compact(
-            self.pool,
-            self.rows.rows,
-            self.rows.block_table,
+            self.paged,
+            self.rows.op_rows,
             offsets,
             indices,
             max_region_blocks=self.region,
@@ -315,16 +320,16 @@ class PromptCases:
         lse = want["lse"][0].permute(2, 0, 1).flatten(1)[None].float().contiguous()
         query, window = self.query[:, layer], self.of_layer(self.window, layer)
 
-        def alone(**options: Any) -> torch.Tensor:
-            return self.window_scores(query, layer, options)[0]
+        def alone(plan: ops.WindowPlan, lse: torch.Tensor | None = None) -> torch.Tensor:
+            return self.window_scores(query, layer, plan, lse=lse)[0]
 
-        verdict.expect_equal(alone(**NEAR), window, f"layer {layer}, scored alone")
+        verdict.expect_equal(alone(PLAN), window, f"layer {layer}, scored alone")
         num_pages = self.num_candidates // self.shape.block_size
         got = {
             "defensive": window.amax(dim=1),
-            "defensive, lse given": alone(**NEAR, lse=lse).amax(dim=1),
-            "mean": alone(reduce="mean"),
-            "max, lse given": alone(reduce="max", lse=lse),
+            "defensive, lse given": alone(PLAN, lse).amax(dim=1),
+            "mean": alone(ops.WindowPlan(reduce="mean")),
+            "max, lse given": alone(ops.WindowPlan(reduce="max"), lse),
             "effect": self.of_layer(self.effect, layer),
             "pages": self.of_layer(self.page_scores, layer)[:, :num_pages],
         }
@@ -407,9 +412,8 @@ class PromptCases:
         self.check_copies(verdict, *pages, "page", before)
         both = ops.select_and_compact(
             *arguments,
-            self.pool,
-            self.rows.rows,
-            self.rows.block_table,
+            self.paged,
+            self.rows.op_rows,
             max_region_blocks=self.region,
             backend="native",
         )

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from gpu.shapes import ModelShape
 
+from vllm_kvcompress import ops
+from vllm_kvcompress.ops import ROW_FIELDS, RowDescriptor
+
 # Tokens of a prompt that are never evicted, and how much longer it was than its region.
 WINDOW, TIMES_AS_LONG = 16, 8
 # Every so many rows one is dense.
@@ -62,29 +65,35 @@ class Rows:
             mine.copy_(its)
         self.num_active = other.num_active
 
+    @property
+    def op_rows(self) -> ops.Rows:
+        """As the ops take them."""
+        return ops.Rows(self.rows, self.block_table, self.page_offsets, self.query_start_loc)
+
     def num_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[R, S] int64 tokens of every stream: those of the region, and all of them."""
-        seq_len, num_region_blocks, _, first_kept = self.rows.long().T[..., None]
+        row = RowDescriptor(*self.rows.long().T[..., None])
         pages = self.page_offsets.long().diff(dim=1)
-        region = torch.where(num_region_blocks > 0, pages * self.block_size, 0)
-        return region, region + seq_len - first_kept * self.block_size
+        region = torch.where(row.num_region_blocks > 0, pages * self.block_size, 0)
+        return region, region + row.seq_len - row.first_kept_block * self.block_size
 
     def places(
         self, row: torch.Tensor, stream: torch.Tensor, index: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Page and slot of tokens, given by row, stream and place in the stream (int64, alike)."""
         b, num_streams = self.block_size, self.num_streams
-        _, num_region_blocks, boundary, first_kept = self.rows.long()[row].unbind(-1)
+        its = RowDescriptor(*self.rows.long()[row].unbind(-1))
         first_page = self.page_offsets[row, stream].long()
         pages = self.page_offsets[row, stream + 1].long() - first_page
-        num_region_tokens = torch.where(num_region_blocks > 0, pages * b, 0)
+        num_region_tokens = torch.where(its.num_region_blocks > 0, pages * b, 0)
         in_region = index < num_region_tokens
         virtual = torch.where(in_region, first_page + index // b, 0)
-        block = first_kept + (index - num_region_tokens).clamp(min=0) // b
+        block = its.first_kept_block + (index - num_region_tokens).clamp(min=0) // b
+        before = block + its.region_column - its.boundary_block
         column = torch.where(
             in_region,
-            boundary + virtual // num_streams,
-            block + torch.where(block >= boundary, num_region_blocks, 0),
+            its.region_column + virtual // num_streams,
+            before + torch.where(block >= its.boundary_block, its.num_region_blocks, 0),
         )
         slot_of_block = torch.where(in_region, virtual % num_streams, stream)
         page = self.block_table[row, column].long() * num_streams + slot_of_block
@@ -126,7 +135,7 @@ def draw_rows(
     num_active = num_rows - num_idle
     share = len(blocks) // num_active
     ids = iter(blocks.split(share))
-    rows = torch.zeros(num_rows, 4, dtype=torch.int32)
+    rows = torch.zeros(num_rows, len(ROW_FIELDS), dtype=torch.int32)
     offsets = torch.full((num_rows, num_streams + 1), -(10**6), dtype=torch.int32)
     table = torch.full((num_rows, table_width), NULL_BLOCK, dtype=torch.int32)
     for r in range(num_active):
@@ -134,7 +143,7 @@ def draw_rows(
         tail_blocks = _between(2, max(2, share // 8), generator)
         if r % DENSE_EVERY == DENSE_EVERY - 1:
             seq_len = _between(1, (share - 1) * b, generator)
-            rows[r, 0] = seq_len
+            rows[r] = torch.tensor(RowDescriptor(seq_len))
             num_blocks = -(-seq_len // b)
             table[r, :num_blocks] = own[:num_blocks]
             continue
@@ -143,7 +152,7 @@ def draw_rows(
         boundary, first_kept = prompt_len // b, (prompt_len - WINDOW) // b
         last_block = first_kept + tail_blocks - 1
         seq_len = max(prompt_len + 1, last_block * b + _between(1, b, generator))
-        rows[r] = torch.tensor([seq_len, region, boundary, first_kept])
+        rows[r] = torch.tensor(RowDescriptor(seq_len, region, boundary, boundary, first_kept))
         offsets[r, 0] = 0
         offsets[r, 1:] = ragged_pages(region, num_streams, generator).cumsum(0)
         table[r, boundary : boundary + region] = own[:region]
@@ -199,11 +208,10 @@ def block_of(pool: torch.Tensor, block: int, num_streams: int) -> torch.Tensor:
 def _last_blocks(step: Rows) -> Iterator[tuple[int, int]]:
     """(block id, used tokens) of every active row's last block, if it is not full."""
     for row, table in zip(step.rows.tolist(), step.block_table, strict=True):
-        seq_len, num_region_blocks, boundary, _ = row
-        block = (seq_len - 1) // step.block_size
-        if seq_len % step.block_size:
-            shift = num_region_blocks if block >= boundary else 0
-            yield int(table[block + shift]), seq_len % step.block_size
+        its = RowDescriptor(*row)
+        column = its.column_of((its.seq_len - 1) // step.block_size)
+        if its.seq_len % step.block_size:
+            yield int(table[column]), its.seq_len % step.block_size
 
 
 def fill_pool(pool: torch.Tensor, steps: list[Rows], seed: int) -> int:

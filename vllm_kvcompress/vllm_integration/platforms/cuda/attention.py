@@ -261,7 +261,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
             size = (1, self.num_heads, self.head_size)
             query = torch.zeros(size, dtype=engine.pool.dtype, device=device)
             # A row without a query, of which nothing is computed.
-            numbers = torch.zeros(1, 4, dtype=torch.int32, device=device)
+            numbers = torch.zeros(1, len(ops.ROW_FIELDS), dtype=torch.int32, device=device)
             self._decode(
                 query,
                 query,
@@ -297,17 +297,11 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
     ) -> None:
         ops.ragged_decode(
             query,
-            engine.pool,
-            rows,
-            page_offsets,
-            block_table,
-            query_start_loc,
-            layer=layer_index,
-            num_kv_heads=self.num_kv_heads,
-            scale=self.scale,
+            ops.Pool(engine.pool, engine.shape.num_layers, self.num_kv_heads),
+            ops.Rows(rows, block_table, page_offsets, query_start_loc),
+            layer_index,
+            ops.Logits(self.scale, self.logits_soft_cap, self.sinks),
             max_query_len=max_query_len,
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=self.sinks,
             work=work,
             out=output,
             backend=engine.backend,

@@ -11,6 +11,12 @@ import torch
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import PromptCompaction
+from vllm_kvcompress.compaction.requests import (
+    BOUNDARY_BLOCK,
+    FIRST_KEPT_BLOCK,
+    REGION_BLOCKS,
+    SLOT,
+)
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.step_plan import ExtendedRow, prompt_runs
 from vllm_kvcompress.compaction.windows import Window
@@ -31,6 +37,10 @@ from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 # Kernels are the same for any length.
 _WARM_UP_TOKENS = 1024
 
+# From a plan's numbers to a row descriptor's without its length, and the row of the page offsets.
+# The region of a first compaction begins at its boundary.
+_ROW_NUMBERS = [REGION_BLOCKS, BOUNDARY_BLOCK, BOUNDARY_BLOCK, FIRST_KEPT_BLOCK, SLOT]
+
 
 @dataclass(frozen=True)
 class ExtendedRun:
@@ -38,7 +48,7 @@ class ExtendedRun:
 
     Attributes:
         token_start, token_end: its tokens.
-        rows: [P, 4] int32 descriptors, one per piece.
+        rows: [P, ROW_FIELDS] int32 descriptors, one per piece.
         page_offsets: [P, S + 1] int32, the row's own in every piece.
         block_table: [P, W] int32, likewise.
         query_start_loc: [P + 1] int32.
@@ -59,7 +69,7 @@ class DeviceStep(Step):
     """A step as the layers need it; the first four, and `work`, lie at fixed addresses.
 
     Attributes:
-        rows: [R, 4] int32 descriptors (`ops.ROW_FIELDS`).
+        rows: [R, ROW_FIELDS] int32 descriptors.
         page_offsets: [R, S + 1] int32.
         block_table: [R, W] int32, vLLM's.
         query_start_loc: [R + 1] int32, vLLM's.
@@ -142,17 +152,13 @@ class CUDAEngine(WorkerEngine):
     def share_out(
         self,
         work: ops.DecodeWork | None,
-        rows: torch.Tensor,
-        page_offsets: torch.Tensor,
-        query_start_loc: torch.Tensor,
+        rows: ops.Rows,
     ) -> ops.DecodeWork | None:
         """Share a step's rows out among the decode kernel's programs, for all layers."""
         if work is None or not len(rows):
             return work
         return ops.decode_work(
             rows,
-            page_offsets,
-            query_start_loc,
             num_kv_heads=self.shape.num_kv_heads,
             block_size=self.shape.block_size,
             out=work,
@@ -170,16 +176,14 @@ class CUDAEngine(WorkerEngine):
         num_rows = common.num_reqs
         rows = self._buffers.rows[:num_rows]
         page_offsets = self._buffers.row_offsets[:num_rows]
-        numbers = to_device(plan.numbers, self.pool.device)
+        numbers = to_device(plan.numbers[_ROW_NUMBERS], self.pool.device)
         rows[:, 0] = common.seq_lens[:num_rows]
-        rows[:, 1:] = numbers[:3].t()
-        torch.index_select(self.page_offsets, 0, numbers[3], out=page_offsets)
+        rows[:, 1:] = numbers[:-1].t()
+        torch.index_select(self.page_offsets, 0, numbers[-1], out=page_offsets)
         block_table = common.block_table_tensor[:num_rows]
         if plan.has_regions:
             ops.token_slots(
-                rows,
-                block_table,
-                common.query_start_loc,
+                ops.Rows(rows, block_table, None, common.query_start_loc),
                 common.slot_mapping.shape[0],
                 self.shape.block_size,
                 out=common.slot_mapping,
@@ -198,7 +202,10 @@ class CUDAEngine(WorkerEngine):
             page_offsets=page_offsets,
             block_table=block_table,
             query_start_loc=common.query_start_loc,
-            work=self.share_out(self._work, rows[single], page_offsets[single], starts),
+            work=self.share_out(
+                self._work,
+                ops.Rows(rows[single], block_table[single], page_offsets[single], starts),
+            ),
             num_single=plan.num_single,
             extended=[self._extended_run(row, plan.numbers, block_table) for row in plan.extended],
             runs=prompt_runs(plan),
@@ -211,26 +218,27 @@ class CUDAEngine(WorkerEngine):
             np.arange(1, cdiv(row.query_len, MAX_QUERY_LEN) + 1) * MAX_QUERY_LEN, row.query_len
         )
         num_pieces = len(ends)
-        region = np.broadcast_to(numbers[:3, row.row], (num_pieces, 3))
+        *region, slot = numbers[_ROW_NUMBERS, row.row].tolist()
+        region = np.broadcast_to(region, (num_pieces, len(region)))
         rows = np.column_stack([row.seq_len - row.query_len + ends, region])
         packed = np.concatenate([rows.reshape(-1), [0], ends]).astype(np.int32)
         on_device = to_device(packed, self.pool.device)
-        slot = int(numbers[3, row.row])
-        piece_rows = on_device[: 4 * num_pieces].view(num_pieces, 4)
+        piece_rows = on_device[: rows.size].view(rows.shape)
         page_offsets = self.page_offsets[slot : slot + 1].expand(num_pieces, -1)
-        query_start_loc = on_device[4 * num_pieces :]
+        query_start_loc = on_device[rows.size :]
         # Lists of its own: a step may have several such rows.
         work = self._extended_work
         if work is not None:
             work = work.for_rows(num_pieces, self.shape.num_kv_heads)
+        table = block_table[row.row : row.row + 1].expand(num_pieces, -1)
         return ExtendedRun(
             token_start=row.token_start,
             token_end=row.token_start + row.query_len,
             rows=piece_rows,
             page_offsets=page_offsets,
-            block_table=block_table[row.row : row.row + 1].expand(num_pieces, -1),
+            block_table=table,
             query_start_loc=query_start_loc,
-            work=self.share_out(work, piece_rows, page_offsets, query_start_loc),
+            work=self.share_out(work, ops.Rows(piece_rows, table, page_offsets, query_start_loc)),
         )
 
     def wants_lse(self, step: DeviceStep, tokens: slice) -> bool:
@@ -249,7 +257,8 @@ class CUDAEngine(WorkerEngine):
         """
         work = self._work if max_query_len == 1 else self._extended_work
         offsets = self._zeros(1, self.shape.pages_per_block + 1)
-        return self.share_out(work, self._zeros(1, 4), offsets, self._zeros(2))
+        row = self._zeros(1, len(ops.ROW_FIELDS))
+        return self.share_out(work, ops.Rows(row, row, offsets, self._zeros(2)))
 
     def warm_up(self, max_len: int, tells_lse: bool = False) -> None:
         """Compile and run what a row's region or a prompt's end needs, before a request waits.
@@ -261,9 +270,7 @@ class CUDAEngine(WorkerEngine):
             tells_lse: whether attention tells its sums, so that scores are made of them.
         """
         ops.token_slots(
-            self._buffers.rows[:1],
-            self._zeros(1, 1),
-            self._zeros(2),
+            ops.Rows(self._buffers.rows[:1], self._zeros(1, 1), None, self._zeros(2)),
             1,
             self.shape.block_size,
             backend=self.backend,

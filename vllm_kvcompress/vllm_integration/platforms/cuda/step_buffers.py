@@ -23,7 +23,7 @@ class StepBuffers:
     Attributes:
         page_offsets: [max_num_reqs + 1, S + 1] int32, one row per request that has been compacted,
             and an empty one.
-        rows: [max_num_reqs, 4] int32 descriptors of a step's rows.
+        rows: [max_num_reqs, ROW_FIELDS] int32 descriptors of a step's rows.
         row_offsets: [max_num_reqs, S + 1] int32 page offsets of a step's rows.
         work: the decode kernel's, for rows of one token.
         extended_work: likewise, for pieces of rows of several.
@@ -40,7 +40,7 @@ class StepBuffers:
         width = shape.pages_per_block + 1
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self.page_offsets = torch.zeros(max_num_reqs + 1, width, **ints)
-        self.rows = torch.zeros(max_num_reqs, 4, **ints)
+        self.rows = torch.zeros(max_num_reqs, len(ops.ROW_FIELDS), **ints)
         self.row_offsets = torch.zeros(max_num_reqs, width, **ints)
         # Pieces of longer rows get lists of their own in every step.
         self.work, self.extended_work = (

@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 
-from vllm_kvcompress.ops import reference_paged as reference
-from vllm_kvcompress.ops.checks import check, check_backend
-from vllm_kvcompress.ops.pool_checks import (
+from vllm_kvcompress.ops.checks import check
+from vllm_kvcompress.ops.decode import reference
+from vllm_kvcompress.ops.dispatch import by_triton, choose, triton_kernels
+from vllm_kvcompress.ops.limits import (
     HEAD_SIZES,
     MAX_GROUP,
     MAX_QUERY_LEN,
+    check_page_offsets,
     check_query_starts,
-    check_row_descriptors,
-    triton_kernels,
+    check_rows,
 )
+from vllm_kvcompress.ops.structs import Rows
 
 _MULTIPROCESSORS_WITHOUT_GPU = 2
+_SHARE_OUT = {"triton": by_triton("decode_work"), "reference": reference.decode_work}
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,7 @@ def num_multiprocessors(device: torch.device) -> int:
 
 
 def decode_work(
-    rows: torch.Tensor,
-    page_offsets: torch.Tensor,
-    query_start_loc: torch.Tensor,
+    rows: Rows,
     *,
     num_kv_heads: int,
     block_size: int,
@@ -146,7 +147,7 @@ def decode_work(
     """Share out the work of a step, for every layer; needed once before its `ragged_decode` calls.
 
     Args:
-        rows, page_offsets, query_start_loc: as in `ragged_decode`.
+        rows: as in `ragged_decode`.
         num_kv_heads: H.
         block_size: b.
         out: of `new_decode_work`, for at least as many rows; its lists are written.
@@ -159,30 +160,24 @@ def decode_work(
         ValueError: on shapes or types that do not fit.
         RuntimeError: if the backend cannot run here.
     """
-    num_rows, num_layers = rows.shape[0], out.num_tiles.shape[0]
-    check_row_descriptors(rows)
-    check_query_starts(query_start_loc, num_rows)
-    check(
-        page_offsets.shape == (num_rows, num_layers * num_kv_heads + 1)
-        and page_offsets.dtype == torch.int32
-        and page_offsets.stride(1) == 1,
-        f"want page offsets [{num_rows}, {num_layers} * {num_kv_heads} + 1] int32, "
-        f"got {tuple(page_offsets.shape)} {page_offsets.dtype}",
-    )
+    num_rows, num_layers = len(rows), out.num_tiles.shape[0]
+    check_rows(rows)
+    check_query_starts(rows)
+    check_page_offsets(rows, num_layers, num_kv_heads)
     check(
         num_rows * num_kv_heads < out.tile_starts.shape[1],
         f"{num_rows} rows do not fit lists of {out.tile_starts.shape[1] - 1} streams",
     )
-    lists = (out.tile_starts, out.num_tiles, out.first_streams)
-    options: dict[str, Any] = {
-        "num_kv_heads": num_kv_heads,
-        "block_size": block_size,
-        "tile_tokens": out.tiles.num_keys,
-        "least_tiles": out.tiles.least_tiles,
-    }
-    arguments = (rows, page_offsets, query_start_loc, *lists)
-    if check_backend(backend, "triton") == "reference":
-        reference.decode_work(*arguments, **options)
-    else:
-        triton_kernels(*arguments).decode_work(*arguments, **options)
+    choose(_SHARE_OUT, backend)(
+        rows.descriptors,
+        rows.page_offsets,
+        rows.query_start_loc,
+        out.tile_starts,
+        out.num_tiles,
+        out.first_streams,
+        num_kv_heads=num_kv_heads,
+        block_size=block_size,
+        tile_tokens=out.tiles.num_keys,
+        least_tiles=out.tiles.least_tiles,
+    )
     return out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 
@@ -100,29 +98,3 @@ def select_top(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))
         chosen += sorted(ranked[:count])
     return torch.tensor(chosen, dtype=torch.int64)
-
-
-def ragged_attention(
-    query: torch.Tensor,
-    keys: list[torch.Tensor],
-    values: list[torch.Tensor],
-    scale: float,
-) -> torch.Tensor:
-    """Decode attention where every KV head has its own number of tokens.
-
-    Args:
-        query: [H, g, d], one token.
-        keys, values: per KV head [n_h, d], n_h >= 1.
-        scale: factor on the products.
-
-    Returns:
-        [H, g, d] float64.
-    """
-    out = torch.zeros(query.shape, dtype=torch.float64)
-    for h in range(query.shape[0]):
-        for g in range(query.shape[1]):
-            logits = keys[h].double() @ query[h, g].double() * scale
-            weights = (logits - logits.max()).exp()
-            total = math.fsum(weights.tolist())
-            out[h, g] = (weights[:, None] * values[h].double()).sum(dim=0) / total
-    return out

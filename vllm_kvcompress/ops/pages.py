@@ -41,6 +41,14 @@ class PageOrder:
         return cls(keys, keys + head_size)
 
     @functools.cached_property
+    def is_plain(self) -> bool:
+        """Whether it is the plain order."""
+        plain = PageOrder.plain(self.block_size, self.head_size)
+        return torch.equal(self.key_offsets, plain.key_offsets) and torch.equal(
+            self.value_offsets, plain.value_offsets
+        )
+
+    @functools.cached_property
     def key_strides(self) -> tuple[int, int, int] | None:
         """First offset and steps per token and per element of the keys; None if not regular."""
         return _strides(self.key_offsets)
