@@ -120,6 +120,16 @@ class Compactor:
         self._chooser = Chooser(config, shape, pool.device, backends.select)
         self.memory = ScoreMemory(config, shape, pool.element_size(), self.scoring.plan)
 
+    @property
+    def ops_name(self) -> str:
+        """What computes, for people: the backends, and what compiled ops leave to torch."""
+        score, select = self._backends.score, self._backends.select
+        if score == "native":
+            name = f"native ({ops.instruction_set()})"
+            rest = "" if self.scoring.is_fused else f", scores of {self.config.method!r} by torch"
+            return name + rest
+        return score if select == score else f"{score}, {select} selection"
+
     def use_parameters(self, layers: Sequence[LayerParameters]) -> None:
         """Score with these from now on.
 

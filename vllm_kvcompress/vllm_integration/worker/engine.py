@@ -157,7 +157,7 @@ class WorkerEngine:
     @property
     def ops_name(self) -> str:
         """What computes, for people."""
-        raise NotImplementedError
+        return self.compactor.ops_name
 
     @contextmanager
     def scheduled_step(self, one_shot_ids: Container[str] = ()) -> Iterator[None]:

@@ -100,12 +100,8 @@ class CPUEngine(WorkerEngine):
 
     @property
     def ops_name(self) -> str:
-        """What computes, for people: the backend, and which part of the work it leaves to torch."""
-        name = self.backends.score
-        if name == "native":
-            name = f"native ({ops.instruction_set()})"
-            if not self.compactor.scoring.is_fused:
-                name += f", scores of {self.config.method!r} by torch"
+        """What computes, for people."""
+        name = super().ops_name
         return name if self._why_torch is None else f"{name} ({self._why_torch})"
 
     def prepare(self, common: Any) -> HostStep:

@@ -140,12 +140,6 @@ class CUDAEngine(WorkerEngine):
         self._buffers = StepBuffers(self.shape, self._max_num_reqs, dtype, device)
         return self._buffers.page_offsets
 
-    @property
-    def ops_name(self) -> str:
-        """What computes, for people."""
-        score, select = self.backends.score, self.backends.select
-        return score if select == score else f"{score}, {select} selection"
-
     def _zeros(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, device=self.pool.device)
 
