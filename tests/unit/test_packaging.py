@@ -14,6 +14,7 @@ import build_cpu
 import build_cuda
 import pytest
 import torch
+import yaml
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.ops import native
@@ -168,3 +169,10 @@ def test_an_instruction_set_that_is_not_there_is_refused():
         [sys.executable, "-P", "-c", script], env=environment, capture_output=True, text=True
     )
     assert "$VLLM_KVCOMPRESS_CPU_ISA: no ops for instruction set 'sse9'" in result.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda p: p.name)
+def test_issue_forms_can_be_read(path):
+    form = yaml.safe_load(path.read_text())
+    assert form["name"] and form["description"]
+    assert all(field["attributes"]["label"] for field in form["body"])
