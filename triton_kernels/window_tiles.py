@@ -16,7 +16,15 @@ from .paging import LOG2E, UNALIGNED, dot, prompt_entries, squash
 
 # Parameters of one layer among many start wherever that layer's lie.
 # Some stand in for a part that is left out.
-UNALIGNED_PARAMETERS = (*UNALIGNED, "lse_ptr", "scale_ptr", "sinks_ptr", "soft_cap_ptr", "sums_ptr")
+UNALIGNED_PARAMETERS = (
+    *UNALIGNED,
+    "key_scale_ptr",
+    "lse_ptr",
+    "scale_ptr",
+    "sinks_ptr",
+    "soft_cap_ptr",
+    "sums_ptr",
+)
 # Sizes that depend on how many layers are scored at once, or on which is the first.
 UNSPECIALIZED = ["first_stream", "lse_stride_layer", "lse_stride_request", "table_stride"]
 # Keys that a program looks at together.

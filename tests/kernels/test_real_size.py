@@ -123,12 +123,17 @@ def changed_decode(change: Callable) -> Callable:
     """A decode op that is given other rows: fields of a dict are changed by `change`."""
     right = ops.ragged_decode
 
-    def op(query, pool, rows, offsets, table, starts, **options):
-        given = {"rows": rows.clone(), "offsets": offsets.clone(), "table": table.clone()}
-        given |= {"layer": options.pop("layer"), "scale": options.pop("scale")}
+    def op(query, pool, rows, layer, logits, **options):
+        given = {
+            "rows": rows.descriptors.clone(),
+            "offsets": rows.page_offsets.clone(),
+            "table": rows.block_table.clone(),
+            "layer": layer,
+            "scale": logits.scale,
+        }
         change(given)
-        tensors = (given.pop(name) for name in ("rows", "offsets", "table"))
-        return right(query, pool, *tensors, starts, **given, **options)
+        rows = ops.Rows(given["rows"], given["table"], given["offsets"], rows.query_start_loc)
+        return right(query, pool, rows, given["layer"], ops.Logits(given["scale"]), **options)
 
     return op
 

@@ -56,36 +56,13 @@ def join_scores(
         ValueError: on shapes, types or options that do not fit.
         RuntimeError: if the backend cannot run here.
     """
-    check(
-        scores.dim() == 4 and scores.dtype == torch.float32 and scores.stride(3) == 1,
-        f"want scores [R, H, G, N] float32, got {tuple(scores.shape)} {scores.dtype}",
-    )
-    num_requests, num_streams, _, max_rated = scores.shape
-    num_kv_heads = num_streams if num_kv_heads is None else num_kv_heads
-    check(
-        num_kv_heads > 0
-        and num_streams % num_kv_heads == 0
-        and (num_streams == num_kv_heads or backend != "native"),
-        f"{num_streams} streams are not whole layers of {num_kv_heads} heads (one, for 'native')",
-    )
-    check_lengths(prompts, num_requests)
+    _check_scores(scores, effect, num_kv_heads, backend)
+    num_kv_heads = scores.shape[1] if num_kv_heads is None else num_kv_heads
+    check_lengths(prompts, scores.shape[0])
     plan.check_join()
-    check(page_reduce in (None, *PAGE_REDUCTIONS), f"unknown page reduction {page_reduce!r}")
-    check(
-        page_size in BLOCK_SIZES or (backend == "native" and page_size > 0),
-        f"pages of {page_size} tokens are not supported",
-    )
+    _check_pages(prompts, scores.shape[3], page_reduce, page_size, backend)
+    num_requests, num_streams, _, _ = scores.shape
     max_candidates = prompts.max_candidates
-    check(
-        0 <= max_candidates <= max_rated
-        and (page_reduce is None or max_candidates % page_size == 0),
-        f"{max_candidates} candidates do not fit {max_rated} scores and pages of {page_size}",
-    )
-    check(
-        effect is None
-        or (effect.shape == (num_requests, num_streams, max_rated) and effect.stride(2) == 1),
-        f"want effect [{num_requests}, {num_streams}, {max_rated}]",
-    )
     width = max_candidates if page_reduce is None else max_candidates // page_size
     size = (num_requests, num_streams, width)
     check(
@@ -113,6 +90,44 @@ def join_scores(
         part_sums=part_sums,
     )
     return out
+
+
+def _check_scores(
+    scores: torch.Tensor, effect: torch.Tensor | None, num_kv_heads: int | None, backend: str
+) -> None:
+    check(
+        scores.dim() == 4 and scores.dtype == torch.float32 and scores.stride(3) == 1,
+        f"want scores [R, H, G, N] float32, got {tuple(scores.shape)} {scores.dtype}",
+    )
+    num_requests, num_streams, _, max_rated = scores.shape
+    num_kv_heads = num_streams if num_kv_heads is None else num_kv_heads
+    check(
+        num_kv_heads > 0
+        and num_streams % num_kv_heads == 0
+        and (num_streams == num_kv_heads or backend != "native"),
+        f"{num_streams} streams are not whole layers of {num_kv_heads} heads (one, for 'native')",
+    )
+    check(
+        effect is None
+        or (effect.shape == (num_requests, num_streams, max_rated) and effect.stride(2) == 1),
+        f"want effect [{num_requests}, {num_streams}, {max_rated}]",
+    )
+
+
+def _check_pages(
+    prompts: Prompts, max_rated: int, page_reduce: str | None, page_size: int, backend: str
+) -> None:
+    check(page_reduce in (None, *PAGE_REDUCTIONS), f"unknown page reduction {page_reduce!r}")
+    check(
+        page_size in BLOCK_SIZES or (backend == "native" and page_size > 0),
+        f"pages of {page_size} tokens are not supported",
+    )
+    max_candidates = prompts.max_candidates
+    check(
+        0 <= max_candidates <= max_rated
+        and (page_reduce is None or max_candidates % page_size == 0),
+        f"{max_candidates} candidates do not fit {max_rated} scores and pages of {page_size}",
+    )
 
 
 def _by_native(

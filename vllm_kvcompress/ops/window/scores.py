@@ -81,18 +81,11 @@ def window_scores(
         "want lse with whole rows [w, heads]",
     )
     _check_logits(logits, num_scored, num_heads, backend)
-    num_streams = num_scored * pool.num_kv_heads
+    size = (num_requests, num_scored * pool.num_kv_heads)
+    is_told = backend != "native" and plan.reduce == "defensive"
     check(
-        part_sums is None
-        or (
-            backend != "native"
-            and plan.reduce == "defensive"
-            and part_sums.dim() == 3
-            and part_sums.shape[:2] == (num_requests, num_streams)
-            and part_sums.dtype == torch.float32
-            and part_sums.is_contiguous()
-        ),
-        f"want part_sums [{num_requests}, {num_streams}, parts] float32 of 'defensive'",
+        part_sums is None or (is_told and _is_part_sums(part_sums, size)),
+        f"want part_sums [{size[0]}, {size[1]}, parts] float32 of 'defensive'",
     )
     check_scales(pool.key_scale, pool.num_streams)
     score = choose(_SCORE, backend)
@@ -102,6 +95,16 @@ def window_scores(
 def num_score_parts(max_rated: int, mean_kernel: int) -> int:
     """Parts that `window_scores` sums a stream's scores by, where kernels of a GPU do it."""
     return triton_kernels().num_score_parts(max_rated, mean_kernel)
+
+
+def _is_part_sums(part_sums: torch.Tensor, size: tuple[int, int]) -> bool:
+    """Whether these are sums of so many requests' streams."""
+    return (
+        part_sums.dim() == 3
+        and part_sums.shape[:2] == size
+        and part_sums.dtype == torch.float32
+        and part_sums.is_contiguous()
+    )
 
 
 def _check_logits(logits: Logits, num_scored: int, num_heads: int, backend: str) -> None:
