@@ -12,15 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcompress.policies.method_options import SETTINGS, option_specs, pair_problem
+from vllm_kvcompress.policies.builtin import budgets_class
+from vllm_kvcompress.policies.common_options import SETTINGS
+from vllm_kvcompress.policies.method_options import option_specs, pair_problem
 from vllm_kvcompress.policies.options import OptionSpec, options_of
 from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe
-from vllm_kvcompress.policies.registry import (
-    BrokenScorerError,
-    budgets_class,
-    find_recipe,
-    method_names,
-)
+from vllm_kvcompress.policies.registry import BrokenScorerError, find_recipe, method_names
 
 DEFAULT_METHOD = "span"
 DEFAULT_BUDGET = 2048

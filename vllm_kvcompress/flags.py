@@ -20,7 +20,7 @@ from vllm_kvcompress.config import (
     nearest,
     parse_options_json,
 )
-from vllm_kvcompress.policies.method_options import SETTINGS
+from vllm_kvcompress.policies.common_options import SETTINGS
 from vllm_kvcompress.policies.recipes import RECIPES
 from vllm_kvcompress.policies.registry import method_names, outside_packages
 

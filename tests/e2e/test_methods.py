@@ -17,7 +17,7 @@ from paper_forms import paper_options
 
 from vllm_kvcompress import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import RECIPES, scorer_class
-from vllm_kvcompress.policies.registry import budgets_class
+from vllm_kvcompress.policies.builtin import budgets_class
 
 BUDGET = 320
 NUM_LAYERS, NUM_HEADS, GROUP, HEAD_SIZE = 30, 3, 3, 64

@@ -14,9 +14,9 @@ from vllm_kvcompress.policies.budgets.joint import Joint
 from vllm_kvcompress.policies.budgets.pyramid import Pyramid
 from vllm_kvcompress.policies.budgets.static import Static
 from vllm_kvcompress.policies.budgets.uniform import Uniform
+from vllm_kvcompress.policies.builtin import budgets_class
 from vllm_kvcompress.policies.options import make_part
 from vllm_kvcompress.policies.recipes import BUDGETS
-from vllm_kvcompress.policies.registry import budgets_class
 
 
 def layer_pages(budgets, mean_pages, num_layers, max_pages):

@@ -17,9 +17,9 @@ from vllm_kvcompress.cli import main, planning
 from vllm_kvcompress.cli.methods import NEEDS
 from vllm_kvcompress.config import DEFAULT_METHOD
 from vllm_kvcompress.policies import base, scorer_class
+from vllm_kvcompress.policies.builtin import budgets_class
 from vllm_kvcompress.policies.method_options import option_specs, pair_problem
 from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES
-from vllm_kvcompress.policies.registry import budgets_class
 
 
 @pytest.fixture(autouse=True)

@@ -282,7 +282,7 @@ def test_the_guide_has_every_attribute_and_need():
 
 HELP = """
 import argparse, sys
-from vllm_kvcompress.vllm_integration.cli import add_flags
+from vllm_kvcompress.flags import add_flags
 text = " ".join(add_flags(argparse.ArgumentParser(prog="serve")).format_help().split())
 assert "value-norm: from own-scorer 0.1, see `vllm-kvcompress methods value-norm`." in text, text
 assert "own%: from own-percent 1.0, " in text, text

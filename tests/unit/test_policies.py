@@ -13,16 +13,11 @@ from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies import RECIPES, make_scorer, scorer_class, scorers
 from vllm_kvcompress.policies import budgets as budgets_package
 from vllm_kvcompress.policies.base import NEEDS, LayerScores, Scorer
-from vllm_kvcompress.policies.method_options import (
-    CommonOptions,
-    PublishedOption,
-    RecentOption,
-    option_specs,
-    pair_problem,
-)
+from vllm_kvcompress.policies.builtin import budgets_class
+from vllm_kvcompress.policies.common_options import CommonOptions, PublishedOption, RecentOption
+from vllm_kvcompress.policies.method_options import option_specs, pair_problem
 from vllm_kvcompress.policies.options import make_part, options_of
 from vllm_kvcompress.policies.recipes import BUDGETS, SCOPES, SCORERS
-from vllm_kvcompress.policies.registry import budgets_class
 from vllm_kvcompress.policies.scorer_checks import scorer_problem
 
 NUM_CANDIDATES = 48

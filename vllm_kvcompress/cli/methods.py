@@ -9,12 +9,12 @@ import textwrap
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.policies.builtin import budgets_class
 from vllm_kvcompress.policies.method_options import option_specs, pair_problem
 from vllm_kvcompress.policies.options import OptionSpec, options_of
 from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, Recipe
 from vllm_kvcompress.policies.registry import (
     BrokenScorerError,
-    budgets_class,
     clashes,
     find_recipe,
     outside_packages,

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from vllm_kvcompress.cli.planning import PagePlan, Plan, RequestPlan
 from vllm_kvcompress.cli.sizes import format_size
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.policies.registry import budgets_class
+from vllm_kvcompress.policies.builtin import budgets_class
 
 _WIDTH = 100
 _NO_BREAK = "\N{NO-BREAK SPACE}"

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vllm_kvcompress.policies.builtin import budgets_class, load_class
 from vllm_kvcompress.policies.options import make_part
-from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES, SCORERS, Recipe
+from vllm_kvcompress.policies.recipes import RECIPES, SCORERS, Recipe
 
 if TYPE_CHECKING:
     from vllm_kvcompress.config import KVCompressConfig
@@ -111,21 +111,10 @@ def scorer_class(name: str) -> type[Scorer]:
         BrokenScorerError: if another package brings it, and it cannot be used.
     """
     if name in SCORERS:
-        return _load("scorers", SCORERS[name])
+        return load_class("scorers", SCORERS[name])
     if name in RECIPES:
         raise KeyError(name)
     return _outside_scorer(name)
-
-
-def budgets_class(name: str) -> type[Budgets]:
-    """The class of budgets, by a key of `recipes.BUDGETS`; KeyError if there are none such."""
-    return _load("budgets", BUDGETS[name])
-
-
-@functools.cache
-def _load(folder: str, place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(import_module(f"vllm_kvcompress.policies.{folder}.{module}"), name)
 
 
 @functools.cache

@@ -6,7 +6,8 @@ import inspect
 from typing import Any
 
 from vllm_kvcompress.policies.base import NEEDS, Scorer
-from vllm_kvcompress.policies.method_options import (
+from vllm_kvcompress.policies.builtin import budgets_class
+from vllm_kvcompress.policies.common_options import (
     GRANULARITIES,
     SETTINGS,
     CommonOptions,
@@ -16,7 +17,6 @@ from vllm_kvcompress.policies.method_options import (
 )
 from vllm_kvcompress.policies.options import options_of
 from vllm_kvcompress.policies.recipes import BUDGETS, SCOPES
-from vllm_kvcompress.policies.registry import budgets_class
 from vllm_kvcompress.policies.scorer_trial import trial_problem
 
 

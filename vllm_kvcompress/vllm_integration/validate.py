@@ -25,7 +25,7 @@ from vllm_kvcompress.model_layers import (
     read_layers,
 )
 from vllm_kvcompress.policies import make_budgets, scorer_class
-from vllm_kvcompress.policies.method_options import SETTINGS
+from vllm_kvcompress.policies.common_options import SETTINGS
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 
 CPU_WORKER = "vllm_kvcompress.vllm_integration.platforms.cpu.worker.KVCompressCPUWorker"
