@@ -30,7 +30,7 @@ class Row:
 class PlainPlan:
     """As `StepPlan`, in lists; a chunk is a tuple of its attributes, its request being an id."""
 
-    numbers: list[tuple[int, int, int, int]] = field(default_factory=list)
+    numbers: list[tuple[int, ...]] = field(default_factory=list)
     is_compacted: list[bool] = field(default_factory=list)
     num_single: int = 0
     has_regions: bool = False
@@ -82,11 +82,11 @@ class PlainRequests:
             plan.num_single += 1
         start = 0
         for number, row in enumerate(rows):
-            plan.numbers.append((0, 0, 0, 0))
+            plan.numbers.append((0,) * 5)
             plan.is_compacted.append(False)
             self._plan_row(plan, number, row, start, window, collect_all, shows_single)
             start += row.count
-        plan.numbers += [(0, 0, 0, 0)] * num_padded
+        plan.numbers += [(0,) * 5] * num_padded
         plan.is_compacted += [False] * num_padded
         plan.runs = self._runs(plan, counts)
         return plan
@@ -120,6 +120,7 @@ class PlainRequests:
             first_kept = geometry.first_kept_block if before >= compact_len else 0
             plan.numbers[number] = (
                 geometry.num_region_blocks,
+                geometry.boundary_block,
                 geometry.boundary_block,
                 first_kept,
                 slot,

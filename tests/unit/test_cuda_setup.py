@@ -315,10 +315,16 @@ def test_a_step_of_every_kind_of_row():
     found = plan(requests, rows, num_padded=1)
     assert found.num_single == 2
     assert found.has_regions
-    assert found.numbers[:, 0].tolist() == found.numbers[:, 3].tolist() == [0, 0, 0, 0]
-    assert found.numbers[:, 1].tolist() == [2, 6, 5, requests.get_or_create("decoding", 104).slot]
-    assert found.numbers[:, 4].tolist() == [2, 6, 0, EMPTY_SLOT]
-    assert found.numbers[:, 5].tolist() == [0, 0, 0, 0]
+    assert found.numbers[:, 0].tolist() == found.numbers[:, 3].tolist() == [0] * 5
+    assert found.numbers[:, 1].tolist() == [
+        2,
+        6,
+        6,
+        5,
+        requests.get_or_create("decoding", 104).slot,
+    ]
+    assert found.numbers[:, 4].tolist() == [2, 6, 6, 0, EMPTY_SLOT]
+    assert found.numbers[:, 5].tolist() == [0] * 5
     assert [(row.row, row.token_start, row.query_len) for row in found.extended] == [(2, 2, 12)]
     assert [(row, seq_len) for row, seq_len, _ in found.cut] == [(4, 104)]
     (chunk,) = found.chunks

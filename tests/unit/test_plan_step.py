@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from plan_reference import PlainPlan, PlainRequests, Row
 
-from vllm_kvcompress.compaction.requests import EMPTY_SLOT, Requests
+from vllm_kvcompress.compaction.requests import EMPTY_SLOT, SLOT, Requests
 from vllm_kvcompress.compaction.step_plan import StepPlan, plan_step, prompt_runs
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
@@ -196,14 +196,14 @@ def test_a_name_with_another_prompt_is_another_request():
     requests = Requests(Geometry(config_of(), 16), NUM_LAYERS, 2)
     (chunk,) = plan_rows(requests, [Row("a", 160, 0, 160)]).chunks
     slot = requests.take_slot(chunk.request)
-    assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[3, 0] == slot
+    assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[SLOT, 0] == slot
     # The same length, though nobody has told that the first has left: it is taken for it.
     with pytest.raises(RuntimeError, match="at 161 of 161 tokens but was never compacted here"):
         plan_rows(requests, [Row("a", 161, 161, 1)])
     # Its slot has been given back.
     assert requests.take_slot(requests.get_or_create("b", 160)) == slot
     plan = plan_rows(requests, [Row("a", 20, 20, 1)])
-    assert plan.numbers[:, 0].tolist() == [0, 0, 0, EMPTY_SLOT]
+    assert plan.numbers[:, 0].tolist() == [0, 0, 0, 0, EMPTY_SLOT]
     assert not plan.has_regions
     requests.forget("a")
     requests.forget("b")
@@ -216,7 +216,7 @@ def test_more_requests_may_be_known_than_run_at_once():
     requests.take_slot(requests.get_or_create("a", 160))
     for i in range(9):
         plan_rows(requests, [Row(f"waits {i}", 97, 0, 20)])
-    assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[:, 0].tolist() == [2, 10, 9, 1]
+    assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[:, 0].tolist() == [2, 10, 10, 9, 1]
     assert len(requests) == 10
 
 

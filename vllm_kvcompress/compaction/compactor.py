@@ -23,22 +23,10 @@ from vllm_kvcompress.compaction.staging import Staging
 from vllm_kvcompress.compaction.windows import LayerWindows, Window
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry
+from vllm_kvcompress.memory.row_layout import RowLayout
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.policies.base import LayerScores
-
-
-def _descriptor(geometry: RequestGeometry, is_staged: bool) -> ops.RowDescriptor:
-    """Of a prompt at its compaction point; staged ones have no region beside them."""
-    if is_staged:
-        return ops.RowDescriptor(geometry.compact_len)
-    return ops.RowDescriptor(
-        geometry.compact_len,
-        geometry.num_region_blocks,
-        geometry.boundary_block,
-        geometry.boundary_block,
-        geometry.first_kept_block,
-    )
 
 
 @dataclass
@@ -165,7 +153,10 @@ class Compactor:
         """
         geometries = [prompt.geometry for prompt in prompts]
         num_prompts = len(prompts)
-        rows = np.array([_descriptor(g, is_one_shot) for g in geometries], np.int32)
+        # One-shot prompts have no region beside them.
+        layouts = [RowLayout() if is_one_shot else g.layout for g in geometries]
+        described = zip(layouts, geometries, strict=True)
+        rows = np.array([layout.descriptor(g.compact_len) for layout, g in described], np.int32)
         numbers = np.zeros((3, num_prompts), np.int32)
         for i, g in enumerate(geometries):
             numbers[0, i] = g.num_candidate_tokens

@@ -15,9 +15,10 @@ from vllm_kvcompress.memory import Geometry, RequestGeometry
 # Row of the page offsets that stands for "nothing kept yet".
 EMPTY_SLOT = 0
 
-# What is kept of every request. The first four are a row's numbers in a `StepPlan`.
-REGION_BLOCKS, BOUNDARY_BLOCK, FIRST_KEPT_BLOCK, SLOT = range(4)
-COMPACT_LEN, REGION_FROM, PROMPT_LEN, _NUM_FIELDS = range(4, 8)
+# What is kept of every request. The first five are a row's numbers in a `StepPlan`; the first four
+# are those of a `RowDescriptor`, in its order, without the length.
+REGION_BLOCKS, REGION_COLUMN, BOUNDARY_BLOCK, FIRST_KEPT_BLOCK, SLOT = range(5)
+COMPACT_LEN, REGION_FROM, PROMPT_LEN, _NUM_FIELDS = range(5, 9)
 # Tokens from which on a request that stays whole has a region.
 _NEVER = np.iinfo(np.int32).max
 
@@ -111,9 +112,7 @@ class Requests:
             self._requests[place] = CompressedRequest(prompt, place)
             region_from = geometry.region_from_tokens
         self._fields[:, place] = (
-            geometry.num_region_blocks,
-            geometry.boundary_block,
-            geometry.first_kept_block,
+            *geometry.layout.descriptor(0)[1:],
             EMPTY_SLOT,
             geometry.compact_len,
             region_from,

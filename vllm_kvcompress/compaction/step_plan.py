@@ -71,8 +71,8 @@ class StepPlan:
 
     Attributes:
         request_ids: of the rows; a CUDA graph's padding has none.
-        numbers: [4, R] int32: per row the region's blocks, the boundary block, the first kept
-            block and the row of the page offsets; all 0 for a row without a region.
+        numbers: [5, R] int32: per row its `RowDescriptor` without the length, and the row of the
+            page offsets; all 0 for a row without a region.
         query_lens: [R] tokens of each row in this step.
         is_compacted: [R] whether a row's prompt has been compacted before this step.
         num_single: rows at the front that have one token each.
@@ -132,7 +132,7 @@ def plan_step(
     num_single = int(longer[0]) if len(longer) else num_rows
     plan = StepPlan(
         request_ids,
-        np.zeros((4, num_rows), np.int32),
+        np.zeros((5, num_rows), np.int32),
         query_lens,
         np.zeros(num_rows, bool),
         num_single,
@@ -148,7 +148,7 @@ def plan_step(
     plan.has_regions = bool(has_region.any())
     np.logical_and(is_compressed, is_past, out=plan.is_compacted[:num_named])
     numbers = plan.numbers[:, :num_named]
-    np.multiply(fields[:4], has_region, out=numbers)
+    np.multiply(fields[:5], has_region, out=numbers)
     numbers[FIRST_KEPT_BLOCK] *= is_past
     # All others decode, or wait for the rest of a prompt that stays whole.
     is_special = np.where(

@@ -18,6 +18,7 @@ import functools
 from dataclasses import dataclass
 
 from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory.row_layout import CompactionPoint, RowLayout
 
 # vLLM's block that stands for "none" in a row.
 NULL_BLOCK = 0
@@ -94,10 +95,17 @@ class RequestGeometry:
         # tail block is, and at the latest in the step that ends at the compaction point.
         return min(self.compact_len, self.boundary_block * self.block_size + 1)
 
+    @property
+    def layout(self) -> RowLayout:
+        """Columns of its row once it has its region."""
+        if not self.is_compressed:
+            return RowLayout()
+        point = CompactionPoint(self.boundary_block, self.num_region_blocks, self.first_kept_block)
+        return RowLayout((point,))
+
     def row_index(self, position: int) -> int:
         """Index into the block-table row of the block that holds token `position`."""
-        block = position // self.block_size
-        return block + self.num_region_blocks if block >= self.boundary_block else block
+        return self.layout.column_of(position // self.block_size)
 
 
 class Geometry:

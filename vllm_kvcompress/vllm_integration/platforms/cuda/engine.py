@@ -11,12 +11,6 @@ import torch
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import PromptCompaction
-from vllm_kvcompress.compaction.requests import (
-    BOUNDARY_BLOCK,
-    FIRST_KEPT_BLOCK,
-    REGION_BLOCKS,
-    SLOT,
-)
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.step_plan import ExtendedRow, prompt_runs
 from vllm_kvcompress.compaction.windows import Window
@@ -36,10 +30,6 @@ from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 # Kernels are the same for any length.
 _WARM_UP_TOKENS = 1024
-
-# From a plan's numbers to a row descriptor's without its length, and the row of the page offsets.
-# The region of a first compaction begins at its boundary.
-_ROW_NUMBERS = [REGION_BLOCKS, BOUNDARY_BLOCK, BOUNDARY_BLOCK, FIRST_KEPT_BLOCK, SLOT]
 
 
 @dataclass(frozen=True)
@@ -170,7 +160,7 @@ class CUDAEngine(WorkerEngine):
         num_rows = common.num_reqs
         rows = self._buffers.rows[:num_rows]
         page_offsets = self._buffers.row_offsets[:num_rows]
-        numbers = to_device(plan.numbers[_ROW_NUMBERS], self.pool.device)
+        numbers = to_device(plan.numbers, self.pool.device)
         rows[:, 0] = common.seq_lens[:num_rows]
         rows[:, 1:] = numbers[:-1].t()
         torch.index_select(self.page_offsets, 0, numbers[-1], out=page_offsets)
@@ -212,7 +202,7 @@ class CUDAEngine(WorkerEngine):
             np.arange(1, cdiv(row.query_len, MAX_QUERY_LEN) + 1) * MAX_QUERY_LEN, row.query_len
         )
         num_pieces = len(ends)
-        *region, slot = numbers[_ROW_NUMBERS, row.row].tolist()
+        *region, slot = numbers[:, row.row].tolist()
         region = np.broadcast_to(region, (num_pieces, len(region)))
         rows = np.column_stack([row.seq_len - row.query_len + ends, region])
         packed = np.concatenate([rows.reshape(-1), [0], ends]).astype(np.int32)
