@@ -17,7 +17,7 @@ from vllm_kvcompress.vllm_integration.worker.worker import CompressionWorker, ro
 class CUDAPathWorker(CompressionWorker, CPUWorker):
     """As KVCompressCUDAWorker, without a GPU."""
 
-    _is_staged = True
+    _is_buffer_counted = True
 
     def init_device(self) -> None:
         register_backend(AttentionBackendEnum.CUSTOM, _BACKEND_PATH)
@@ -38,12 +38,6 @@ class CUDAPathWorker(CompressionWorker, CPUWorker):
             one_shot_tokens=self._step_tokens(),
             backend=os.environ.get("KVC_TEST_OPS", "reference"),
         )
-
-    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._engine is None:
-            return super().execute_model(scheduler_output, *args, **kwargs)
-        with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
-            return super().execute_model(scheduler_output, *args, **kwargs)
 
     def shutdown(self) -> None:
         selector._cached_get_attn_backend.cache_clear()
