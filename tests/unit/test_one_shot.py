@@ -17,12 +17,13 @@ from compaction_prompts import (
     on_backend,
     score,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress import ops
+from vllm_kvcompress.compaction.staging import Staging, flat_places
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import cdiv
+from vllm_kvcompress.memory import CacheShape, Geometry, cdiv
 from vllm_kvcompress.memory.one_shot import (
     buffer_pages,
     counted_buffer_pages,
@@ -30,8 +31,8 @@ from vllm_kvcompress.memory.one_shot import (
     most_held_pages,
 )
 from vllm_kvcompress.policies import RECIPES, make_budgets
-from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.selection import entries_per_page, entry_scores, select
+from vllm_kvcompress.policies.budgets.base import PageSupply
+from vllm_kvcompress.policies.selection import entries_per_page
 
 BUDGETS = {
     "uniform": {},
@@ -139,34 +140,78 @@ def test_a_buffer_made_for_a_step_is_smaller_than_its_prompts():
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
-def test_no_head_ends_up_with_more_than_its_bound(data):
-    granularity = data.draw(st.sampled_from(["page", "token"]))
-    num_layers, num_heads = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
-    block_size, num_pages = 4, data.draw(st.integers(2, 6))
-    mean_pages = data.draw(st.integers(1, num_pages - 1))
+@settings(max_examples=100, deadline=None)
+def test_nothing_that_wins_is_dropped(data):
+    """With the smallest buffer, whatever the scores: few values, so that many are equal."""
+    num_layers, num_heads = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3))
+    granularity, block_size = data.draw(st.sampled_from(["page", "token"])), 4
+    shape = CacheShape(num_layers, num_heads, 1, 2, block_size)
     floor = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
-    config = config_of(
-        {"method": "snapkv", "budgets": "joint", "floor": floor}, granularity, budget=1000
-    )
-    # Few values, so that many are equal.
-    values = st.lists(
-        st.integers(0, 3), min_size=num_pages * block_size, max_size=num_pages * block_size
-    )
-    scores = [
-        LayerScores(
-            torch.tensor([data.draw(values) for _ in range(num_heads)], dtype=torch.float32)
-        )
-        for _ in range(num_layers)
-    ]
-    selection = select(scores, config, mean_pages, block_size)
+    raw = {"method": "snapkv", "budgets": "joint", "floor": floor}
+    num_pages = data.draw(st.integers(3, 6))
+    config = config_of(raw, granularity, budget=8 + block_size * data.draw(st.integers(1, 2)))
+    geometry = Geometry(config, block_size).of(num_pages * block_size + 5)
+    assume(geometry.is_compressed)
     per_page = entries_per_page(config, block_size)
-    for num_known in range(1, num_layers + 1):
-        known = torch.stack(
-            [entry_scores(layer, config, block_size).first for layer in scores[:num_known]]
-        )
-        bounds = make_budgets(config).most_entries(known, num_layers, mean_pages, per_page)
-        assert (bounds >= selection.num_pages[:num_known] * per_page).all()
+    num_entries = geometry.first_kept_block * per_page
+    values = st.lists(st.integers(0, 3), min_size=num_entries, max_size=num_entries)
+    num_streams = shape.pages_per_block
+    scores = torch.tensor([data.draw(values) for _ in range(num_streams)]).float()[None]
+    mean = geometry.num_region_blocks
+    plan = make_budgets(config).plan(
+        PageSupply(num_layers, num_heads, mean, geometry.first_kept_block, per_page)
+    )
+    held = most_held_pages(config, shape, mean)
+    area = cdiv(geometry.compact_len, block_size) * num_heads
+    buffer = torch.zeros(area + 2 * held, block_size, 4)
+    pool = torch.zeros((mean + 20) * num_streams, block_size, 4)
+    table = torch.arange(geometry.num_row_blocks(geometry.compact_len)).int()[None]
+    staging = Staging(
+        config,
+        shape,
+        buffer,
+        pool,
+        None,
+        [geometry],
+        table,
+        [int(plan.guaranteed)],
+        "torch",
+        "torch",
+    )
+    entries = torch.tensor([num_entries], dtype=torch.int32)
+    for layer in range(num_layers):
+        staging.begin_layer(layer, scores, None, entries)
+    counts = ops.joint_page_counts(
+        scores,
+        entries,
+        plan.total_pages[None].int(),
+        plan.guaranteed[None].int(),
+        per_page,
+        backend="torch",
+    )
+    offsets, indices = ops.select_entries(
+        scores, entries, counts, int(plan.total_pages), per_page, backend="torch"
+    )
+    places = flat_places(offsets, indices, num_entries, per_page)
+    assert (staging._where.gather(1, places) >= 0).all()
+
+
+def test_a_lost_entry_is_noticed(monkeypatch):
+    config = config_of({"method": "snapkv", "budgets": "joint"})
+    begin = Staging.begin_layer
+
+    def lose(self, layer, *scores):
+        area = begin(self, layer, *scores)
+        if layer:
+            self._where[:, :1] = -1
+        return area
+
+    monkeypatch.setattr(Staging, "begin_layer", lose)
+    prompt = make_prompt(config, 61)
+    # Its first page is the best of all.
+    prompt.key[0, 0, :4] = prompt.query[0, -1, 0] * 9
+    with pytest.raises(RuntimeError, match="an entry was dropped"):
+        compact_in_one_shot(config, prompt)
 
 
 def spoil(prompt, what):

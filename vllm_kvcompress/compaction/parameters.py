@@ -1,4 +1,4 @@
-"""What scoring must know of attention layers: of each, and of all as kernels want it."""
+"""What scoring must know of attention layers: of each, and of all as fused ops want it."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ class PromptCompaction:
     Attributes:
         geometry: where its pages go.
         window_query: [L, H, g, w, d] queries of the last w tokens, filled chunk by chunk; None
-            until the first chunk that reaches the window, and after compaction. Not used by
-            prompts whose last step has the whole window.
+            until the first chunk that reaches the window, and after compaction. Fused ops take
+            the queries of a step that has the whole window as they are.
         window_lse: [L, w, H * g] float32, what the prompt's attention told of these queries: the
             logarithm of each one's sum over its keys; None if it tells nothing.
         num_window_queries: [L] how many of them are there, per layer.

@@ -130,6 +130,8 @@ class Requests:
     def take_slot(self, request: CompressedRequest) -> int:
         """The request's row of the page offsets, from now on."""
         if request.slot == EMPTY_SLOT:
+            if not self._free_slots:
+                raise RuntimeError(f"more than {len(self)} requests are compacted at once")
             request.slot = self._free_slots.pop()
             self._fields[SLOT, request.place] = request.slot
         return request.slot

@@ -1,4 +1,4 @@
-"""Memory that scores take on a GPU, and how many prompts and layers are scored at once for it.
+"""Memory that scores take, and how many prompts and layers are scored at once for it.
 
 Three things lie beside the pool: scores of what is chosen from (pages or tokens), of all layers;
 scores of tokens and what they are made of, of the layers that are scored together; and the windows
@@ -29,7 +29,7 @@ class ScoreMemory:
         config: validated setting.
         shape: of the paged cache.
         element_bytes: of one element of a query, a key or a value.
-        plan: how fused kernels make the scores; None = torch makes them, which is not counted.
+        plan: how fused ops make the scores; None = torch makes them, which is not counted.
     """
 
     def __init__(

@@ -62,7 +62,7 @@ class Staging:
     Args:
         config: validated setting.
         shape: of the paged cache.
-        buffer: [pages, b, 2 d], on the pool's device, all of it finite; None = made here.
+        buffer: [pages, b, 2 d], on the pool's device, zeros at first; None = made here.
         pool: [num_pages, b, 2 d], written at the regions' pages only.
         order: element order of pages; None = plain.
         geometries: of the prompts.
@@ -211,7 +211,11 @@ class Staging:
         second: torch.Tensor | None,
         num_entries: torch.Tensor,
     ) -> None:
-        """Keep of the first layers what may still win; see `Budgets.most_entries`."""
+        """Keep of the first layers what may still win.
+
+        The other layers are still unknown. More competitors can only raise the score that it takes
+        to be kept, and rounding to whole pages adds less than one page.
+        """
         num_streams = num_known * self._shape.num_kv_heads
         device, per_page = first.device, self._per_page
         totals = [self._most_entries(i, num_known) for i in range(len(self._geometries))]
@@ -272,11 +276,17 @@ class Staging:
             page_offsets, indices: of `ops.select_entries`, over all streams where all layers
                 compete, else over the current layer's.
             first_pages: [R, 1] int64, the region's first page to be written.
+
+        Raises:
+            RuntimeError: on a CPU, if something chosen was dropped, which would be a defect here.
         """
         places = flat_places(page_offsets, indices, self._width, self._per_page)
         order = torch.arange(places.shape[1], device=places.device)
         order = (first_pages * self._per_page + order).clamp(max=self._targets.shape[1] - 1)
         source = self._where.gather(1, places)
+        # Elsewhere the host would wait for it.
+        if self._is_fresh and bool(((source < 0) & (places < self._where.shape[1] - 1)).any()):
+            raise RuntimeError("an entry was dropped that is among the kept")
         self._move(source, self._pool, self._targets.gather(1, order))
 
     def _move(self, source: torch.Tensor, pages: torch.Tensor, target: torch.Tensor) -> None:

@@ -130,65 +130,6 @@ class Budgets(ABC):
         pages = _compete(groups, plan.total_pages, page_size, plan.guaranteed, backend)
         return StreamBudgets(pages.view(num_layers, num_heads), guaranteed)
 
-    def share_layer(
-        self,
-        scores: torch.Tensor,
-        layer: int,
-        num_layers: int,
-        mean_pages: int,
-        page_size: int = 1,
-        backend: str = "torch",
-    ) -> torch.Tensor:
-        """One layer of `share`, where layers do not compete.
-
-        Args:
-            scores: [H, N] float32 of this layer.
-            layer: its 0-based index.
-            num_layers: L.
-            mean_pages, page_size, backend: as in `share`.
-
-        Returns:
-            [H] int64 pages.
-        """
-        plan = self._plan(scores, num_layers, mean_pages, page_size)
-        if plan.num_pages is not None:
-            return plan.num_pages[layer]
-        total, guaranteed = plan.total_pages[layer, None], plan.guaranteed[layer, None]
-        return _compete(scores[None], total, page_size, guaranteed, backend)[0]
-
-    def most_entries(
-        self,
-        scores: torch.Tensor,
-        num_layers: int,
-        mean_pages: int,
-        page_size: int = 1,
-        backend: str = "torch",
-    ) -> torch.Tensor:
-        """Most entries that heads of the first layers can end up with, where all layers compete.
-
-        The other layers are still unknown. More competitors can only raise the score that it takes
-        to be kept, and rounding to whole pages adds less than one page.
-
-        Args:
-            scores: [l, H, N] float32 of layers 0 .. l - 1.
-            num_layers: L >= l.
-            mean_pages, page_size, backend: as in `share`.
-
-        Returns:
-            [l, H] int64, at least `share(...).num_pages[:l] * page_size`, whatever the scores of
-            the other layers.
-        """
-        num_known, num_heads, num_entries = scores.shape
-        plan = self._plan(scores, num_layers, mean_pages, page_size)
-        guaranteed = int(plan.guaranteed)
-        total = int(plan.total_pages) * page_size
-        total -= (num_layers - num_known) * num_heads * guaranteed
-        flat = scores.flatten(0, 1)
-        counts = ops.joint_top_counts(flat, min(total, flat.numel()), guaranteed, backend)
-        if page_size > 1:
-            counts = ((counts // page_size + 1) * page_size).clamp(max=num_entries)
-        return counts.view(num_known, num_heads)
-
     def _plan(
         self, scores: torch.Tensor, num_layers: int, mean_pages: int, page_size: int
     ) -> BudgetPlan:

@@ -142,13 +142,13 @@ class WorkerEngine:
         # Nothing has refused the setting. The earlier one's buffer goes before there is another.
         self.compactor = compactor
         self.config = config
+        geometry = Geometry(config, self.shape.block_size)
+        self.requests = Requests(geometry, self.shape.num_layers, self._max_num_reqs)
         if self._one_shot_tokens is not None:
             num_pages = counted_buffer_pages(
                 config, self.shape, self._one_shot_tokens, self._max_num_reqs
             )
             compactor.use_buffer(self.pool.new_zeros(num_pages, *self.pool.shape[1:]))
-        geometry = Geometry(config, self.shape.block_size)
-        self.requests = Requests(geometry, self.shape.num_layers, self._max_num_reqs)
 
     def use_parameters(self, layers: list[LayerParameters]) -> None:
         """Score with other weights from now on; requests go on."""
@@ -260,7 +260,7 @@ class WorkerEngine:
         assert step.staged is not None
         return self.compactor.begin_layer(step.staged.batch, layer)
 
-    def current_layer(self, step: Step, layer: int) -> torch.Tensor:
+    def current_layer(self, step: Step) -> torch.Tensor:
         """What `begin_layer` has returned last, for a layer that reads it too."""
         assert step.staged is not None and step.staged.batch.staging is not None
         return step.staged.batch.staging.area().unflatten(0, (-1, self.shape.num_kv_heads))

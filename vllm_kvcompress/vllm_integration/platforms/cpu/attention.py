@@ -276,9 +276,10 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         layer_index = engine.layer_index[layer.layer_name]
         if metadata.one_shot is not None:
             tokens, one_shot = metadata.one_shot_tokens, metadata.one_shot
-            begin = engine.begin_layer if owns_cache else engine.current_layer
-            staged = begin(step, layer_index)
-            if owns_cache:
+            if not owns_cache:
+                staged = engine.current_layer(step)
+            else:
+                staged = engine.begin_layer(step, layer_index)
                 slots = one_shot.slot_mapping
                 self.do_kv_cache_update(layer, key[tokens], value[tokens], staged, slots)
             self._attend(layer, query, staged, one_shot, tokens, output)

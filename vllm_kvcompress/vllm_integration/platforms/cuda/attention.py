@@ -2,7 +2,7 @@
 
 Rows of several tokens that are not compressed (prompts) run the stock backend on their blocks.
 Rows of one token, compressed or not, run `ops.ragged_decode`, which finds every token of a row from
-four numbers and the row's page offsets. All that it reads lies at fixed addresses, so a captured
+five numbers and the row's page offsets. All that it reads lies at fixed addresses, so a captured
 graph of a decode step may be replayed whatever the rows have become.
 """
 
@@ -204,8 +204,10 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
             assert engine is not None
             layer_index = engine.layer_index[layer.layer_name]
             if step.staged is not None:
-                begin = engine.begin_layer if owns_cache else engine.current_layer
-                staged = begin(step, layer_index)
+                if owns_cache:
+                    staged = engine.begin_layer(step, layer_index)
+                else:
+                    staged = engine.current_layer(step)
         for run in metadata.runs:
             tokens, cache = run.tokens, kv_cache
             if run.is_one_shot:
