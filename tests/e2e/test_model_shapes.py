@@ -27,7 +27,7 @@ from tiny_models import (
     tiny_qwen3,
 )
 
-from vllm_kvcompress.compaction.compactor import Compactor
+from vllm_kvcompress import ops
 
 pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 RATIO, LOW_RATIO = 0.75, 0.6
@@ -225,24 +225,23 @@ def test_scores_are_of_the_models_own_attention(shape, engine, plain, device, mo
     if device != "cpu":
         pytest.skip("the CUDA side's selection stays on the device")
     selections = []
-    compact = Compactor.compact
+    select = ops.select_and_compact
 
-    def recording(*args):
-        selections.append(compact(*args))
+    def recording(*args, **options):
+        selections.append(select(*args, **options))
         return selections[-1]
 
-    monkeypatch.setattr(Compactor, "compact", recording)
+    monkeypatch.setattr(ops, "select_and_compact", recording)
     configure(engine, "snapkv", published=True, pool_kernel=1)
     prompt_tokens = PROMPTS[0]
     prompt_len = len(prompt_tokens)
     (output,) = generate(engine, [prompt_tokens])
     (record,) = records_of(engine, [output])
     num_candidates = (record["blocks_returned"] + record["blocks_not_taken"]) * BLOCK
-    (selection,) = selections
-    counts = (selection.num_pages.flatten() * BLOCK).tolist()
-    kept = [
-        list(selection.indices.split(counts)[2 * i : 2 * i + 2]) for i in range(len(counts) // 2)
-    ]
+    ((page_offsets, indices),) = selections
+    counts = (page_offsets[0].diff() * BLOCK).tolist()
+    parts = indices[0].long().split(counts)
+    kept = [list(parts[2 * i : 2 * i + 2]) for i in range(len(counts) // 2)]
     expected = plain.logprobs(prompt_tokens + output.tokens, prompt_len, kept, num_candidates)
     assert_like_plain(output, expected, prompt_len, device)
     assert len(plain.weights) == len(kept) == shape.num_layers

@@ -1,7 +1,7 @@
-"""vLLM's CPU attention with compressed rows: stock kernels on per-head pages.
+"""vLLM's CPU attention with compacted rows: stock kernels on per-head pages.
 
-Rows that are not compressed run the stock backend on the stock block table. So does a prompt
-computed in one shot, in a buffer instead of the pool. A compressed row
+Rows that are not compacted run the stock backend on the stock block table. So does a prompt
+computed in one shot, in a buffer instead of the pool. A compacted row
 becomes one sequence per KV head, each with its own page table and length, for the same kernel:
 the pool is one buffer [block, layer, head, token, K|V], so that a page of one head looks like
 a block of a model with a single KV head.
@@ -29,7 +29,7 @@ from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine, Hos
 
 
 class KVCompressCPUBackend(CPUAttentionBackend):
-    """The CPU backend on a block-outermost pool, with compressed rows."""
+    """The CPU backend on a block-outermost pool, with compacted rows."""
 
     # The store needs our slot mapping, which the metadata carries, so forward() does it.
     forward_includes_kv_cache_update = True
@@ -56,7 +56,7 @@ class KVCompressCPUBackend(CPUAttentionBackend):
 
 
 @dataclass
-class CompressedRows:
+class CompactedRows:
     """Decode rows over regions, as R * H single-KV-head sequences per layer.
 
     Attributes:
@@ -82,7 +82,7 @@ class RowsByHead:
     The kernel takes one sink per query head of a call, and KV heads have sinks of their own.
 
     Attributes:
-        page_tables: [L, R * H, width] int32 page ids, as in `CompressedRows`.
+        page_tables: [L, R * H, width] int32 page ids, as in `CompactedRows`.
         seq_lens: [L, H, R] int32 tokens of each stream.
         query_start_loc: [R + 1] int32.
         tokens: [t] int64 tokens of the rows, or None when they are all tokens.
@@ -107,7 +107,7 @@ class KVCompressCPUMetadata:
         one_shot: stock metadata of the one-shot rows in the step's buffer; None if there are
             none.
         one_shot_tokens: [t] int64 tokens of the one-shot rows.
-        compressed: the other rows; None if there are none.
+        compacted: the other rows; None if there are none.
         step: how rows were told apart; None before the cache is bound (profiling).
         engine: the worker's state, with `step`.
     """
@@ -117,7 +117,7 @@ class KVCompressCPUMetadata:
     dense_tokens: torch.Tensor | None = None
     one_shot: CPUAttentionMetadata | None = None
     one_shot_tokens: torch.Tensor | None = None
-    compressed: CompressedRows | RowsByHead | None = None
+    compacted: CompactedRows | RowsByHead | None = None
     step: HostStep | None = None
     engine: CPUEngine | None = field(default=None, repr=False)
 
@@ -146,7 +146,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         step = self.engine.prepare(common)
         metadata = KVCompressCPUMetadata(common.slot_mapping, None, step=step, engine=self.engine)
         if step.compacted_rows:
-            metadata.compressed = self._build_compressed(common, step)
+            metadata.compacted = self._build_compacted(common, step)
         if step.one_shot_rows:
             table, slots = self.engine.staged_places(step, 0, len(step.one_shot_rows))
             tokens, only = _only_rows(common, step.one_shot_rows, table, slots)
@@ -161,7 +161,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             metadata.dense = super().build(common_prefix_len, common, fast_build)
         return metadata
 
-    def _build_compressed(self, common: Any, step: HostStep) -> CompressedRows | RowsByHead:
+    def _build_compacted(self, common: Any, step: HostStep) -> CompactedRows | RowsByHead:
         engine = self.engine
         assert engine is not None
         shape = engine.shape
@@ -192,7 +192,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 scheduler.append(scheduler[-1])
                 continue
             scheduler.append(self._schedule(lens[layer], query_start_loc))
-        return CompressedRows(self._page_tables, lens, query_start_loc, query_index, scheduler)
+        return CompactedRows(self._page_tables, lens, query_start_loc, query_index, scheduler)
 
     def _build_by_head(
         self,
@@ -241,7 +241,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
 
 class KVCompressCPUImpl(CPUAttentionBackendImpl):
-    """Stores, attends dense rows the stock way and compressed rows per head, then compacts."""
+    """Stores, attends dense rows the stock way and compacted rows per head, then compacts."""
 
     def forward(
         self,
@@ -283,10 +283,10 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
                 slots = one_shot.slot_mapping
                 self.do_kv_cache_update(layer, key[tokens], value[tokens], staged, slots)
             self._attend(layer, query, staged, one_shot, tokens, output)
-        if isinstance(metadata.compressed, RowsByHead):
-            self._attend_by_head(layer, query, metadata.compressed, output, engine, layer_index)
-        elif metadata.compressed is not None:
-            self._attend_compressed(layer, query, metadata.compressed, output, engine, layer_index)
+        if isinstance(metadata.compacted, RowsByHead):
+            self._attend_by_head(layer, query, metadata.compacted, output, engine, layer_index)
+        elif metadata.compacted is not None:
+            self._attend_compacted(layer, query, metadata.compacted, output, engine, layer_index)
         if owns_cache:
             engine.after_attention(step, layer_index, query)
         return output
@@ -310,11 +310,11 @@ class KVCompressCPUImpl(CPUAttentionBackendImpl):
         super().forward(layer, query[tokens], unread, unread, cache, metadata, part)
         output[tokens] = part
 
-    def _attend_compressed(
+    def _attend_compacted(
         self,
         layer: Any,
         query: torch.Tensor,
-        rows: CompressedRows,
+        rows: CompactedRows,
         output: torch.Tensor,
         engine: CPUEngine,
         layer_index: int,
