@@ -209,7 +209,7 @@ dry_part1() {
   export KVC_RIG_ATTENTION=torch
   run real_size correctness 60 "$tools/check_real_size.py" --dry-run --out "$(result real_size)" --limit 20
   tests csrc_tests 60 tests/kernels/test_csrc_build.py -m "not slow"
-  tests triton_tests 60 tests/kernels/test_store.py -m "not slow"
+  tests triton_tests 60 tests/kernels/test_slots.py -m "not slow"
   run timings numbers 150 "$tools/as_if_gpu.py" benchmarks/timing/gpu_kernels.py --out "$(result timings)" \
     --shapes "Llama-3.1-70B TP8" --layers 1 --batches 1 --kept 16 --prompts 64 --peers
   run tuning numbers 150 "$tools/tune_decode.py" --dry-run --settings 2 --out "$(result tuning)"

@@ -417,12 +417,12 @@ def test_reloaded_weights_are_what_scores_are_made_of(engine, in_float32) -> Non
     engine.kv_compress_reconfigure(method="span", budget=BUDGET)
 
     def roots(worker, is_spoilt=False):
-        layers = worker._engine.compactor.layers
+        layers = worker._engine.compactor.scoring.layers
         if is_spoilt:
             worker._engine.use_parameters(
                 [replace(layer, output_root=layer.output_root * 0) for layer in layers]
             )
-        return [layer.output_root.clone() for layer in worker._engine.compactor.layers]
+        return [layer.output_root.clone() for layer in worker._engine.compactor.scoring.layers]
 
     (before,) = engine.collective_rpc(roots)
     (spoilt,) = engine.collective_rpc(roots, args=(True,))
