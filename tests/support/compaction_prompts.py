@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from compiled_ops import need_compiled_ops
+from plain_selection import Selection, select
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.compactor import Compactor
@@ -18,7 +19,7 @@ from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.memory import CacheShape, Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, Rotary, ScoreInputs
-from vllm_kvcompress.policies.selection import Selection, entry_scores, select
+from vllm_kvcompress.policies.selection import entry_scores
 
 SHAPE = CacheShape(num_layers=3, num_kv_heads=2, num_queries_per_kv=3, head_size=6, block_size=4)
 WINDOW = 5

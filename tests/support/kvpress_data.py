@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from plain_selection import select
 
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
-from vllm_kvcompress.policies.selection import select
 
 DATA = Path(__file__).parents[1] / "data" / "kvpress"
 SINGLE_LAYER = ("group1", "group3", "group4", "group8", "yarn")

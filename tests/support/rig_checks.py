@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from cuda_stand_ins import SCALE
+from plain_selection import Selection, select
 
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs
-from vllm_kvcompress.policies.selection import Selection, select
 
 # Of float64 attention; the last two are roundings of the output and of the weights.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

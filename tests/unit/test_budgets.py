@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_selection import share as share_pages
 
 from vllm_kvcompress.ops import apportion
 from vllm_kvcompress.policies.budgets.ada import Ada, AdaPyramid
@@ -150,7 +151,7 @@ def test_uniform_layers(budgets, num_layers, max_pages):
 )
 def test_static_table_per_layer(table, mean_pages, max_pages, expected):
     assert layer_pages(Static(table), mean_pages, len(table), max_pages) == expected
-    budgets = Static(table).share(torch.rand(3, 2, max_pages), mean_pages)
+    budgets = share_pages(Static(table), torch.rand(3, 2, max_pages), mean_pages)
     assert budgets.num_pages.tolist() == [[count, count] for count in expected]
     assert budgets.guaranteed.tolist() == [0] * 3
 
@@ -159,7 +160,7 @@ def test_static_table_per_layer_and_head():
     table = ((1.0, 5.0), (2.0, 4.0), (3.0, 3.0))
     scores = torch.rand(3, 2, 200, generator=torch.Generator().manual_seed(0))
     for page_size in (1, 4):
-        budgets = Static(table).share(scores, 6, page_size)
+        budgets = share_pages(Static(table), scores, 6, page_size)
         assert budgets.num_pages.tolist() == [[2, 10], [4, 8], [6, 6]]
         assert budgets.num_pages.dtype == torch.int64
         assert budgets.guaranteed.tolist() == [0] * 3
@@ -174,7 +175,7 @@ def test_static_tables_are_exact_and_bounded(rows, mean_pages, room):
     num_pages = mean_pages + room
     scores = torch.zeros(len(rows), 2, num_pages * 4)
     for table in (tuple(map(tuple, rows)), tuple(row[0] for row in rows)):
-        pages = Static(table).share(scores, mean_pages, 4).num_pages
+        pages = share_pages(Static(table), scores, mean_pages, 4).num_pages
         assert pages.shape == (len(rows), 2)
         assert int(pages.sum()) == mean_pages * len(rows) * 2
         assert 1 <= int(pages.min()) <= int(pages.max()) <= num_pages
@@ -194,7 +195,7 @@ def test_tables_of_another_shape_are_refused(table, message):
     with pytest.raises(ValueError, match=f"budget table has {message}$"):
         Static(table).check_model(3, 2)
     with pytest.raises(ValueError, match=message):
-        Static(table).share(torch.zeros(3, 2, 20), 4)
+        share_pages(Static(table), torch.zeros(3, 2, 20), 4)
 
 
 def test_tables_that_fit():
@@ -211,7 +212,7 @@ def ramp(num_rows, num_entries):
 
 def one_layer(scores, mean_pages, page_size, alpha=0.2):
     """Pages of the heads of one layer that compete."""
-    budgets = Ada(alpha).share(scores[None], mean_pages, page_size)
+    budgets = share_pages(Ada(alpha), scores[None], mean_pages, page_size)
     return budgets.num_pages[0].tolist()
 
 
@@ -219,7 +220,7 @@ def one_layer(scores, mean_pages, page_size, alpha=0.2):
 def test_heads_that_do_not_compete_ignore_scores(budgets):
     scores = torch.zeros(4, 3, 30)
     scores[:, 1] = 9.0
-    result = budgets.share(scores, 4)
+    result = share_pages(budgets, scores, 4)
     assert torch.equal(result.num_pages, result.num_pages[:, :1].expand(-1, 3))
     assert result.num_pages[:, 0].tolist() == layer_pages(budgets, 4, 4, 30)
     assert result.guaranteed.tolist() == [0] * 4
@@ -265,7 +266,7 @@ def test_joint_is_ada_over_all_layers_and_heads(page_size, floor, expected):
     # The same four streams, as heads of one layer, of two layers and of four.
     for num_layers in (1, 2, 4):
         scores = dominated(page_size).view(num_layers, 4 // num_layers, -1)
-        result = Joint(floor).share(scores, 10, page_size)
+        result = share_pages(Joint(floor), scores, 10, page_size)
         assert result.num_pages.shape == (num_layers, 4 // num_layers)
         assert result.num_pages.flatten().tolist() == expected
 
@@ -274,23 +275,23 @@ def test_dominating_head_is_bounded_by_its_candidates():
     scores = torch.rand(2, 12, generator=torch.Generator().manual_seed(0))
     scores[0] += 10
     assert one_layer(scores, 8, 1) == [12, 4]
-    joint = Joint(0.0).share(scores[:, None], 8, 1)
+    joint = share_pages(Joint(0.0), scores[:, None], 8, 1)
     assert joint.num_pages.tolist() == [[12], [4]]
 
 
 def test_ada_layers_do_not_compete_but_joint_layers_do():
     scores = ramp(4, 40).view(2, 2, 40).clone()
     scores[1] += 1000
-    ada = Ada(0.0).share(scores, 10, 1)
+    ada = share_pages(Ada(0.0), scores, 10, 1)
     assert ada.num_pages.tolist() == [[10, 10], [10, 10]]
-    joint = Joint(0.0).share(scores, 10, 1)
+    joint = share_pages(Joint(0.0), scores, 10, 1)
     assert joint.num_pages.tolist() == [[1, 1], [19, 19]]
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_joint_shares_evenly_when_all_scores_are_equal(page_size):
     scores = torch.full((3, 4, 20 * page_size), 0.25)
-    result = Joint(0.05).share(scores, 5, page_size)
+    result = share_pages(Joint(0.05), scores, 5, page_size)
     assert (result.num_pages == 5).all()
 
 
@@ -298,7 +299,7 @@ def test_joint_gives_a_tied_rest_to_the_first_streams():
     scores = torch.full((3, 2, 20), 0.25)
     # 24 pages: seven are the last stream's, the others go round rank by rank.
     scores[2, 1, :7] = 1.0
-    result = Joint(0.0).share(scores, 4, 1)
+    result = share_pages(Joint(0.0), scores, 4, 1)
     assert result.num_pages.flatten().tolist() == [4, 4, 3, 3, 3, 7]
 
 
@@ -317,14 +318,14 @@ def test_joint_gives_a_tied_rest_to_the_first_streams():
 )
 def test_guarantee_in_entries(budgets, share, mean_pages, page_size, expected):
     scores = torch.rand(2, 2, 20 * page_size)
-    result = budgets(share).share(scores, mean_pages, page_size)
+    result = share_pages(budgets(share), scores, mean_pages, page_size)
     assert result.guaranteed.tolist() == [expected] * 2
 
 
 def test_ada_pyramid_is_ada_within_each_layer_of_a_pyramid():
     generator = torch.Generator().manual_seed(2)
     scores = torch.rand(6, 3, 60, generator=generator) + torch.rand(6, 3, 1, generator=generator)
-    result = AdaPyramid(alpha=0.3, beta=10.0).share(scores, 7)
+    result = share_pages(AdaPyramid(alpha=0.3, beta=10.0), scores, 7)
     per_layer = layer_pages(Pyramid(10.0), 7, 6, 60)
     assert result.num_pages.sum(dim=1).tolist() == [3 * pages for pages in per_layer]
     assert per_layer[0] > per_layer[-1]
@@ -358,7 +359,7 @@ def test_any_budget_is_exact_and_leaves_no_head_empty(
     if tied:
         scores = scores.round()
     options = {"alpha": share, "floor": share, "beta": 1 + 20 * share}
-    result = make_part(budgets_class(budgets), options).share(scores, mean, page_size)
+    result = share_pages(make_part(budgets_class(budgets), options), scores, mean, page_size)
     pages = result.num_pages
     assert pages.dtype == torch.int64
     assert int(pages.sum()) == mean * num_layers * num_heads

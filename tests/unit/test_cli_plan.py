@@ -14,6 +14,7 @@ from cli_runs import (
     published_pages,
     write_model,
 )
+from plain_selection import share as share_pages
 
 from vllm_kvcompress.cli import main, planning
 from vllm_kvcompress.cli.model import ModelShape, _max_len, _read_configs, read_shape
@@ -305,7 +306,7 @@ def test_bounds_hold_for_the_budgets_of_the_engine(granularity, budgets, share, 
             scores[0, trial] += 1
         elif trial < 6:
             scores[:, trial - 3] += 1
-        given = make_budgets(config).share(scores, mean, page_size).num_pages
+        given = share_pages(make_budgets(config), scores, mean, page_size).num_pages
         assert int(given.sum()) == pages.total
         assert (least <= given).all() and (given <= most).all()
         if pages.mean_per_layer is not None:

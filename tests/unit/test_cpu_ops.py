@@ -10,13 +10,16 @@ from compiled_ops import need_compiled_ops
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from plain_selection import select
 
 from vllm_kvcompress import ops
+from vllm_kvcompress.compaction.selection import Chooser
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
+from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.ops.window.plan import MAX_POOL_KERNEL
 from vllm_kvcompress.policies import RECIPES, make_scorer
 from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.selection import select
+from vllm_kvcompress.policies.selection import entry_scores
 
 PLANNED = [
     {"method": "snapkv"},
@@ -97,10 +100,23 @@ def test_equal_scores_keep_the_same(compiled, data):
         return torch.where(torch.rand(size, generator=generator) < 0.1, float("inf"), scores)
 
     scores = [LayerScores(draw(), draw() if has_second else None) for _ in range(num_layers)]
-    arguments = (scores, config, mean_pages, block_size, 7)
-    expected, actual = (select(*arguments, backend=backend) for backend in ("torch", "native"))
-    assert torch.equal(actual.num_pages, expected.num_pages)
-    assert torch.equal(actual.indices, expected.indices)
+    expected = select(scores, config, mean_pages, block_size, 7)
+    # As many tokens are kept beside the region.
+    geometry = RequestGeometry(
+        num_pages * block_size + 7, block_size, num_pages, mean_pages, num_pages * block_size + 7
+    )
+    shape = CacheShape(num_layers, num_heads, 1, 2, block_size)
+    entries = [entry_scores(layer, config, block_size) for layer in scores]
+    first = torch.cat([layer.first for layer in entries])[None]
+    second = torch.cat([layer.second for layer in entries])[None] if has_second else None
+    num_entries = torch.tensor([first.shape[2]], dtype=torch.int32)
+    for backend in ("torch", "native"):
+        chooser = Chooser(config, shape, first.device, backend)
+        choice = chooser.choose([geometry], num_entries, first, second)
+        page_offsets, indices = chooser.select(choice, num_entries)
+        assert choice.num_pages[0].tolist() == expected.num_pages.flatten().tolist()
+        assert page_offsets[0].tolist() == expected.page_offsets.tolist()
+        assert indices[0].tolist() == expected.indices.tolist()
 
 
 def test_an_engine_takes_what_is_there(monkeypatch):

@@ -41,6 +41,11 @@ def geometries(draw):
 requests = st.tuples(geometries(), st.integers(1, 5000))
 
 
+def row_index(geometry, position):
+    """Column of the block that holds a token."""
+    return geometry.layout.column_of(position // geometry.block_size)
+
+
 def suffix_of(geometry):
     return geometry.config.option("suffix_tokens")
 
@@ -74,14 +79,14 @@ def test_row_of_a_prompt_with_a_partial_last_block():
     assert [geometry.num_row_blocks(n) for n in (1, 16, 17, 992)] == [1, 1, 2, 62]
     # Token 992 is the first behind the region, and is computed before the prompt ends.
     assert [geometry.num_row_blocks(n) for n in (993, 1000, 1008, 1009)] == [76, 76, 76, 77]
-    assert [geometry.row_index(p) for p in (0, 991, 992, 999, 1008)] == [0, 61, 75, 75, 76]
+    assert [row_index(geometry, p) for p in (0, 991, 992, 999, 1008)] == [0, 61, 75, 75, 76]
     assert geometry.num_row_blocks(geometry.prompt_len) == 76
 
 
 def test_row_of_a_prompt_of_whole_blocks():
     geometry = geometry_of(1024, budget=256, window=32)
     assert [geometry.num_row_blocks(n) for n in (1008, 1023, 1024, 1025)] == [63, 64, 78, 79]
-    assert [geometry.row_index(p) for p in (1023, 1024)] == [63, 78]
+    assert [row_index(geometry, p) for p in (1023, 1024)] == [63, 78]
     assert geometry.num_row_blocks(geometry.prompt_len) == 78
 
 
@@ -111,7 +116,7 @@ def test_stays_dense(prompt_len, block_size, setting):
     assert geometry.compact_len == geometry.num_tail_tokens == prompt_len
     for num_tokens in range(1, prompt_len + 2 * block_size):
         assert geometry.num_row_blocks(num_tokens) == cdiv(num_tokens, block_size)
-        assert geometry.row_index(num_tokens) == num_tokens // block_size
+        assert row_index(geometry, num_tokens) == num_tokens // block_size
 
 
 def test_one_token_above_a_dense_prompt_is_compressed():
@@ -143,7 +148,7 @@ def test_a_suffix_changes_nothing_before_the_compaction_point(compact_len, suffi
     assert geometry.num_kept_tokens == without.num_kept_tokens + suffix
     for num_tokens in range(1, compact_len + suffix + 50):
         assert geometry.num_row_blocks(num_tokens) == without.num_row_blocks(num_tokens)
-        assert geometry.row_index(num_tokens) == without.row_index(num_tokens)
+        assert row_index(geometry, num_tokens) == row_index(without, num_tokens)
 
 
 def test_row_of_a_prompt_with_a_suffix_of_several_blocks():
@@ -155,14 +160,14 @@ def test_row_of_a_prompt_with_a_suffix_of_several_blocks():
     assert (geometry.num_tail_tokens, geometry.num_dense_prompt_tokens) == (40, 80)
     assert [geometry.num_row_blocks(n) for n in (992, 993, 1000, 1008)] == [62, 76, 76, 76]
     assert [geometry.num_row_blocks(n) for n in (1009, 1025, 1040, 1041)] == [77, 78, 78, 79]
-    assert [geometry.row_index(p) for p in (991, 992, 1007, 1008, 1039)] == [61, 75, 75, 76, 77]
+    assert [row_index(geometry, p) for p in (991, 992, 1007, 1008, 1039)] == [61, 75, 75, 76, 77]
 
 
 def test_region_comes_with_the_compaction_point_and_not_with_the_prompts_end():
     geometry = geometry_of(1056, budget=256, window=32, suffix=32)
     assert geometry.num_region_blocks == 14
     assert [geometry.num_row_blocks(n) for n in (1023, 1024, 1025)] == [64, 78, 79]
-    assert [geometry.row_index(p) for p in (1023, 1024)] == [63, 78]
+    assert [row_index(geometry, p) for p in (1023, 1024)] == [63, 78]
 
 
 def test_tokens_of_the_window_compete_but_for_the_recent_ones():
@@ -235,11 +240,11 @@ def test_every_position_has_its_own_slot_outside_the_region(request):
     region = range(boundary, boundary + geometry.num_region_blocks)
     block_size = geometries_.block_size
     last = prompt_len + 3 * block_size
-    indices = [geometry.row_index(p) for p in range(0, last, block_size)]
+    indices = [row_index(geometry, p) for p in range(0, last, block_size)]
     assert len(set(indices)) == len(indices)
     assert not set(indices) & set(region)
     for position in range(last):
-        assert geometry.row_index(position) == indices[position // block_size]
+        assert row_index(geometry, position) == indices[position // block_size]
 
 
 @given(requests)
@@ -252,7 +257,7 @@ def test_row_grows_in_order_and_holds_every_position(request):
         length = geometry.num_row_blocks(num_tokens)
         assert length >= previous
         # The row ends with the last token's block, or with the region that follows it.
-        last_index = geometry.row_index(num_tokens - 1)
+        last_index = row_index(geometry, num_tokens - 1)
         assert length in (last_index + 1, last_index + 1 + num_region)
         # Anything past the prompt's full blocks implies the whole region.
         assert length <= boundary or length >= boundary + num_region

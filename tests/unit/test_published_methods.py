@@ -10,11 +10,11 @@ import pytest
 import torch
 from layer_inputs import observe, random_inputs
 from paper_forms import token_config
+from plain_selection import select
 
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.budgets.base import PageSupply
 from vllm_kvcompress.policies.budgets.pyramid import Pyramid
-from vllm_kvcompress.policies.selection import select
 
 SHAPES = {
     "gqa_1_to_1": {"num_heads": 3, "group": 1, "num_tokens": 53},

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_inputs import random_inputs
+from plain_selection import select
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
@@ -15,7 +16,6 @@ from vllm_kvcompress.policies.scorers.keydiff import KeyDiff
 from vllm_kvcompress.policies.scorers.knorm import KNorm
 from vllm_kvcompress.policies.scorers.random import Random
 from vllm_kvcompress.policies.scorers.streamingllm import StreamingLLM
-from vllm_kvcompress.policies.selection import select
 
 NUM_HEADS, NUM_KEYS, HEAD_SIZE, NUM_CANDIDATES = 2, 64, 8, 48
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain_selection import select
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.policies.base import LayerScores
 from vllm_kvcompress.policies.method_options import pair_problem
 from vllm_kvcompress.policies.recipes import BUDGETS, RECIPES
-from vllm_kvcompress.policies.selection import select
 
 NUM_LAYERS, NUM_HEADS = 8, 3
 TABLES = {

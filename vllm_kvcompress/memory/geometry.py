@@ -103,10 +103,6 @@ class RequestGeometry:
         point = CompactionPoint(self.boundary_block, self.num_region_blocks, self.first_kept_block)
         return RowLayout((point,))
 
-    def row_index(self, position: int) -> int:
-        """Index into the block-table row of the block that holds token `position`."""
-        return self.layout.column_of(position // self.block_size)
-
 
 class Geometry:
     """Geometry of every request under one config and block size.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from vllm_kvcompress.ops.checks import check
-from vllm_kvcompress.ops.dispatch import by_native, choose
+from vllm_kvcompress.ops.dispatch import choose
 from vllm_kvcompress.ops.scoring import reference
 
 
@@ -20,7 +18,7 @@ def joint_top_counts(
         scores: [R, n] float32.
         total: entries to give out over all rows, <= R * n.
         guaranteed: best entries of each row that count in any case, R * guaranteed <= total.
-        backend: 'torch', 'native' (compiled) or 'reference'.
+        backend: 'torch' or 'reference'.
 
     Returns:
         [R] int64 summing to total. Equal scores: the entry that ranks higher in its row, then
@@ -46,18 +44,8 @@ def _joint_top_counts(scores: torch.Tensor, total: int, guaranteed: int) -> torc
     return torch.bincount(winners % num_rows, minlength=num_rows) + guaranteed
 
 
-def _joint_top_counts_natively(scores: torch.Tensor, total: int, guaranteed: int) -> torch.Tensor:
-    ints: dict[str, Any] = {"dtype": torch.int32, "device": scores.device}
-    numbers = torch.tensor([[scores.shape[1]], [total], [guaranteed]], **ints)
-    entries, totals, sure = numbers[0], numbers[1:2], numbers[2:]
-    counts = torch.empty(1, scores.shape[0], **ints)
-    by_native("joint_page_counts")(scores[None], entries, totals, sure, counts, page_size=1)
-    return counts[0].long()
-
-
 _COUNTS = {
     "torch": _joint_top_counts,
-    "native": _joint_top_counts_natively,
     "reference": reference.joint_top_counts,
 }
 
@@ -68,7 +56,7 @@ def select_top(scores: torch.Tensor, counts: torch.Tensor, backend: str = "torch
     Args:
         scores: [R, n] float32.
         counts: [R] int64, entries to take, each in [0, n].
-        backend: 'torch', 'native' (compiled) or 'reference'.
+        backend: 'torch' or 'reference'.
 
     Returns:
         [sum(counts)] int64: each row's chosen indices ascending, rows one after another.
@@ -94,18 +82,7 @@ def _select_top(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return keep_mask.nonzero()[:, 1]
 
 
-def _select_top_natively(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    ints: dict[str, Any] = {"dtype": torch.int32, "device": scores.device}
-    width = torch.tensor([scores.shape[1]], **ints)
-    wanted = counts.to(**ints)[None]
-    offsets = torch.empty(1, scores.shape[0] + 1, **ints)
-    indices = torch.empty(1, int(counts.sum()), **ints)
-    by_native("select_entries")(scores[None], width, wanted, offsets, indices, page_size=1)
-    return indices[0].long()
-
-
 _TOP = {
     "torch": _select_top,
-    "native": _select_top_natively,
     "reference": reference.select_top,
 }

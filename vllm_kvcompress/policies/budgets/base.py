@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import torch
 
-from vllm_kvcompress import ops
 from vllm_kvcompress.ops import apportion
 
 
@@ -68,19 +67,6 @@ class BudgetPlan:
 
 
 @dataclass(frozen=True)
-class StreamBudgets:
-    """Pages of every stream.
-
-    Attributes:
-        num_pages: [L, H] int64, each >= 1.
-        guaranteed: [L] int64, entries (pages or tokens) that each head is assured of.
-    """
-
-    num_pages: torch.Tensor
-    guaranteed: torch.Tensor
-
-
-@dataclass(frozen=True)
 class Budgets(ABC):
     """One way to share pages. A frozen dataclass, whose fields are its options.
 
@@ -104,40 +90,6 @@ class Budgets(ABC):
         """Raise ValueError unless the options fit a model's layers and (local) KV heads."""
         self.plan(PageSupply(num_layers, num_heads, mean_pages=1, max_pages=1))
 
-    def share(
-        self, scores: torch.Tensor, mean_pages: int, page_size: int = 1, backend: str = "torch"
-    ) -> StreamBudgets:
-        """Pages of every stream.
-
-        Args:
-            scores: [L, H, N] float32; one entry per page (page_size 1) or per token.
-            mean_pages: of a stream, on average.
-            page_size: entries of `scores` per page.
-            backend: 'torch' or 'native', of the ops.
-
-        Returns:
-            Pages summing to mean_pages * L * H.
-
-        Raises:
-            ValueError: if an option does not fit the model.
-        """
-        num_layers, num_heads, num_entries = scores.shape
-        plan = self._plan(scores, num_layers, mean_pages, page_size)
-        guaranteed = plan.guaranteed_per_layer(num_layers)
-        if plan.num_pages is not None:
-            return StreamBudgets(plan.num_pages, guaranteed)
-        groups = scores.reshape(plan.num_groups, -1, num_entries)
-        pages = _compete(groups, plan.total_pages, page_size, plan.guaranteed, backend)
-        return StreamBudgets(pages.view(num_layers, num_heads), guaranteed)
-
-    def _plan(
-        self, scores: torch.Tensor, num_layers: int, mean_pages: int, page_size: int
-    ) -> BudgetPlan:
-        """The plan for streams with scores [..., H, N]."""
-        num_heads, num_entries = scores.shape[-2:]
-        max_pages = num_entries // page_size
-        return self.plan(PageSupply(num_layers, num_heads, mean_pages, max_pages, page_size))
-
 
 NO_GROUPS = torch.empty(0, dtype=torch.int64)
 
@@ -153,32 +105,3 @@ def guaranteed_entries(share: float, mean_pages: int, page_size: int) -> int:
     # A head that is promised anything is promised at least one whole page.
     guaranteed = int(share * mean_pages * page_size)
     return max(1, guaranteed) if page_size == 1 else guaranteed
-
-
-def _compete(
-    groups: torch.Tensor,
-    total_pages: torch.Tensor,
-    page_size: int,
-    guaranteed: torch.Tensor,
-    backend: str,
-) -> torch.Tensor:
-    """[G, R] pages for G groups of R rows [G, R, N] that compete for `total_pages` [G] of them."""
-    num_groups, num_rows, num_entries = groups.shape
-    if backend == "native":
-        num_pages = ops.joint_page_counts(
-            groups.flatten(0, 1)[None],
-            torch.tensor([num_entries], dtype=torch.int32),
-            total_pages[None].int(),
-            guaranteed[None].int(),
-            page_size,
-            backend="native",
-        )
-        return num_pages.view(num_groups, num_rows).long()
-    pages = []
-    for scores, total, sure in zip(groups, total_pages.tolist(), guaranteed.tolist(), strict=True):
-        counts = ops.joint_top_counts(scores, total * page_size, sure, backend)
-        if page_size > 1:
-            ideal = [count / page_size for count in counts.tolist()]
-            counts = torch.tensor(apportion(ideal, total, 1, num_entries // page_size))
-        pages.append(counts)
-    return torch.stack(pages)
