@@ -28,6 +28,7 @@ from vllm_kvcompress.ops.pages import (
 )
 from vllm_kvcompress.ops.scoring import (
     joint_top_counts,
+    nan_last,
     output_root,
     page_scores,
     pool_scores,
@@ -73,6 +74,7 @@ __all__ = [
     "joint_page_counts",
     "joint_top_counts",
     "move_entries",
+    "nan_last",
     "native_problem",
     "new_decode_work",
     "num_multiprocessors",

@@ -25,12 +25,7 @@ def entry_scores(scores: LayerScores, config: KVCompressConfig, block_size: int)
         reduce = config.option("page_reduce")
         first = ops.page_scores(first, block_size, reduce)
         second = None if second is None else ops.page_scores(second, block_size, reduce)
-    return LayerScores(_ranked(first), None if second is None else _ranked(second))
-
-
-def _ranked(scores: torch.Tensor) -> torch.Tensor:
-    """NaN as the worst: a request's embeddings can be anything, and NaN has no rank."""
-    return torch.where(scores.isnan(), float("-inf"), scores)
+    return LayerScores(ops.nan_last(first), None if second is None else ops.nan_last(second))
 
 
 def first_stage_counts(

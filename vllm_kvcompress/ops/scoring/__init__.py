@@ -6,11 +6,12 @@ from vllm_kvcompress.ops.scoring.attention import (
     value_effect,
     window_attention,
 )
-from vllm_kvcompress.ops.scoring.ranking import joint_top_counts, select_top
+from vllm_kvcompress.ops.scoring.ranking import joint_top_counts, nan_last, select_top
 from vllm_kvcompress.ops.scoring.tokens import page_scores, pool_scores
 
 __all__ = [
     "joint_top_counts",
+    "nan_last",
     "output_root",
     "page_scores",
     "pool_scores",

@@ -9,6 +9,11 @@ from vllm_kvcompress.ops.dispatch import choose
 from vllm_kvcompress.ops.scoring import reference
 
 
+def nan_last(scores: torch.Tensor) -> torch.Tensor:
+    """Scores with NaN, which has no rank, as -inf: a request's embeddings can be anything."""
+    return torch.where(scores.isnan(), float("-inf"), scores)
+
+
 def joint_top_counts(
     scores: torch.Tensor, total: int, guaranteed: int, backend: str = "torch"
 ) -> torch.Tensor:

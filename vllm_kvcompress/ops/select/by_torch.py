@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvcompress.ops.scoring.ranking import joint_top_counts, select_top
+from vllm_kvcompress.ops.scoring.ranking import joint_top_counts, nan_last, select_top
 from vllm_kvcompress.ops.select.apportion import apportion
 
 
@@ -21,7 +21,7 @@ def joint_page_counts(
     group_size = scores.shape[1] // total_pages.shape[1]
     numbers = zip(num_entries.tolist(), total_pages.tolist(), guaranteed.tolist(), strict=True)
     for r, (entries, totals, sure) in enumerate(numbers):
-        groups = _ranked(scores[r, :, :entries]).split(group_size)
+        groups = nan_last(scores[r, :, :entries]).split(group_size)
         for group, total, least, out in zip(
             groups, totals, sure, num_pages[r].split(group_size), strict=True
         ):
@@ -47,10 +47,5 @@ def select_entries(
     page_offsets[:, 0] = 0
     page_offsets[:, 1:] = num_pages.cumsum(1)
     for r, entries in enumerate(num_entries.tolist()):
-        chosen = select_top(_ranked(scores[r, :, :entries]), num_pages[r] * page_size)
+        chosen = select_top(nan_last(scores[r, :, :entries]), num_pages[r] * page_size)
         indices[r, : len(chosen)] = chosen
-
-
-def _ranked(scores: torch.Tensor) -> torch.Tensor:
-    """NaN as the worst: it has no rank."""
-    return torch.where(scores.isnan(), float("-inf"), scores)
