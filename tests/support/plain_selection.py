@@ -109,14 +109,15 @@ def select(
         num_tail_tokens: prompt tokens that are kept beside the region.
     """
     entries = [entry_scores(layer, config, block_size) for layer in scores]
-    first = torch.stack([layer.first for layer in entries])
+    first = ops.nan_last(torch.stack([layer.first for layer in entries]))
     page_size = entries_per_page(config, block_size)
     budgets = share(make_budgets(config), first, mean_pages, page_size)
     assert int(budgets.num_pages.sum()) == mean_pages * first.shape[0] * first.shape[1]
     counts = budgets.num_pages.reshape(-1) * page_size
     flat = first.flatten(0, 1)
     if all(layer.second is not None for layer in entries):
-        second = torch.stack([layer.second for layer in entries if layer.second is not None])
+        seconds = [layer.second for layer in entries if layer.second is not None]
+        second = ops.nan_last(torch.stack(seconds))
         in_first = first_stage_counts(
             counts,
             budgets.guaranteed.repeat_interleave(first.shape[1]),

@@ -19,13 +19,13 @@ def entries_per_page(config: KVCompressConfig, block_size: int) -> int:
 
 
 def entry_scores(scores: LayerScores, config: KVCompressConfig, block_size: int) -> LayerScores:
-    """Scores of what is chosen from: of the tokens, or of whole pages."""
+    """Scores of what is chosen from: of tokens, or of whole pages. NaN stays; ops rank it last."""
     first, second = scores.first, scores.second
     if config.granularity == "page":
         reduce = config.option("page_reduce")
         first = ops.page_scores(first, block_size, reduce)
         second = None if second is None else ops.page_scores(second, block_size, reduce)
-    return LayerScores(ops.nan_last(first), None if second is None else ops.nan_last(second))
+    return LayerScores(first, second)
 
 
 def first_stage_counts(
