@@ -33,8 +33,7 @@ from vllm_kvcompress.compaction.requests import Requests
 from vllm_kvcompress.compaction.step_plan import StepPlan, plan_step
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
-from vllm_kvcompress.vllm_integration.platforms.cuda.worker import rows_of_v2
-from vllm_kvcompress.vllm_integration.worker.worker import rows_of_v1
+from vllm_kvcompress.vllm_integration.worker.row_names import rows_of_v1, rows_of_v2
 
 SIZES = (32, 256, 1024)
 BLOCK_SIZE, NUM_LAYERS, WINDOW = 16, 32, 32

@@ -30,6 +30,8 @@ def warm_up(has_graphs: bool) -> None:
     from vllm_kvcompress.memory import CacheShape
     from vllm_kvcompress.vllm_integration.platforms.cuda.attention import KVCompressCUDAImpl
     from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
+    from vllm_kvcompress.vllm_integration.platforms.cuda.platform import CUDA
+    from vllm_kvcompress.vllm_integration.worker.engine import EngineParts
     from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
     model = read_shapes()[SHAPE]
@@ -42,15 +44,16 @@ def warm_up(has_graphs: bool) -> None:
     d = model.head_size
     root = torch.empty(model.num_kv_heads, d, d, dtype=model.dtype, device="meta")
     parameters = LayerParameters(d**-0.5, 0.0, None, root, None)
-    engine = CUDAEngine(
-        KVCompressConfig.from_dict({"method": engine_run.METHOD, "ratio": engine_run.REMOVED}),
-        shape,
-        {f"layers.{i}": pool[:, i] for i in range(model.num_layers)},
-        [parameters] * model.num_layers,
-        lambda common: SimpleNamespace(),
-        settings["max_num_seqs"],
-        CompressionStats(log=False),
-        STEP_TOKENS,
+    config = {"method": engine_run.METHOD, "ratio": engine_run.REMOVED}
+    parts = EngineParts(
+        config=KVCompressConfig.from_dict(config),
+        shape=shape,
+        layer_views={f"layers.{i}": pool[:, i] for i in range(model.num_layers)},
+        layers=[parameters] * model.num_layers,
+        row_names=lambda common: SimpleNamespace(),
+        max_num_reqs=settings["max_num_seqs"],
+        stats=CompressionStats(log=False),
+        one_shot_tokens=STEP_TOKENS,
     )
     # As much of it as its warm-up reads; stock constructors want a GPU.
     impl = object.__new__(KVCompressCUDAImpl)
@@ -63,8 +66,8 @@ def warm_up(has_graphs: bool) -> None:
         sinks=None,
         vllm_flash_attn_version=3,
     )
-    impl.warm_up(engine)
-    engine.warm_up(settings["max_model_len"], impl.tells_lse)
+    engine = CUDAEngine(parts, tells_lse=impl.tells_lse)
+    CUDA().warm_up(engine, impl, settings["max_model_len"])
 
 
 def main() -> None:

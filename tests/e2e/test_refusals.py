@@ -14,7 +14,8 @@ import pytest
 
 from vllm_kvcompress import KVCompressConfigError
 from vllm_kvcompress.config import KVCompressConfig, is_misspelt_setting
-from vllm_kvcompress.vllm_integration.validate import CUDA_WORKER, check_engine_config
+from vllm_kvcompress.vllm_integration.platforms.cuda.platform import CUDA
+from vllm_kvcompress.vllm_integration.validate import check_engine_config
 
 DEEPSEEK = {
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -205,6 +206,10 @@ def test_bad_setting(model, kv_compress, message) -> None:
             "speculative decoding; drop --speculative-config$",
         ),
         ({"worker_cls": "some.other.Worker"}, "cannot use 'some.other.Worker'; drop --worker-cls$"),
+        (
+            {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+            "cannot use 'vllm.v1.worker.cpu_worker.CPUWorker'; drop --worker-cls$",
+        ),
         ({"block_size": 24}, "must be a multiple of 16, got 24; try 32$"),
         ({"runner": "pooling"}, "pooling models .*; serve it without KV compression$"),
         ({"tensor_parallel_size": 9, "decode_context_parallel_size": 3}, "decode context"),
@@ -366,7 +371,7 @@ def test_heads_that_a_gpu_cannot_take(changes, message, tmp_path) -> None:
     model = _model_of(gemma4([WINDOWED, FULL] * 2, **changes), tmp_path)
     vllm_config = _engine_config(model, GOOD, skip_tokenizer_init=True)
     # As on a GPU. vLLM has chosen Triton's attention, where heads differ and there is no FA 4.
-    vllm_config.parallel_config.worker_cls = CUDA_WORKER
+    vllm_config.parallel_config.worker_cls = CUDA.worker
     if message is None:
         vllm_config.attention_config.backend = None
     setting = KVCompressConfig.from_dict(GOOD)

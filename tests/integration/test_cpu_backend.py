@@ -30,6 +30,7 @@ from vllm_kvcompress.vllm_integration.platforms.cpu.attention import (  # noqa: 
 )
 from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine  # noqa: E402
 from vllm_kvcompress.vllm_integration.platforms.cpu.page_order import find_page_order  # noqa: E402
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts  # noqa: E402
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats  # noqa: E402
 from vllm_kvcompress.vllm_integration.worker.pool import flat_pool  # noqa: E402
 
@@ -92,17 +93,16 @@ class Rig:
         self.names: tuple[list[str], np.ndarray] = ([], np.zeros(0, np.int32))
         self.stats = CompressionStats(log=False)
         self.order = find_page_order(isa, shape.block_size, shape.head_size, dtype)
-        self.engine = CPUEngine(
-            config,
-            shape,
-            self.layer_views,
-            self.order,
-            [self._layer_parameters() for _ in range(shape.num_layers)],
-            lambda common: self.names,
-            MAX_ROWS,
-            self.stats,
-            Rig.ops_backend,
+        parts = EngineParts(
+            config=config,
+            shape=shape,
+            layer_views=self.layer_views,
+            layers=[self._layer_parameters() for _ in range(shape.num_layers)],
+            row_names=lambda common: self.names,
+            max_num_reqs=MAX_ROWS,
+            stats=self.stats,
         )
+        self.engine = CPUEngine(parts, self.order, Rig.ops_backend)
         builder = object.__new__(KVCompressCPUMetadataBuilder)
         vars(builder).update(
             num_heads=num_heads,

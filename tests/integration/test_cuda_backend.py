@@ -25,6 +25,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.vllm_integration.platforms.cuda import attention as backend_cuda
 from vllm_kvcompress.vllm_integration.platforms.cuda import engine as engine_cuda
+from vllm_kvcompress.vllm_integration.platforms.cuda.platform import CUDA
 
 pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
@@ -357,8 +358,7 @@ def test_a_warm_worker_compiles_nothing(monkeypatch, method, granularity, flash_
     rig.buffer[0] = 0
 
     def warm_up():
-        rig.impl.warm_up(rig.engine)
-        rig.engine.warm_up(300, rig.impl.tells_lse)
+        CUDA().warm_up(rig.engine, rig.impl, 300)
 
     def serve():
         staged = [Request(f"s{n}", n, is_one_shot=True) for n in (83, 99)]
@@ -412,7 +412,7 @@ def test_as_many_layers_as_happen_to_be_known_compile_nothing(monkeypatch, granu
             rig.step([(request, length)])
             rig.step([(request, 1)])
 
-    compiled_by(serve, lambda: (rig.impl.warm_up(rig.engine), rig.engine.warm_up(1000, True)))
+    compiled_by(serve, lambda: CUDA().warm_up(rig.engine, rig.impl, 1000))
     assert len(set(known_layers)) > 1
 
 
@@ -428,8 +428,7 @@ def test_layers_that_are_scored_in_groups_compile_nothing(monkeypatch, method, f
     rig.buffer[0] = 0
 
     def warm_up():
-        rig.layers["layers.0"].impl.warm_up(rig.engine)
-        rig.engine.warm_up(300, flash_attn_version == 3)
+        CUDA().warm_up(rig.engine, rig.impl, 300)
 
     def serve():
         monkeypatch.setattr(score_memory, "MOST_WINDOW_BYTES", 2 * 8 * (64 * DTYPE.itemsize + 4))

@@ -34,6 +34,7 @@ from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
 from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 SHAPE = CacheShape(2, 2, 3, 64, 16)
@@ -57,16 +58,17 @@ class Worker:
         weight = empty(SHAPE.num_kv_heads, SHAPE.num_queries_per_kv, SHAPE.head_size, 24)
         parameters = LayerParameters(SCALE, 0.0, weight, root, Rotary(empty(600, SHAPE.head_size)))
         self.names = ((), np.empty(0))
-        self.engine = CUDAEngine(
-            config,
-            SHAPE,
-            self.views,
-            [parameters] * SHAPE.num_layers,
-            lambda common: self.names,
-            8,
-            CompressionStats(log=False),
-            1024,
+        parts = EngineParts(
+            config=config,
+            shape=SHAPE,
+            layer_views=self.views,
+            layers=[parameters] * SHAPE.num_layers,
+            row_names=lambda common: self.names,
+            max_num_reqs=8,
+            stats=CompressionStats(log=False),
+            one_shot_tokens=1024,
         )
+        self.engine = CUDAEngine(parts)
         vllm_config = make_vllm_config(torch.float32, 3)
         self.layers = make_layers(vllm_config, SHAPE, list(self.views), META)
         self.builder = make_builder(vllm_config, SHAPE, self.engine, META)

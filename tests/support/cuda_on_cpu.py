@@ -33,12 +33,13 @@ def use_cuda_side(patch: Any) -> None:
     As on a GPU, layers with a sliding window get the stock FlashAttention backend. Engines without
     compression stay what they are.
     """
+    from cuda_path_worker import CUDAPathWorker
     from plain_flash_attention import use_plain_attention
     from vllm.config import get_current_vllm_config
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_kvcompress.vllm_integration import validate
+    from vllm_kvcompress.vllm_integration import platforms
 
     stock_choice = CpuPlatform.get_attn_backend_cls
 
@@ -50,13 +51,8 @@ def use_cuda_side(patch: Any) -> None:
             return AttentionBackendEnum.FLASH_ATTN.get_path()
         return stock_choice(selected, *args, **kwargs)
 
-    def check(vllm_config: Any) -> tuple[()]:
-        validate._use_own_backend(vllm_config.attention_config)
-        return ()
-
     patch.setattr(CpuPlatform, "get_attn_backend_cls", staticmethod(choose))
-    patch.setattr(validate, "CPU_WORKER", "cuda_path_worker.CUDAPathWorker")
-    patch.setattr(validate, "_cpu", check)
+    patch.setattr(platforms, "PLATFORMS", (CUDAPathWorker.platform,))
     use_plain_attention(patch)
 
 

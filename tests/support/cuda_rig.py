@@ -37,6 +37,7 @@ from vllm_kvcompress.vllm_integration.platforms.cuda.attention import (
     KVCompressCUDAMetadata,
 )
 from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 # Which score and share budgets in different ways.
@@ -157,19 +158,19 @@ class Rig:
         self.parameters = [self.random_parameters() for _ in range(shape.num_layers)]
         self.stats = CompressionStats(log=False)
         self.names: tuple[Sequence[str], np.ndarray] = ((), np.empty(0))
-        self.engine = CUDAEngine(
-            config,
-            shape,
-            self.views,
-            self.parameters,
-            lambda common: self.names,
-            MAX_ROWS,
-            self.stats,
-            MAX_TOKENS,
-            backend,
+        parts = EngineParts(
+            config=config,
+            shape=shape,
+            layer_views=self.views,
+            layers=self.parameters,
+            row_names=lambda common: self.names,
+            max_num_reqs=MAX_ROWS,
+            stats=self.stats,
+            one_shot_tokens=MAX_TOKENS,
         )
         vllm_config = make_vllm_config(dtype, flash_attn_version)
         self.layers = make_layers(vllm_config, shape, list(self.views), DEVICE)
+        self.engine = CUDAEngine(parts, backend, tells_lse=self.impl.tells_lse)
         self.builder = make_builder(vllm_config, shape, self.engine, DEVICE)
         # Where vLLM keeps a step's inputs, always at the same addresses.
         self.starts = torch.zeros(MAX_ROWS + 1, dtype=torch.int32, device=DEVICE)

@@ -120,18 +120,18 @@ def test_equal_scores_keep_the_same(compiled, data):
 
 
 def test_an_engine_takes_what_is_there(monkeypatch):
-    from vllm_kvcompress.vllm_integration.validate import choose_cpu_ops
+    from vllm_kvcompress.vllm_integration.platforms.cpu.platform import choose_ops
 
     monkeypatch.delenv("VLLM_KVCOMPRESS_OPS", raising=False)
     monkeypatch.setattr(ops, "native_problem", lambda device_type: None)
-    assert choose_cpu_ops() == ("native", None)
+    assert choose_ops() == ("native", None)
     monkeypatch.setattr(ops, "native_problem", lambda device_type: f"no {device_type} ops")
-    assert choose_cpu_ops() == ("torch", "no cpu ops")
+    assert choose_ops() == ("torch", "no cpu ops")
     monkeypatch.setenv("VLLM_KVCOMPRESS_OPS", "torch")
-    assert choose_cpu_ops() == ("torch", None)
+    assert choose_ops() == ("torch", None)
     monkeypatch.setenv("VLLM_KVCOMPRESS_OPS", "native")
     with pytest.raises(KVCompressConfigError, match="OPS is 'native', but no cpu ops"):
-        choose_cpu_ops()
+        choose_ops()
     monkeypatch.setenv("VLLM_KVCOMPRESS_OPS", "fast")
     with pytest.raises(KVCompressConfigError, match="must be 'torch' or 'native', got 'fast'"):
-        choose_cpu_ops()
+        choose_ops()

@@ -16,6 +16,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, Geometry, RequestGeometry
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine, HostStep
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 BLOCK_SIZE, WINDOW, WIDTH = 16, 8, 16
@@ -95,16 +96,16 @@ def suffix(request) -> int:
 def engine_of(suffix: int = 0) -> CPUEngine:
     size = (700, SHAPE.num_layers, SHAPE.num_kv_heads, BLOCK_SIZE, 2 * SHAPE.head_size)
     pool = torch.zeros(size)
-    return CPUEngine(
-        CONFIGS[suffix],
-        SHAPE,
-        {f"layers.{i}": pool[:, i] for i in range(SHAPE.num_layers)},
-        PageOrder.plain(BLOCK_SIZE, SHAPE.head_size),
-        [LayerParameters(0.5)] * SHAPE.num_layers,
-        lambda common: common.names,
-        8,
-        CompressionStats(log=False),
+    parts = EngineParts(
+        config=CONFIGS[suffix],
+        shape=SHAPE,
+        layer_views={f"layers.{i}": pool[:, i] for i in range(SHAPE.num_layers)},
+        layers=[LayerParameters(0.5)] * SHAPE.num_layers,
+        row_names=lambda common: common.names,
+        max_num_reqs=8,
+        stats=CompressionStats(log=False),
     )
+    return CPUEngine(parts, PageOrder.plain(BLOCK_SIZE, SHAPE.head_size))
 
 
 def prepare(engine: CPUEngine, *rows: Row, beyond: int = -7) -> HostStep:

@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
@@ -22,11 +23,16 @@ from vllm_kvcompress.memory import CacheShape, Geometry
 from vllm_kvcompress.memory.one_shot import counted_buffer_pages
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration import validate
-from vllm_kvcompress.vllm_integration.platforms.cuda import worker as worker_cuda
+from vllm_kvcompress.vllm_integration.platforms.cpu.platform import CPU
+from vllm_kvcompress.vllm_integration.platforms.cuda.attention import KVCompressCUDABackend
+from vllm_kvcompress.vllm_integration.platforms.cuda.platform import CUDA
 from vllm_kvcompress.vllm_integration.platforms.cuda.step_buffers import StepBuffers
+from vllm_kvcompress.vllm_integration.platforms.cuda.worker import KVCompressCUDAWorker
 from vllm_kvcompress.vllm_integration.scheduler.scheduler import chunk_tokens, fewest_tokens
 from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
+from vllm_kvcompress.vllm_integration.worker import worker as worker_module
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
+from vllm_kvcompress.vllm_integration.worker.row_names import rows_of_v1, rows_of_v2
 
 CONFIG = KVCompressConfig("snapkv", budget=64, window=16)
 
@@ -53,7 +59,7 @@ def engine_config(**changes):
             max_model_len=1000,
         ),
         "parallel_config": SimpleNamespace(
-            worker_cls=validate.CUDA_WORKER,
+            worker_cls=CUDA.worker,
             pipeline_parallel_size=1,
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
@@ -134,7 +140,7 @@ def test_what_the_environment_asks_for_may_be_refused(monkeypatch, name, value, 
 
 
 def test_model_runner_v2_is_for_gpus():
-    config = engine_config(parallel_config__worker_cls=validate.CPU_WORKER)
+    config = engine_config(parallel_config__worker_cls=CPU.worker)
     with pytest.raises(KVCompressConfigError, match="Model Runner V2"):
         validate.check_engine_config(config, CONFIG)
 
@@ -176,13 +182,13 @@ def test_rows_of_both_model_runners():
     batch = SimpleNamespace(
         req_ids=["b", "a"], num_prompt_tokens=np.array([7, 9, 0, 0]), num_reqs=2
     )
-    ids, lens = worker_cuda.rows_of_v1(SimpleNamespace(input_batch=batch))(None)
+    ids, lens = rows_of_v1(SimpleNamespace(input_batch=batch))(None)
     assert (ids, lens.tolist()) == (["b", "a"], [7, 9])
     states = SimpleNamespace(
         index_to_req_id={3: "a", 0: "b", 2: "c"},
         prompt_len=SimpleNamespace(np=np.array([7, 0, 5, 9])),
     )
-    names = worker_cuda.rows_of_v2(SimpleNamespace(req_states=states))
+    names = rows_of_v2(SimpleNamespace(req_states=states))
     ids, lens = names(SimpleNamespace(req_idx=np.array([0, 3])))
     assert (ids, lens.tolist()) == (["b", "a"], [7, 9])
 
@@ -200,7 +206,7 @@ def worker_of(config, monkeypatch, **stock):
     """A worker of two layers that nothing has been done to; `stock` are vLLM's methods of it."""
     for name, method in stock.items():
         monkeypatch.setattr(Worker, name, method)
-    worker = object.__new__(worker_cuda.KVCompressCUDAWorker)
+    worker = object.__new__(KVCompressCUDAWorker)
     plain = FullAttentionSpec(
         block_size=16, num_kv_heads=2, head_size=64, head_size_v=64, dtype=torch.bfloat16
     )
@@ -230,7 +236,9 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
     worker = worker_of(config, monkeypatch, determine_available_memory=measure)
     layers = worker.vllm_config.compilation_config.static_forward_context
     copied = dict(zip(layers.values(), (5, 6), strict=True))
-    monkeypatch.setattr(worker_cuda, "output_copy_bytes", lambda model, name, layer: copied[layer])
+    monkeypatch.setattr(
+        worker_module, "output_copy_bytes", lambda model, name, layer: copied[layer]
+    )
     shape = CacheShape(2, 2, 3, 64, 16)
     pages = counted_buffer_pages(config, shape, 2048, 16)
     memory = score_memory_of(config, shape, 2)
@@ -265,7 +273,7 @@ def test_scores_follow_the_weights(monkeypatch):
     )
     # Before there is a cache.
     worker.reload_weights("first")
-    worker._layer_parameters = lambda needs: sorted(needs)
+    worker._layer_parameters = lambda config: sorted(scorer_class(config.recipe.scorer).needs)
     worker._engine = SimpleNamespace(use_parameters=done.append)
     worker.reload_weights("second")
     worker.finish_weight_update()
@@ -280,12 +288,13 @@ def test_another_attention_in_a_layer_is_refused(monkeypatch):
     worker = worker_of(KVCompressConfig("span", ratio=0.9), monkeypatch)
     layers = {
         name: SimpleNamespace(
-            get_attn_backend=lambda chosen=chosen: SimpleNamespace(get_name=lambda: chosen)
+            get_attn_backend=lambda chosen=chosen: chosen,
+            kv_cache=torch.empty(3, 2, 2, 16, 128)[:, 0],
         )
-        for name, chosen in (("a", "CUSTOM"), ("b", "FLASH_ATTN"))
+        for name, chosen in (("a", KVCompressCUDABackend), ("b", FlashAttentionBackend))
     }
     with pytest.raises(KVCompressConfigError, match="layer b of this model has chosen another"):
-        worker._make_engine(CacheShape(2, 2, 1, 64, 16), layers, [])
+        worker._check_layers(layers, CacheShape(2, 2, 1, 64, 16))
 
 
 def requests_of(config=CONFIG, max_num_reqs=4):

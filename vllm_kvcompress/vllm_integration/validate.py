@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_kvcompress import ops
 from vllm_kvcompress.config import (
-    DEFAULT_BLOCK_SIZE,
     KVCompressConfig,
     KVCompressConfigError,
     as_settings,
@@ -27,16 +24,13 @@ from vllm_kvcompress.model_layers import (
 from vllm_kvcompress.policies import make_budgets, scorer_class
 from vllm_kvcompress.policies.common_options import SETTINGS
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
+from vllm_kvcompress.vllm_integration.platforms import choose_platform
 
-CPU_WORKER = "vllm_kvcompress.vllm_integration.platforms.cpu.worker.KVCompressCPUWorker"
-CUDA_WORKER = "vllm_kvcompress.vllm_integration.platforms.cuda.worker.KVCompressCUDAWorker"
 # vLLM's attention kernels, on a CPU and FlashAttention's, take multiples of it.
 _BLOCK_UNIT = 16
 # No chunk leaves a single token before the compaction point, nor is the window's token alone in
 # one (see scheduler.py).
 _FEWEST_STEP_TOKENS = 3
-# Which ops a CPU engine uses: 'torch', 'native' (compiled), or whichever there is.
-_CPU_OPS = "VLLM_KVCOMPRESS_OPS"
 # The end of a refusal of a model.
 _STOCK = "; serve it without KV compression"
 _CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -65,16 +59,10 @@ def prepare_engine_args(engine_args: Any) -> KVCompressConfig | None:
         return None
     check_vllm_version()
     config = KVCompressConfig.from_dict(settings)
-    worker = _worker_of_platform()
-    if engine_args.worker_cls not in ("auto", worker):
-        raise KVCompressConfigError(
-            "KV compression brings its own worker class and cannot use "
-            f"{engine_args.worker_cls!r}; drop --worker-cls"
-        )
-    engine_args.worker_cls = worker
+    platform = choose_platform(engine_args.worker_cls)
+    engine_args.worker_cls = platform.worker
     if engine_args.block_size is None:
-        platform = "CUDA" if worker == CUDA_WORKER else "CPU"
-        engine_args.block_size = DEFAULT_BLOCK_SIZE[platform]
+        engine_args.block_size = platform.block_size
     elif engine_args.block_size % _BLOCK_UNIT:
         raise KVCompressConfigError(
             f"--block-size must be a multiple of {_BLOCK_UNIT}, got {engine_args.block_size}; try "
@@ -96,24 +84,6 @@ def _check_keys(additional: Mapping[str, Any]) -> None:
             )
 
 
-def _worker_of_platform() -> str:
-    """Our worker class for vLLM's platform.
-
-    Raises:
-        KVCompressConfigError: if there is none.
-    """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        return CPU_WORKER
-    if current_platform.is_cuda():
-        return CUDA_WORKER
-    raise KVCompressConfigError(
-        "this release of vllm-kvcompress runs on vLLM's CPU and CUDA platforms only, "
-        f"not on {current_platform.device_name}"
-    )
-
-
 def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
     """Refuse models and features that compression does not work with.
 
@@ -123,18 +93,16 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
     config.check_block_size(vllm_config.cache_config.block_size)
     _refuse(_model_problems(vllm_config))
     _refuse(_feature_problems(vllm_config, config))
-    is_cuda = vllm_config.parallel_config.worker_cls == CUDA_WORKER
+    platform = choose_platform(vllm_config.parallel_config.worker_cls)
     layers = _full_layers(vllm_config)
     check_table_shape(config, layers.num_layers, layers.num_kv_heads)
-    if is_cuda:
-        # Before vLLM's own answer to such heads, another attention backend.
-        check_gpu_heads(layers.head_size, layers.num_queries_per_kv)
-    _refuse((_cuda if is_cuda else _cpu)(vllm_config))
+    # Before vLLM's own answer to such heads, another attention backend.
+    platform.check_heads(layers.head_size, layers.num_queries_per_kv)
+    _refuse(platform.refusals(vllm_config))
     _use_own_scheduler(vllm_config.scheduler_config)
     if config.option("suffix_tokens"):
         _refuse_prompt_logprobs(vllm_config)
-    if is_cuda:
-        _use_own_backend(vllm_config.attention_config)
+    platform.use_attention(vllm_config.attention_config)
 
 
 def _model_problems(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
@@ -270,66 +238,6 @@ def _full_layers(vllm_config: Any) -> LayerKind:
     )
 
 
-def check_gpu_heads(head_size: int, num_queries_per_kv: int) -> None:
-    """Raise KVCompressConfigError for heads that the GPU's kernels do not take."""
-    if head_size not in ops.HEAD_SIZES:
-        known = ", ".join(map(str, ops.HEAD_SIZES))
-        raise KVCompressConfigError(
-            f"KV compression takes heads of size {known} on a GPU; those of this model's layers "
-            f"with full attention have {head_size}"
-        )
-    if num_queries_per_kv > ops.MAX_GROUP:
-        raise KVCompressConfigError(
-            f"KV compression takes at most {ops.MAX_GROUP} query heads per KV head on a GPU; "
-            f"this model has {num_queries_per_kv}"
-        )
-
-
-def choose_cpu_ops() -> tuple[str, str | None]:
-    """The backend of a CPU engine's ops: compiled ones if there are any.
-
-    Returns:
-        'native' or 'torch', and for a 'torch' that nobody asked for why it is that.
-
-    Raises:
-        KVCompressConfigError: if $VLLM_KVCOMPRESS_OPS is unknown, or asks for what is not there.
-    """
-    wish = os.environ.get(_CPU_OPS, "")
-    if wish not in ("", "torch", "native"):
-        raise KVCompressConfigError(f"${_CPU_OPS} must be 'torch' or 'native', got {wish!r}")
-    if wish == "torch":
-        return "torch", None
-    problem = ops.native_problem("cpu")
-    if problem is None:
-        return "native", None
-    if wish == "native":
-        raise KVCompressConfigError(f"${_CPU_OPS} is 'native', but {problem}")
-    return "torch", problem
-
-
-def _cpu(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
-    """What does not work on a CPU, as (whether it is there, what it is)."""
-    choose_cpu_ops()
-    return ((vllm_config.use_v2_model_runner, "Model Runner V2; unset VLLM_USE_V2_MODEL_RUNNER"),)
-
-
-def _cuda(vllm_config: Any) -> tuple[tuple[bool, str], ...]:
-    """What does not work on a GPU, as (whether it is there, what it is)."""
-    from vllm import envs
-
-    attention, parallel = vllm_config.attention_config, vllm_config.parallel_config
-    chosen = attention.backend_per_kind.get(FULL, attention.backend)
-    return (
-        (
-            chosen is not None and chosen.name not in ("CUSTOM", "FLASH_ATTN"),
-            f"the attention backend {chosen.name if chosen else None} for full-attention layers "
-            "(it brings its own, on FlashAttention); drop --attention-backend",
-        ),
-        (parallel.use_ubatching, "microbatches; drop --enable-dbo"),
-        (envs.VLLM_BATCH_INVARIANT, "batch invariance; unset VLLM_BATCH_INVARIANT"),
-    )
-
-
 def _step_tokens(scheduler_config: Any) -> int:
     """Most tokens of one request in a step."""
     limits = [
@@ -338,16 +246,6 @@ def _step_tokens(scheduler_config: Any) -> int:
         scheduler_config.long_prefill_token_threshold,
     ]
     return min(limit for limit in limits if limit)
-
-
-def _use_own_backend(attention_config: Any) -> None:
-    """Name our backend for full-attention layers; windowed ones keep theirs."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    attention_config.backend_per_kind = {
-        **attention_config.backend_per_kind,
-        FULL: AttentionBackendEnum.CUSTOM,
-    }
 
 
 def check_table_shape(config: KVCompressConfig, num_layers: int, num_kv_heads: int) -> None:

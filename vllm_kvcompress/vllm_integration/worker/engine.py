@@ -68,6 +68,33 @@ class Step:
         return next((e for e in self.endings if e.batch.staging is not None), None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineParts:
+    """What the engine of a worker is made of, on any platform.
+
+    Attributes:
+        config: validated setting.
+        shape: of the cache on this rank.
+        layer_views: layer name to its [block, H, block_size, 2 * d] view of the one pool, in
+            layer order.
+        layers: what scoring must know of each layer, in layer order.
+        row_names: tells the rows of a step.
+        max_num_reqs: rows of the largest step, CUDA graphs' padding included.
+        stats: where finished prompts are recorded.
+        one_shot_tokens: most tokens of a step whose prompts may have no blocks for what they
+            evict, which a buffer made now has room for; None = each step makes its own.
+    """
+
+    config: KVCompressConfig
+    shape: CacheShape
+    layer_views: dict[str, torch.Tensor]
+    layers: list[LayerParameters]
+    row_names: RowNames
+    max_num_reqs: int
+    stats: CompressionStats
+    one_shot_tokens: int | None = None
+
+
 class WorkerEngine:
     """One worker's side of the compression, bound to its KV cache. A platform adds its steps.
 
@@ -75,18 +102,9 @@ class WorkerEngine:
     token counts, and what depends on scores stays on the device.
 
     Args:
-        config: validated setting.
-        shape: of the cache on this rank.
-        layer_views: layer name to its [block, H, block_size, 2 * d] view of the one pool, in
-            layer order.
+        parts: of the worker.
         order: element order of a page.
-        layers: what scoring must know of each layer, in layer order.
-        row_names: tells the rows of a step.
-        max_num_reqs: rows of the largest step, CUDA graphs' padding included.
-        stats: where finished prompts are recorded.
         backends: of the ops.
-        one_shot_tokens: most tokens of a step whose prompts may have no blocks for what they
-            evict, which a buffer made now has room for; None = each step makes its own.
 
     Raises:
         RuntimeError: if the views are not slices of one [block, layer, head, ...] buffer.
@@ -95,33 +113,21 @@ class WorkerEngine:
     # Whether queries of rows of one token can be collected.
     shows_single = False
 
-    def __init__(
-        self,
-        config: KVCompressConfig,
-        shape: CacheShape,
-        layer_views: dict[str, torch.Tensor],
-        order: PageOrder,
-        layers: list[LayerParameters],
-        row_names: RowNames,
-        max_num_reqs: int,
-        stats: CompressionStats,
-        backends: Backends,
-        one_shot_tokens: int | None = None,
-    ) -> None:
-        self.shape = shape
-        self.stats = stats
+    def __init__(self, parts: EngineParts, order: PageOrder, backends: Backends) -> None:
+        shape = self.shape = parts.shape
+        self.stats = parts.stats
         self.backends = backends
-        self.layer_index = {name: i for i, name in enumerate(layer_views)}
-        pool = flat_pool(list(layer_views.values()), shape)
+        self.layer_index = {name: i for i, name in enumerate(parts.layer_views)}
+        pool = flat_pool(list(parts.layer_views.values()), shape)
         self.pool = pool.view(-1, shape.block_size, 2 * shape.head_size)
         self._order = order
-        self._row_names = row_names
-        self._max_num_reqs = max_num_reqs
-        self._one_shot_tokens = one_shot_tokens
+        self._row_names = parts.row_names
+        self._max_num_reqs = parts.max_num_reqs
+        self._one_shot_tokens = parts.one_shot_tokens
         self._one_shot_ids: Container[str] = ()
         self._is_in_step = False
         self.page_offsets = self._make_page_offsets()
-        self.configure(config, layers)
+        self.configure(parts.config, parts.layers)
 
     def _make_page_offsets(self) -> torch.Tensor:
         """[max_num_reqs + 1, S + 1] int32, one row per compacted request; the first is empty."""

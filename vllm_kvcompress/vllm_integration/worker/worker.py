@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheSpec,
-    KVQuantMode,
-    SlidingWindowSpec,
-    UniformTypeKVCacheSpecs,
-)
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from vllm_kvcompress.compaction.parameters import LayerParameters
+from vllm_kvcompress.compaction.score_memory import score_memory_of
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import NULL_BLOCK, CacheShape
+from vllm_kvcompress.memory.one_shot import counted_buffer_pages
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.policies.registry import clashes
+from vllm_kvcompress.vllm_integration.platforms.base import Platform
 from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 from vllm_kvcompress.vllm_integration.step_messages import told_whole_ids
 from vllm_kvcompress.vllm_integration.validate import check_table_shape
-from vllm_kvcompress.vllm_integration.worker.engine import RowNames, WorkerEngine
-from vllm_kvcompress.vllm_integration.worker.layers import layer_parameters
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts, WorkerEngine
+from vllm_kvcompress.vllm_integration.worker.layers import layer_parameters, output_copy_bytes
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
+from vllm_kvcompress.vllm_integration.worker.row_names import rows_of_v1, rows_of_v2
+from vllm_kvcompress.vllm_integration.worker.specs import (
+    compressed_specs,
+    group_to_compress,
+    readers_of,
+    unwrapped,
+    with_setting,
+)
 
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
 logger = init_logger(f"vllm.{__name__}")
@@ -47,11 +50,14 @@ class CompressionWorker(_Base):
     """Mixin for vLLM's workers of an engine with `additional_config["kv_compress"]`.
 
     Workers are subclassed because nothing else of vLLM's plugin points sees the model runner, whose
-    batch tells request ids and prompt lengths.
+    batch tells request ids and prompt lengths. A worker class mixes it into one of vLLM's and says
+    its platform.
+
+    Attributes:
+        platform: what differs from other workers.
     """
 
-    # Whether one-shot prompts share a buffer of fixed size.
-    _is_buffer_counted = False
+    platform: Platform
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
@@ -59,6 +65,16 @@ class CompressionWorker(_Base):
         self._stats = CompressionStats(log=self.rank == 0, budget=self._config.budget)
         self._engine: WorkerEngine | None = None
         self._is_warming_up = False
+
+    def init_device(self) -> None:
+        """As the stock worker, with our backend registered before the model is built."""
+        name = AttentionBackendEnum[self.platform.attention_name]
+        register_backend(name, self.platform.attention)
+        # An engine without compression may have been in this process.
+        selector._cached_get_attn_backend.cache_clear()
+        if self.platform.caveat is not None and self.rank == 0:
+            logger.warning("kv-compress: %s", self.platform.caveat)
+        super().init_device()
 
     def _one_shot_tokens(self) -> int:
         """Tokens of one request that fit a step beside one token of every other; 0 if none do."""
@@ -87,21 +103,6 @@ class CompressionWorker(_Base):
             ]
         return {name for name, blocks in rows if blocks[self._group][:1] == [NULL_BLOCK]}
 
-    def _make_engine(
-        self,
-        shape: CacheShape,
-        attention: dict[str, Attention],
-        layers: list[LayerParameters],
-    ) -> WorkerEngine:
-        """The engine of this kind of worker.
-
-        Args:
-            shape: of the cache.
-            attention: vLLM's layers by name, in layer order, bound to the cache.
-            layers: what scoring must know of each.
-        """
-        raise NotImplementedError
-
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The stock specs, full-attention layers carrying our config.
 
@@ -110,58 +111,79 @@ class CompressionWorker(_Base):
         Raises:
             KVCompressConfigError: if the model has layers that cannot be compressed.
         """
-        specs = super().get_kv_cache_spec()
-        attention = self.vllm_config.compilation_config.static_forward_context
-        one_shot_tokens = self._one_shot_tokens()
-        out: dict[str, KVCacheSpec] = {}
-        compressed: dict[str, KVCompressSpec] = {}
-        for name, spec in specs.items():
-            if type(spec) is SlidingWindowSpec:
-                out[name] = spec
-                continue
-            if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
-                raise KVCompressConfigError(
-                    "KV compression needs layers with full attention or a sliding window; layer "
-                    f"{name} has {type(spec).__name__}"
-                )
-            problem = _layer_problem(attention[name], spec)
-            if problem:
-                raise KVCompressConfigError(f"KV compression cannot handle layer {name}: {problem}")
-            compressed[name] = KVCompressSpec.from_full_attention(
-                spec, self._config, one_shot_tokens, self._is_buffer_counted
-            )
-        out.update(compressed)
-        shapes = {(spec, attention[name].num_heads) for name, spec in compressed.items()}
-        if len(shapes) > 1:
-            raise KVCompressConfigError(
-                f"KV compression needs the same heads in every full layer; found {shapes}"
-            )
-        if not compressed:
-            raise KVCompressConfigError("KV compression: this model has no KV cache to compress")
-        return out
+        return with_setting(
+            super().get_kv_cache_spec(),
+            self._layers,
+            self._config,
+            self._one_shot_tokens(),
+            self.platform.counts_memory,
+        )
+
+    def determine_available_memory(self) -> int:
+        """As the stock worker, less what compression keeps beside the pool."""
+        available = super().determine_available_memory()
+        if not self.platform.counts_memory:
+            return available
+        if self.vllm_config.cache_config.kv_cache_memory_bytes:
+            # Somebody chose the pool's size; or an earlier start did, which counted ours.
+            return available
+        own = self._own_bytes(available)
+        # So that it is part of what vLLM advises, and saves for another start.
+        self.total_consumed += own
+        return available - own
+
+    def _own_bytes(self, available: int) -> int:
+        """What compression keeps beside a pool that has the rest of the available bytes."""
+        specs = compressed_specs(self.get_kv_cache_spec())
+        name, spec = next(iter(specs.items()))
+        group = self._layers[name].num_heads // self._layers[name].num_kv_heads
+        shape = CacheShape(len(specs), spec.num_kv_heads, group, spec.head_size, spec.block_size)
+        self.platform.check_heads(shape.head_size, group)
+        max_num_reqs, staged_tokens = self._max_num_reqs(), self._staged_tokens()
+        assert self.device is not None
+        own = self.platform.step_buffer_bytes(shape, max_num_reqs, spec.dtype, self.device)
+        pages = counted_buffer_pages(self._config, shape, staged_tokens, max_num_reqs)
+        own += pages * spec.page_size_bytes // spec.num_kv_heads
+        scores = score_memory_of(self._config, shape, spec.dtype.itemsize)
+        own += scores.staged_entry_bytes(staged_tokens)
+        own += scores.most_bytes(
+            self.vllm_config.model_config.max_model_len,
+            self.vllm_config.scheduler_config.max_num_seqs,
+        )
+        if "output_weight" in scorer_class(self._config.recipe.scorer).needs:
+            model = self.model_runner.get_model()
+            own += sum(output_copy_bytes(model, name, self._layers[name]) for name in specs)
+        # And a part of what is left, as large a pool as that may be.
+        share = scores.entry_share()
+        return own + int(max(0, available - own) * share / (1 + share))
+
+    def _max_num_reqs(self) -> int:
+        """Rows of the largest step, a captured graph's padding included."""
+        captured = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        return max(self.vllm_config.scheduler_config.max_num_seqs, captured)
+
+    def _staged_tokens(self) -> int:
+        """Most tokens of a step whose prompts have no blocks for what they evict."""
+        return self._step_tokens() if self._one_shot_tokens() else 0
+
+    @property
+    def _layers(self) -> dict[str, Any]:
+        """vLLM's attention layers by name."""
+        return self.vllm_config.compilation_config.static_forward_context
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache, then bind our builders to it."""
-        super().initialize_from_config(_unwrapped(kv_cache_config))
-        runner = self.model_runner
-        context = self.vllm_config.compilation_config.static_forward_context
-        groups = runner.kv_cache_config.kv_cache_groups
-        ours = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, KVCompressSpec)]
-        if len(ours) != 1:
-            raise KVCompressConfigError(
-                "KV compression needs all layers with full attention in one group of blocks; vLLM "
-                f"makes {len(ours)} of them beside {len(groups) - len(ours)} groups of other layers"
-            )
-        group = groups[ours[0]]
+        super().initialize_from_config(unwrapped(kv_cache_config))
+        groups = self.model_runner.kv_cache_config.kv_cache_groups
+        self._group = group_to_compress(groups)
+        group = groups[self._group]
         spec = group.kv_cache_spec
         assert isinstance(spec, KVCompressSpec)
-        readers = _readers(context, group.layer_names)
+        readers = readers_of(self._layers, group.layer_names)
         owners = (name for name in group.layer_names if name not in readers)
-        names = sorted(owners, key=extract_layer_index)
-        self._layer_names = names
-        self._group = ours[0]
-        layers: dict[str, Attention] = {name: context[name] for name in names}
-        first = layers[names[0]]
+        self._layer_names = sorted(owners, key=extract_layer_index)
+        layers: dict[str, Attention] = {name: self._layers[name] for name in self._layer_names}
+        first = next(iter(layers.values()))
         shape = CacheShape(
             num_layers=len(layers),
             num_kv_heads=spec.num_kv_heads,
@@ -170,55 +192,76 @@ class CompressionWorker(_Base):
             block_size=spec.block_size,
         )
         check_table_shape(self._config, shape.num_layers, shape.num_kv_heads)
+        self.platform.check_heads(shape.head_size, shape.num_queries_per_kv)
+        self._check_layers(layers, shape)
+        names = rows_of_v2 if self.use_v2_model_runner else rows_of_v1
+        parts = EngineParts(
+            config=self._config,
+            shape=shape,
+            layer_views={name: layer.kv_cache for name, layer in layers.items()},
+            layers=self._layer_parameters(self._config),
+            row_names=names(self.model_runner),
+            max_num_reqs=self._max_num_reqs(),
+            stats=self._stats,
+            one_shot_tokens=self._staged_tokens() if self.platform.counts_memory else None,
+        )
+        self._engine = self.platform.make_engine(parts, layers, self.rank == 0)
+        self._engine.add_readers(readers)
+        for attn_group in itertools.chain.from_iterable(self.model_runner.attn_groups):
+            if attn_group.kv_cache_group_id != self._group:
+                continue
+            builders: list[Any] = attn_group.metadata_builders
+            for builder in builders:
+                builder.bind(self._engine)
+        if self.rank == 0:
+            self._log_start(self._engine)
+
+    def _check_layers(self, layers: dict[str, Attention], shape: CacheShape) -> None:
+        """Refuse layers that vLLM has laid out otherwise, or that chose another attention."""
+        first = next(iter(layers.values()))
         block_elements = shape.pages_per_block * 2 * shape.block_size * shape.head_size
         if first.kv_cache.stride(0) != block_elements:
             raise KVCompressConfigError(
                 f"KV compression does not support how vLLM lays out this model: blocks of its "
                 f"{shape.num_layers} full-attention layers are padded to the size of the others'"
             )
-        needs = scorer_class(self._config.recipe.scorer).needs
-        self._engine = self._make_engine(shape, layers, self._layer_parameters(needs))
-        self._engine.add_readers(readers)
-        for attn_group in itertools.chain.from_iterable(runner.attn_groups):
-            if attn_group.kv_cache_group_id != ours[0]:
-                continue
-            builders: list[Any] = attn_group.metadata_builders
-            for builder in builders:
-                builder.bind(self._engine)
-        if self.rank == 0:
-            asked = (
-                f"ratio {self._config.ratio}"
-                if self._config.ratio is not None
-                else f"budget {self._config.budget}"
-            )
-            logger.info(
-                "kv-compress: %s, %s, window %d, granularity %s; pages of %d tokens, "
-                "%d layers x %d KV heads, ops: %s",
-                self._config.method,
-                asked,
-                self._config.window,
-                self._config.granularity,
-                shape.block_size,
-                shape.num_layers,
-                shape.num_kv_heads,
-                self._engine.ops_name,
-            )
-            weakness = self._config.recipe.weakness
-            if weakness:
-                logger.warning(
-                    "kv-compress: %s %s (docs/quality.md)", self._config.method, weakness
+        for name, layer in layers.items():
+            # By name: vLLM loads the backend from its path.
+            if ".".join(layer.get_attn_backend().full_cls_name()) != self.platform.attention:
+                raise KVCompressConfigError(
+                    f"KV compression brings its own attention, and layer {name} of this model "
+                    "has chosen another"
                 )
-            clash = clashes().get(self._config.method)
-            if clash is not None:
-                logger.warning("kv-compress: %s", clash)
-            advice = self._config.few_pages_advice(shape.block_size)
+
+    def _log_start(self, engine: WorkerEngine) -> None:
+        """Say what this engine does, and what its user should know."""
+        config, shape = self._config, engine.shape
+        asked = f"ratio {config.ratio}" if config.ratio is not None else f"budget {config.budget}"
+        logger.info(
+            "kv-compress: %s, %s, window %d, granularity %s; pages of %d tokens, "
+            "%d layers x %d KV heads, ops: %s",
+            config.method,
+            asked,
+            config.window,
+            config.granularity,
+            shape.block_size,
+            shape.num_layers,
+            shape.num_kv_heads,
+            engine.ops_name,
+        )
+        weakness = config.recipe.weakness
+        if weakness:
+            logger.warning("kv-compress: %s %s (docs/quality.md)", config.method, weakness)
+        for advice in (clashes().get(config.method), config.few_pages_advice(shape.block_size)):
             if advice is not None:
                 logger.warning("kv-compress: %s", advice)
 
-    def _layer_parameters(self, needs: frozenset[str]) -> list[LayerParameters]:
-        context = self.vllm_config.compilation_config.static_forward_context
-        model = self.model_runner.get_model()
-        return [layer_parameters(model, name, context[name], needs) for name in self._layer_names]
+    def _layer_parameters(self, config: KVCompressConfig) -> list[LayerParameters]:
+        """What scoring by a setting must know of each layer."""
+        model, needs = self.model_runner.get_model(), scorer_class(config.recipe.scorer).needs
+        return [
+            layer_parameters(model, name, self._layers[name], needs) for name in self._layer_names
+        ]
 
     def kv_compress_reconfigure(self, raw: dict[str, Any]) -> None:
         """Use another setting from now on; see `LLM.kv_compress_reconfigure`."""
@@ -226,8 +269,7 @@ class CompressionWorker(_Base):
         config = KVCompressConfig.from_dict(raw)
         shape = self._engine.shape
         check_table_shape(config, shape.num_layers, shape.num_kv_heads)
-        needs = scorer_class(config.recipe.scorer).needs
-        self._engine.configure(config, self._layer_parameters(needs))
+        self._engine.configure(config, self._layer_parameters(config))
         self._config = config
         self._stats.budget = config.budget
 
@@ -244,8 +286,7 @@ class CompressionWorker(_Base):
     def _use_new_weights(self) -> None:
         # What is derived from weights does not follow them by itself.
         if self._engine is not None:
-            needs = scorer_class(self._config.recipe.scorer).needs
-            self._engine.use_parameters(self._layer_parameters(needs))
+            self._engine.use_parameters(self._layer_parameters(self._config))
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock worker, after dropping requests that have left."""
@@ -262,7 +303,11 @@ class CompressionWorker(_Base):
             return super().execute_model(scheduler_output, *args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
-        """As the stock worker, whose made-up batches are no requests."""
+        """Our own kernels, then as the stock worker, whose made-up batches are no requests."""
+        assert self._engine is not None
+        attention = self._layers[self._layer_names[0]].impl
+        max_len = self.vllm_config.model_config.max_model_len
+        self.platform.warm_up(self._engine, attention, max_len)
         self._is_warming_up = True
         try:
             return super().compile_or_warm_up_model()
@@ -278,72 +323,7 @@ class CompressionWorker(_Base):
         self._stats.flush()
         # It has the KV cache, whose memory the stock worker gives back.
         self._engine = None
+        # The next engine of this process may be a stock one.
+        AttentionBackendEnum[self.platform.attention_name].clear_override()
+        selector._cached_get_attn_backend.cache_clear()
         super().shutdown()
-
-
-def rows_of_v1(runner: Any) -> RowNames:
-    """Rows of Model Runner V1, whose batch is in the order of the step's."""
-    batch = runner.input_batch
-
-    def names(common: Any) -> tuple[Sequence[str], np.ndarray]:
-        return batch.req_ids, batch.num_prompt_tokens[: batch.num_reqs]
-
-    return names
-
-
-def _unwrapped(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
-    """The same, without vLLM's wrapper around the specs of a group where all are equal.
-
-    vLLM wraps them where groups differ in bytes per layer, and its wrapper does not know of layers
-    that join a group later, since they share another's cache.
-    """
-    groups = []
-    for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        if isinstance(spec, UniformTypeKVCacheSpecs):
-            first, *others = spec.kv_cache_specs.values()
-            if all(other == first for other in others):
-                group = replace(group, kv_cache_spec=first)
-        groups.append(group)
-    return replace(kv_cache_config, kv_cache_groups=groups)
-
-
-def _readers(context: dict[str, Any], names: list[str]) -> dict[str, str]:
-    """Layers without a cache of their own, and the layers whose cache they read.
-
-    Args:
-        context: vLLM's layers by name.
-        names: of a group of full-attention layers.
-
-    Raises:
-        KVCompressConfigError: if a layer with a cache lies between, or they have other heads.
-    """
-    targets = {name: context[name].kv_sharing_target_layer_name for name in names}
-    readers = {name: target for name, target in targets.items() if target is not None}
-    for name, target in readers.items():
-        index = extract_layer_index(name)
-        before = [n for n in names if n not in readers and extract_layer_index(n) < index]
-        # What a one-shot prompt evicts is there only until the next layer's is.
-        if target != max(before, key=extract_layer_index, default=None):
-            raise KVCompressConfigError(
-                f"KV compression needs layer {name} to share the cache of the last full-attention "
-                f"layer before it that has one; it shares that of {target}"
-            )
-        if context[name].num_heads != context[target].num_heads:
-            raise KVCompressConfigError(
-                f"KV compression needs layers that share a cache to have the same heads; {name} "
-                f"has {context[name].num_heads}, {target} {context[target].num_heads}"
-            )
-    return readers
-
-
-def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:
-    """Why a full-attention layer cannot be compressed; None if it can."""
-    if spec.kv_quant_mode != KVQuantMode.NONE:
-        # A checkpoint may ask for this itself, whatever --kv-cache-dtype says.
-        return f"its KV cache is quantized ({spec.kv_quant_mode.name})"
-    if layer.impl.alibi_slopes is not None:
-        return "ALiBi needs every key's position in the cache"
-    if layer.head_size_v != layer.head_size:
-        return f"value head size {layer.head_size_v} differs from {layer.head_size}"
-    return None

@@ -19,15 +19,13 @@ from vllm_kvcompress.compaction.requests import (
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.step_plan import StepPlan
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.vllm_integration.worker.engine import (
-    RowNames,
+    EngineParts,
     Step,
     WorkerEngine,
     cut_regions,
 )
-from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 
 @dataclass(kw_only=True)
@@ -51,8 +49,7 @@ class CPUEngine(WorkerEngine):
     """One CPU worker's side of the compression, bound to its KV cache.
 
     Args:
-        config, shape, layer_views, order, layers, row_names, max_num_reqs, stats: as in
-            `WorkerEngine`.
+        parts, order: as in `WorkerEngine`.
         backend: of the ops, 'torch' or 'native'.
         why_torch: what to tell people about a backend 'torch' that is none of their choice.
 
@@ -67,29 +64,14 @@ class CPUEngine(WorkerEngine):
 
     def __init__(
         self,
-        config: KVCompressConfig,
-        shape: CacheShape,
-        layer_views: dict[str, torch.Tensor],
+        parts: EngineParts,
         order: PageOrder,
-        layers: list[LayerParameters],
-        row_names: RowNames,
-        max_num_reqs: int,
-        stats: CompressionStats,
         backend: str = "torch",
         why_torch: str | None = None,
     ) -> None:
         self._why_torch = why_torch
-        super().__init__(
-            config,
-            shape,
-            layer_views,
-            order,
-            layers,
-            row_names,
-            max_num_reqs,
-            stats,
-            Backends(backend, backend),
-        )
+        super().__init__(parts, order, Backends(backend, backend))
+        shape = self.shape
         pages = self.pool.view(-1, 1, 2 * shape.block_size, shape.head_size)
         self.kernel_pages = pages.chunk(2, dim=2)
 

@@ -9,24 +9,21 @@ import numpy as np
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import PromptCompaction
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.step_plan import ExtendedRow, prompt_runs
 from vllm_kvcompress.compaction.windows import Window
-from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, cdiv
+from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.memory.one_shot import fits_counted_buffer
 from vllm_kvcompress.ops import MAX_QUERY_LEN, PageOrder
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.vllm_integration.platforms.cuda.step_buffers import StepBuffers
 from vllm_kvcompress.vllm_integration.worker.engine import (
-    RowNames,
+    EngineParts,
     Step,
     WorkerEngine,
     cut_regions,
 )
-from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 # Kernels are the same for any length.
 _WARM_UP_TOKENS = 1024
@@ -83,8 +80,7 @@ class CUDAEngine(WorkerEngine):
     """One GPU worker's side of the compression, bound to its KV cache.
 
     Args:
-        config, shape, layer_views, layers, row_names, max_num_reqs, stats: as in `WorkerEngine`.
-        one_shot_tokens: likewise; 0 = there are no such prompts.
+        parts: as in `WorkerEngine`; one_shot_tokens 0 = there are no such prompts.
         backend: of the ops, 'triton' or 'reference'.
         select_backend: of those that select and copy, 'native' too; None = `backend`.
         tells_lse: whether attention can tell its queries' sums in every layer.
@@ -95,32 +91,15 @@ class CUDAEngine(WorkerEngine):
 
     def __init__(
         self,
-        config: KVCompressConfig,
-        shape: CacheShape,
-        layer_views: dict[str, torch.Tensor],
-        layers: list[LayerParameters],
-        row_names: RowNames,
-        max_num_reqs: int,
-        stats: CompressionStats,
-        one_shot_tokens: int = 0,
+        parts: EngineParts,
         backend: str = "triton",
         select_backend: str | None = None,
         tells_lse: bool = True,
     ) -> None:
         self._tells_lse = tells_lse
         self.backend = backend
-        super().__init__(
-            config,
-            shape,
-            layer_views,
-            PageOrder.plain(shape.block_size, shape.head_size),
-            layers,
-            row_names,
-            max_num_reqs,
-            stats,
-            Backends(backend, select_backend or backend),
-            one_shot_tokens,
-        )
+        order = PageOrder.plain(parts.shape.block_size, parts.shape.head_size)
+        super().__init__(parts, order, Backends(backend, select_backend or backend))
         self._work, self._extended_work = None, None
         if backend != "reference":
             self._work, self._extended_work = self._buffers.work, self._buffers.extended_work
@@ -244,14 +223,13 @@ class CUDAEngine(WorkerEngine):
         row = self._zeros(1, len(ops.ROW_FIELDS))
         return self.share_out(work, ops.Rows(row, row, offsets, self._zeros(2)))
 
-    def warm_up(self, max_len: int, tells_lse: bool = False) -> None:
+    def warm_up(self, max_len: int) -> None:
         """Compile and run what a row's region or a prompt's end needs, before a request waits.
 
         Works on vLLM's null block, whose contents mean nothing.
 
         Args:
             max_len: tokens of the longest prompt. The made-up one is shorter, if it can be.
-            tells_lse: whether attention tells its sums, so that scores are made of them.
         """
         ops.token_slots(
             ops.Rows(self._buffers.rows[:1], self._zeros(1, 1), None, self._zeros(2)),
@@ -263,7 +241,7 @@ class CUDAEngine(WorkerEngine):
         while length < max_len and not self.requests.geometry.of(length).is_compressed:
             length = min(2 * length, max_len)
         if self.requests.geometry.of(length).is_compressed:
-            self._warm_up_compaction(length, False, tells_lse)
+            self._warm_up_compaction(length, False)
         one_shot_tokens = self._one_shot_tokens or 0
         lengths = [min(length, one_shot_tokens)]
         if self.config.layers_compete:
@@ -273,10 +251,10 @@ class CUDAEngine(WorkerEngine):
         for length in lengths:
             geometry = self.requests.geometry.of(length)
             if geometry.is_compressed and fits_counted_buffer(self.config, geometry):
-                self._warm_up_compaction(length, True, tells_lse)
+                self._warm_up_compaction(length, True)
                 return
 
-    def _warm_up_compaction(self, length: int, is_one_shot: bool, tells_lse: bool) -> None:
+    def _warm_up_compaction(self, length: int, is_one_shot: bool) -> None:
         """Compact a made-up prompt."""
         geometry = self.requests.geometry.of(length)
         shape, device = self.shape, self.pool.device
@@ -285,7 +263,7 @@ class CUDAEngine(WorkerEngine):
         size = (geometry.compact_len, num_heads, shape.head_size)
         query = torch.ones(size, dtype=self.pool.dtype, device=device)
         lse = None
-        if tells_lse and self.compactor.scoring.is_fused:
+        if self._tells_lse and self.compactor.scoring.is_fused:
             lse = query.new_zeros(self.config.window, num_heads, dtype=torch.float32)
         blocks = table[0].long()[: cdiv(geometry.compact_len, shape.block_size)]
         prompt = PromptCompaction(geometry, shape.num_layers)
