@@ -81,15 +81,21 @@ def needle(prose: Callable[[int, int], str]) -> Callable[..., tuple[list[dict], 
 def device(request) -> Iterator[str]:
     """Where engines of this module run (see devices.py); the installed vLLM has a CPU or a GPU."""
     from cuda_on_cpu import use_cuda_side
+    from plain_platform.platform import Plain
     from vllm.platforms import current_platform
+
+    from vllm_kvcompress.vllm_integration import platforms
 
     wanted = "cuda" if request.param == "cuda" else "cpu"
     if current_platform.device_type != wanted:
         pytest.skip(f"this vLLM runs on {current_platform.device_type}, not on {wanted}")
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "cuda_on_cpu":
+        if request.param in ("cuda_on_cpu", "plain"):
             _engines_in_process(patch)
+        if request.param == "cuda_on_cpu":
             use_cuda_side(patch)
+        elif request.param == "plain":
+            patch.setattr(platforms, "PLATFORMS", (Plain(),))
         yield request.param
 
 

@@ -1,7 +1,7 @@
 """Ways to run the same engine: eager or compiled (on a GPU in captured graphs), scheduling ahead or
 not, either of vLLM's model runners. The texts are the same.
 
-The CUDA side without a GPU is in test_cuda_path.py.
+The CUDA side without a GPU is in test_platforms.py.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from tiny_models import tiny_llama
 
 pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 # On the CUDA side without a GPU references stand in for kernels.
-NUM_REQUESTS = {"cpu": 120, "cuda_on_cpu": 100, "cuda": 200}
+NUM_REQUESTS = {"cpu": 120, "cuda_on_cpu": 100, "plain": 100, "cuda": 200}
 MAX_LEN = 640
 # The largest request, and a little more.
 NUM_BLOCKS = 28

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-# For the fixture `device`. `cuda_on_cpu` is the CUDA side without a GPU (see cuda_on_cpu.py), in
-# engines of the test's own process.
+# For the fixture `device`. In engines of the test's own process, `cuda_on_cpu` is the CUDA side
+# without a GPU (see cuda_on_cpu.py), and `plain` a platform that only tests have (plain_platform).
 ON_A_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-EVERYWHERE = ("cpu", "cuda_on_cpu", ON_A_GPU)
+EVERYWHERE = ("cpu", "cuda_on_cpu", "plain", ON_A_GPU)
 # FlashAttention has no float32, in which texts do not depend on the batch.
-DTYPES = {"cpu": "float32", "cuda_on_cpu": "float32", "cuda": "bfloat16"}
+DTYPES = {"cpu": "float32", "cuda_on_cpu": "float32", "plain": "float32", "cuda": "bfloat16"}
 # Of log-probabilities.
-TOLERANCES = {"cpu": 1e-4, "cuda_on_cpu": 1e-4, "cuda": 0.05}
+TOLERANCES = {"cpu": 1e-4, "cuda_on_cpu": 1e-4, "plain": 1e-4, "cuda": 0.05}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""The CUDA side in real engines, on Model Runner V1 and V2: the CPU side's texts, token by token.
+"""Platforms in real engines: the CPU side's texts, token by token.
 
-Without a GPU (see `cuda_on_cpu`): the engine's own scheduler, block pool and model runner, chunked
-prefill, preemption, prefix caching, async scheduling. Tiny random models in float32.
+The engine's own scheduler, block pool and model runner: chunked prefill, preemption, prefix
+caching, async scheduling. The model is tiny and random, in float32. The CUDA side runs without a
+GPU, on Model Runner V1 and V2 (see `cuda_on_cpu`).
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def run(model: str, runner: str, scenarios: list[dict], **engine) -> dict:
         "engine": {**ENGINE, **engine},
         "scenarios": scenarios,
     }
-    command = [sys.executable, "-P", str(SUPPORT / "cuda_on_cpu.py")]
+    command = [sys.executable, "-P", str(SUPPORT / "platform_run.py")]
     result = subprocess.run(
         command,
         input=json.dumps(request),
@@ -155,4 +156,11 @@ def test_model_runner_v1(llama, expected, is_async, scenarios):
 def test_model_runner_v2(llama, expected, is_async, scenarios):
     found = run(llama, "v2", scenarios, async_scheduling=is_async)
     assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
+    check(found, expected)
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+def test_a_platform_from_elsewhere(llama, expected, is_async):
+    """See `plain_platform`: attention by torch, chosen by its worker class."""
+    found = run(llama, "plain", [*SCENARIOS, GROWING, AGAIN], async_scheduling=is_async)
     check(found, expected)
