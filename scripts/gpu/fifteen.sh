@@ -186,8 +186,8 @@ part1() {
   run timings numbers 55 benchmarks/timing/gpu_kernels.py --out "$(result timings)" --native --limit 38 \
     "${TIMINGS[@]}" --peers "FlashAttention (vLLM)"
   run tuning numbers 30 "$tools/tune_decode.py" --out "$(result tuning)" --limit 18 "${TUNING[@]}"
-  tests rig 50 tests/integration/test_cuda_backend.py tests/integration/test_cuda_one_shot.py \
-    tests/integration/test_cuda_host_sync.py -n 6
+  tests rig 50 tests/integration/test_backends.py tests/integration/test_cuda_backend.py \
+    tests/integration/test_cuda_one_shot.py tests/integration/test_cuda_host_sync.py -n 6
   engine engine $((deadline - SECONDS))
 }
 

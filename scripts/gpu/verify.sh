@@ -116,7 +116,7 @@ run_engines() {
   else
     echo "no weights in KVC_MODEL: tests of the real model left out"
   fi
-  local files=(tests/integration/test_cuda_{backend,one_shot}.py) name
+  local files=(tests/integration/test_{backends,cuda_backend,cuda_one_shot}.py) name
   for name in "${names[@]}"; do files+=("tests/e2e/test_$name.py"); done
   run_pytest engine_tests "${files[@]}"
 }

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cuda_rig import Request, Rig
+from cuda_side import CUDASide
 from device_work import DeviceWork
+from engine_rig import Request, Rig
 from gpu.recording import record
 
 from vllm_kvcompress.compaction import score_memory
@@ -46,10 +47,10 @@ class Steps:
     def __init__(self, monkeypatch, config, num_layers, flash_attn_version=3):
         self.rig = Rig(
             monkeypatch,
+            CUDASide("triton", flash_attn_version),
             shape_of(num_layers),
             config,
             torch.float32,
-            flash_attn_version=flash_attn_version,
         )
         self.work = DeviceWork()
         after_attention = CUDAEngine.after_attention

@@ -1,7 +1,6 @@
-"""The CUDA backend step by step: builder, impl and batched compaction, on a GPU or without one.
+"""What of the backends is CUDA's alone, step by step, on a GPU or without one.
 
-See `cuda_rig`: every layer's output is checked against attention in float64, every region and every
-page offset against what the policies choose on plain tensors.
+`test_backends` has what all platforms do; the checks of every step are the same here.
 """
 
 from __future__ import annotations
@@ -13,9 +12,10 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cuda_rig import METHODS, Request, Rig
+from cuda_side import CapturedStep, CUDASide
+from engine_rig import Request, Rig
 from gpu.recording import record
-from paged_pool import DEVICE
+from paged_pool import DTYPE
 from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 from vllm_kvcompress import ops
@@ -34,8 +34,6 @@ SHAPES = {
     "mha_wide_pages": CacheShape(2, 2, 1, 64, 32),
     "gqa_8_to_1": CacheShape(1, 1, 8, 128, 16),
 }
-# On a GPU vLLM's FlashAttention takes no float32.
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 def config_of(method, block, granularity="page", **options):
@@ -43,115 +41,11 @@ def config_of(method, block, granularity="page", **options):
     return KVCompressConfig(method, budget=4 * block, window=WINDOW, options=options)
 
 
-@pytest.fixture(params=["page", "token"])
-def granularity(request):
-    return request.param
-
-
-# Triton's interpreter takes a minute for the larger shapes.
-ON_GPU_ONLY = ("gqa_3_to_1", "mha_wide_pages") if DEVICE.type != "cuda" else ()
-SKIP = pytest.mark.skip(reason="Triton's interpreter is too slow for it; runs on a GPU")
-
-
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [(name, "reference") for name in SHAPES]
-    + [pytest.param(name, "triton", marks=SKIP if name in ON_GPU_ONLY else ()) for name in SHAPES],
-)
-def test_all_kinds_of_steps(monkeypatch, name, backend, granularity):
-    shape = SHAPES[name]
-    block = shape.block_size
-    rig = Rig(monkeypatch, shape, config_of("ada-snapkv", block, granularity), DTYPE, backend)
-    long, even, short, late = (
-        Request("long", 10 * block + 5),
-        Request("even", 8 * block),
-        Request("short", block + 3),
-        Request("late", 9 * block + block - 1),
-    )
-    # Mixed prefill; the last chunk of `long` is shorter than the window, and its boundary lies
-    # in the chunk before.
-    rig.step([(long, 6 * block), (short, block + 3)])
-    rig.step([(short, 1), (even, 3 * block), (long, 4 * block + 2)])
-    assert long.selection is None
-    # Two prompts of different lengths end in one step.
-    rig.step([(short, 1), (long, 3), (even, 5 * block)])
-    assert long.selection is not None and even.selection is not None
-    # Two compressed and a dense row beside a prompt of a single step.
-    rig.step([(long, 1), (short, 1), (even, 1), (late, late.prompt_len)])
-    # Several tokens over a region (a resumed request), in more pieces than one.
-    rig.step([(late, 1), (long, 2), (even, 19)])
-    for _ in range(block + 2):
-        rig.step([(even, 1), (late, 1), (long, 1)])
-    records = rig.stats.snapshot()["requests"]
-    # The step in which two end has the whole window of `even` only, which therefore comes first.
-    assert [r["request_id"] for r in records] == ["short", "even", "long", "late"]
-    assert [r["compressed"] for r in records] == [False, True, True, True]
-    kept = sum(sum(heads) for heads in records[2]["kept_per_head"])
-    streams = shape.pages_per_block
-    assert kept / streams == rig.geometry(long).num_kept_tokens
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_kind_of_method_keeps_what_its_policy_chooses(monkeypatch, method, granularity):
-    shape = SHAPES["gqa_3_to_1"]
-    rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), DTYPE)
-    first, second = Request("first", 12 * 16 + 9), Request("second", 9 * 16)
-    rig.step([(second, 50), (first, 150)])
-    rig.step([(first, 12 * 16 + 9 - 150), (second, 9 * 16 - 50)])
-    rig.step([(first, 1), (second, 1)])
-    assert first.selection is not None and second.selection is not None
-
-
-@pytest.mark.parametrize("method", ["span", "ada-criticalkv", "h2o"])
-def test_half_precision_keeps_what_the_policy_chooses(monkeypatch, method, granularity):
-    """As on a GPU, whose FlashAttention takes nothing else."""
-    shape = SHAPES["gqa_3_to_1"]
-    rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), torch.bfloat16, "reference")
-    first, second = Request("first", 12 * 16 + 9), Request("second", 9 * 16)
-    rig.step([(second, 50), (first, 150)])
-    rig.step([(first, 12 * 16 + 9 - 150), (second, 9 * 16 - 50)])
-    rig.step([(first, 1), (second, 1)])
-    assert first.selection is not None and second.selection is not None
-
-
-@pytest.mark.parametrize("method", ["span", "ada-criticalkv"])
-def test_new_weights_serve_a_prompt_that_has_begun(monkeypatch, method):
-    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of(method, 16), DTYPE, "reference")
-    request = Request("a", 150)
-    rig.step([(request, 100)])
-    rig.parameters = [rig.random_parameters() for _ in rig.parameters]
-    rig.engine.use_parameters(rig.parameters)
-    # Compared with what the policy chooses by the rig's parameters.
-    rig.step([(request, 50)])
-    rig.step([(request, 1)])
-    assert request.selection is not None
-
-
-def test_prompts_are_compacted_in_batches_that_fit_memory(monkeypatch):
-    config = config_of("span", 16, "token")
-    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config, DTYPE, "reference")
-    requests = [Request(f"r{n}", n) for n in (150, 230, 160, 155)]
-    sizes, batch = [], rig.engine.compactor.batch
-
-    def count(prompts, *args):
-        sizes.append([prompt.geometry.prompt_len for prompt in prompts])
-        return batch(prompts, *args)
-
-    monkeypatch.setattr(rig.engine.compactor, "batch", count)
-    # Room for two of the short ones, and less than the long one takes.
-    limit = 2 * rig.engine.compactor.memory.prompt_bytes(rig.geometry(requests[2]))
-    monkeypatch.setattr(score_memory, "MOST_SCORE_BYTES", limit)
-    rig.step([(request, request.prompt_len) for request in requests])
-    assert sizes == [[150, 160], [155], [230]]
-    rig.step([(request, 1) for request in requests])
-    assert rig.stats.snapshot()["totals"]["compressed_prompts"] == 4
-
-
 @pytest.mark.parametrize(("method", "flash_attn_version"), [("span", 3), ("snapkv", 4)])
 def test_layers_are_scored_in_groups_that_fit_memory(monkeypatch, method, flash_attn_version):
     shape = CacheShape(5, 1, 2, 64, 16)
     config = config_of(method, 16)
-    rig = Rig(monkeypatch, shape, config, DTYPE, "reference", flash_attn_version=flash_attn_version)
+    rig = Rig(monkeypatch, CUDASide("reference", flash_attn_version), shape, config)
     # Two layers of two prompts: groups of two, two and one.
     layer_bytes = 2 * WINDOW * 2 * (64 * DTYPE.itemsize + 4)
     monkeypatch.setattr(score_memory, "MOST_WINDOW_BYTES", 2 * layer_bytes)
@@ -168,24 +62,6 @@ def test_layers_are_scored_in_groups_that_fit_memory(monkeypatch, method, flash_
     rig.step([(parts, 3), (whole, 170)])
     assert groups == [(0, 2), (2, 2), (4, 1)]
     assert parts.selection is not None and whole.selection is not None
-
-
-@pytest.mark.parametrize("method", ["snapkv", "h2o"])
-def test_chunks_of_a_prompt_select_what_a_single_step_does(monkeypatch, method, granularity):
-    shape = SHAPES["gqa_3_to_1"]
-    selections = []
-    for chunks in ((205,), (70, 33, 2, 96, 4)):
-        rig = Rig(monkeypatch, shape, config_of(method, 16, granularity), DTYPE, "reference")
-        whole = rig.random_tokens(205)
-        request, start = Request("a", 205), 0
-        for count in chunks:
-            part = [tuple(x[start : start + count] for x in layer) for layer in whole]
-            rig.step([(request, count)], given={"a": part})
-            start += count
-        rig.step([(request, 1)])
-        selections.append(request.selection)
-    assert torch.equal(selections[0].num_pages, selections[1].num_pages)
-    assert torch.equal(selections[0].indices, selections[1].indices)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "defensive"])
@@ -206,7 +82,7 @@ def test_scores_use_what_attention_tells_of_sums(monkeypatch, version, tells, re
     monkeypatch.setattr("vllm_kvcompress.ops.window.planned.window_scores", watch)
     shape = SHAPES["gqa_3_to_1"]
     config = config_of({"mean": "snapkv", "defensive": "span"}[reduce], 16)
-    rig = Rig(monkeypatch, shape, config, DTYPE, "reference", version)
+    rig = Rig(monkeypatch, CUDASide("reference", version), shape, config)
     # Windows of one chunk, of three, and of one that starts with the prompt's beginning.
     whole, parts = Request("whole", 150), Request("parts", 170)
     staged = Request("staged", 140, is_one_shot=True)
@@ -217,21 +93,6 @@ def test_scores_use_what_attention_tells_of_sums(monkeypatch, version, tells, re
     # All layers of those in the pool, and each of the staged one.
     assert len(given) == 1 + shape.num_layers
     assert all((lse is not None) == tells for lse in given)
-
-
-def test_a_suffix_attends_to_what_was_kept(monkeypatch, granularity):
-    block, suffix = 16, 21
-    config = config_of("snapkv", block, granularity, suffix_tokens=suffix)
-    rig = Rig(monkeypatch, SHAPES["gqa_3_to_1"], config, DTYPE, "reference")
-    odd, even = Request("odd", 9 * block + 3 + suffix), Request("even", 8 * block + suffix)
-    rig.step([(odd, 9 * block + 3)])
-    # A suffix beside a compaction, and one whose last token is alone.
-    rig.step([(odd, suffix), (even, 8 * block)])
-    rig.step([(odd, 1), (even, suffix - 1)])
-    rig.step([(even, 1), (odd, 1)])
-    rig.step([(even, 1), (odd, 1)])
-    evicted = {r["request_id"]: r["evicted_tokens"] for r in rig.stats.snapshot()["requests"]}
-    assert set(evicted) == {"odd", "even"} and min(evicted.values()) > 0
 
 
 def stock_runs(monkeypatch) -> list[list[int]]:
@@ -253,7 +114,7 @@ def stock_runs(monkeypatch) -> list[list[int]]:
 
 def test_compressed_rows_of_several_tokens_are_not_the_stock_backends(monkeypatch):
     shape = SHAPES["gqa_8_to_1"]
-    rig = Rig(monkeypatch, shape, config_of("snapkv", 16), DTYPE, "reference")
+    rig = Rig(monkeypatch, CUDASide("reference"), shape, config_of("snapkv", 16))
     first, second, dense = Request("first", 120), Request("second", 100), Request("dense", 20)
     rig.step([(first, 120), (second, 100), (dense, 20)])
     runs = stock_runs(monkeypatch)
@@ -278,8 +139,8 @@ def test_compressed_rows_of_several_tokens_are_not_the_stock_backends(monkeypatc
 def test_a_captured_decode_step_serves_later_rows(monkeypatch, backend, num_steps):
     """On a GPU a CUDA graph is; later steps only change what it points at."""
     shape = SHAPES["gqa_8_to_1"]
-    rig = Rig(monkeypatch, shape, config_of("snapkv", 16), DTYPE, backend)
-    captured = rig.capture(num_rows=4)
+    rig = Rig(monkeypatch, CUDASide(backend), shape, config_of("snapkv", 16))
+    captured = CapturedStep(rig, num_rows=4)
     long, short = Request("long", 180), Request("short", 20)
     rig.step([(short, 20), (long, 180)])
     rig.step([(short, 1), (long, 1)], captured=captured)
@@ -293,51 +154,16 @@ def test_a_captured_decode_step_serves_later_rows(monkeypatch, backend, num_step
         rig.step([(long, 1), (short, 1)], captured=captured)
 
 
-def test_a_preempted_request_compacts_again(monkeypatch, granularity):
-    shape, config = SHAPES["gqa_3_to_1"], config_of("span", 16, granularity)
-    rig = Rig(monkeypatch, shape, config, DTYPE, "reference")
-    first, other = Request("a", 200), Request("b", 180)
-    rig.step([(first, 200)])
-    rig.step([(first, 1), (other, 180)])
-    rig.engine.forget(["a"])
-    again = Request("a", 200)
-    rig.step([(other, 1), (again, 150)])
-    rig.step([(other, 1), (again, 50)])
-    # What it had generated before, over what was kept.
-    rig.step([(other, 1), (again, 11)])
-    rig.step([(again, 1), (other, 1)])
-    totals = rig.stats.snapshot()["totals"]
-    assert (totals["prompts"], totals["recomputed_prompts"]) == (2, 1)
-
-
-def test_rows_of_the_page_offsets_are_given_back(monkeypatch):
-    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of("snapkv", 16), DTYPE, "reference")
-    for i in range(20):
-        request = Request(f"r{i}", 100 + i)
-        rig.step([(request, request.prompt_len)])
-        rig.step([(request, 1)])
-        rig.engine.forget([request.name])
-        rig.free += request.row
-    assert len(rig.engine.requests) == 0
-
-
 def test_a_lone_token_of_a_window_is_refused(monkeypatch):
-    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of("snapkv", 16), DTYPE, "reference")
+    rig = Rig(monkeypatch, CUDASide("reference"), SHAPES["gqa_8_to_1"], config_of("snapkv", 16))
     request = Request("a", 100)
     rig.step([(request, 97)])
     with pytest.raises(RuntimeError, match="a single token of its scoring window"):
         rig.step([(request, 1)])
 
 
-def test_going_on_without_compaction_is_refused(monkeypatch):
-    rig = Rig(monkeypatch, SHAPES["gqa_8_to_1"], config_of("snapkv", 16), DTYPE, "reference")
-    request = Request("a", 100, num_computed=100)
-    with pytest.raises(RuntimeError, match="never compacted here"):
-        rig.metadata([(request, 1)])
-
-
 def test_warm_up_touches_the_null_block_only(monkeypatch):
-    rig = Rig(monkeypatch, SHAPES["gqa_3_to_1"], config_of("span", 16), DTYPE)
+    rig = Rig(monkeypatch, CUDASide("triton"), SHAPES["gqa_3_to_1"], config_of("span", 16))
     rig.buffer[0] = 0
     before = rig.buffer[1:].isnan().sum()
     rig.engine.warm_up(300)
@@ -354,7 +180,7 @@ def test_a_warm_worker_compiles_nothing(monkeypatch, method, granularity, flash_
     # A kernel that is compiled while requests wait takes a second of their time.
     shape = CacheShape(2, 2, 1, 64, 16)
     config = config_of(method, 16, granularity, suffix_tokens=3)
-    rig = Rig(monkeypatch, shape, config, DTYPE, flash_attn_version=flash_attn_version)
+    rig = Rig(monkeypatch, CUDASide("triton", flash_attn_version), shape, config)
     rig.buffer[0] = 0
 
     def warm_up():
@@ -391,7 +217,7 @@ def test_as_many_layers_as_happen_to_be_known_compile_nothing(monkeypatch, granu
     shape = CacheShape(8, 1, 1, 64, 16)
     options = (("granularity", granularity),)
     config = KVCompressConfig("span", budget=64, window=8, options=options)
-    rig = Rig(monkeypatch, shape, config, DTYPE)
+    rig = Rig(monkeypatch, CUDASide("triton"), shape, config)
     rig.buffer[0] = 0
     # In which six layers of 700 tokens fit, and four of 900.
     rig.engine.compactor.use_buffer(rig.engine.compactor.buffer[:300])
@@ -422,9 +248,7 @@ def test_as_many_layers_as_happen_to_be_known_compile_nothing(monkeypatch, granu
 def test_layers_that_are_scored_in_groups_compile_nothing(monkeypatch, method, flash_attn_version):
     # What is known of the layers begins in the middle for all groups but the first.
     shape = CacheShape(5, 1, 1, 64, 16)
-    rig = Rig(
-        monkeypatch, shape, config_of(method, 16), DTYPE, flash_attn_version=flash_attn_version
-    )
+    rig = Rig(monkeypatch, CUDASide("triton", flash_attn_version), shape, config_of(method, 16))
     rig.buffer[0] = 0
 
     def warm_up():

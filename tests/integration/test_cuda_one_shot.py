@@ -1,6 +1,6 @@
 """One-shot prompts on the CUDA side, step by step: staged beside the pool, and what is kept.
 
-See `cuda_rig`: outputs are checked against attention in float64, regions against the policies.
+`test_backends` has what all platforms do; the checks of every step are the same here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cuda_rig import Request, Rig
+from cuda_side import CUDASide
+from engine_rig import Request, Rig
 from paged_pool import DEVICE
 
 from vllm_kvcompress import ops
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
 DEEP = CacheShape(6, 2, 2, 64, 16)
 FLAT = CacheShape(2, 2, 3, 64, 16)
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 # Per layer by numbers alone, per layer by scores, over all layers, and these in two stages.
 METHODS = [
     ("pyramidkv", {}),
@@ -106,7 +106,7 @@ def narrowings(monkeypatch):
 def test_staged_prompts_keep_what_the_policy_chooses(
     monkeypatch, method, options, granularity, narrowings
 ):
-    rig = Rig(monkeypatch, DEEP, config_of(method, granularity, **options), DTYPE, "reference")
+    rig = Rig(monkeypatch, CUDASide("reference"), DEEP, config_of(method, granularity, **options))
     first = Request("first", 13 * 16 + 9, is_one_shot=True)
     second = Request("second", 19 * 16, is_one_shot=True)
     shrink_buffer(rig, first, second)
@@ -122,30 +122,10 @@ def test_staged_prompts_keep_what_the_policy_chooses(
     assert not is_joint or len(narrowings) > 1
 
 
-@pytest.mark.parametrize("method", ["span", "ada-snapkv"])
-def test_staged_prompts_beside_all_kinds_of_rows(monkeypatch, method, granularity):
-    rig = Rig(monkeypatch, FLAT, config_of(method, granularity), DTYPE, "reference")
-    old, late, short = Request("old", 150), Request("late", 170), Request("short", 10)
-    one, two = (Request(name, n, is_one_shot=True) for name, n in (("one", 133), ("two", 160)))
-    rig.step([(old, 150), (short, 10)])
-    # Dense and staged rows in turn, prompts of both kinds ending together.
-    rig.step([(old, 1), (one, 133), (late, 170), (two, 160)])
-    rig.step([(one, 1), (short, 1), (two, 1), (late, 1), (old, 7)])
-    # Again in one shot, after a preemption.
-    rig.engine.forget(["one"])
-    again = Request("one", 133, is_one_shot=True)
-    rig.step([(late, 1), (two, 1), (old, 1), (again, 133)])
-    rig.step([(again, 1), (late, 1), (two, 1), (old, 1)])
-    records = {r["request_id"]: r for r in rig.stats.snapshot()["requests"]}
-    staged = {name for name, record in records.items() if record["one_shot"]}
-    assert staged == {"one", "two"}
-    assert records["one"]["num_prefills"] == 2
-
-
 @pytest.mark.parametrize("method", ["span", "ada-pyramidkv"])
 def test_triton_kernels_stage_as_the_references(monkeypatch, method, granularity, narrowings):
     shape = CacheShape(4, 1, 2, 64, 16)
-    rig = Rig(monkeypatch, shape, config_of(method, granularity), DTYPE, "triton")
+    rig = Rig(monkeypatch, CUDASide("triton"), shape, config_of(method, granularity))
     request = Request("a", 11 * 16 + 5, is_one_shot=True)
     shrink_buffer(rig, request)
     rig.step([(request, request.prompt_len)])
@@ -153,35 +133,8 @@ def test_triton_kernels_stage_as_the_references(monkeypatch, method, granularity
     assert bool(narrowings) == (method == "span")
 
 
-def test_a_suffix_follows_a_staged_prompt(monkeypatch):
-    config = config_of("span", "page", suffix_tokens=20)
-    rig = Rig(monkeypatch, FLAT, config, DTYPE, "reference")
-    request = Request("a", 200, is_one_shot=True)
-    rig.step([(request, 180)])
-    rig.step([(request, 20)])
-    rig.step([(request, 1)])
-    (record,) = rig.stats.snapshot()["requests"]
-    assert record["one_shot"] and record["evicted_tokens"] > 0
-
-
-def test_nothing_evicted_is_written_to_the_pool(monkeypatch):
-    rig = Rig(monkeypatch, FLAT, config_of("span", "page"), DTYPE, "reference")
-    request = Request("a", 200, is_one_shot=True)
-    rig.step([(request, 200)])
-    geometry = rig.geometry(request)
-    written = (~rig.buffer.isnan()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    assert sorted(written) == sorted(request.row[geometry.first_kept_block :])
-
-
-def test_a_prompt_that_is_not_whole_is_refused(monkeypatch):
-    rig = Rig(monkeypatch, FLAT, config_of("span", "page"), DTYPE, "reference")
-    request = Request("a", 200, is_one_shot=True)
-    with pytest.raises(RuntimeError, match="computes tokens 0 to 150 of 200"):
-        rig.metadata([(request, 150)])
-
-
 def test_more_than_the_buffer_holds_is_refused(monkeypatch):
-    rig = Rig(monkeypatch, FLAT, config_of("span", "page"), DTYPE, "reference")
+    rig = Rig(monkeypatch, CUDASide("reference"), FLAT, config_of("span", "page"))
     rig.engine.compactor.use_buffer(rig.engine.compactor.buffer[:30])
     request = Request("a", 200, is_one_shot=True)
     with pytest.raises(RuntimeError, match="do not fit a buffer of 30 pages"):
@@ -191,7 +144,7 @@ def test_more_than_the_buffer_holds_is_refused(monkeypatch):
 def test_warm_up_stages_too(monkeypatch, narrowings, moves_in_any_order):
     # All of its region is the null block, where contents mean nothing.
     monkeypatch.setattr(ops, "move_entries", moves_in_any_order)
-    rig = Rig(monkeypatch, DEEP, config_of("span", "page"), DTYPE, "reference")
+    rig = Rig(monkeypatch, CUDASide("reference"), DEEP, config_of("span", "page"))
     shrink_buffer(rig, Request("made up", 300))
     rig.buffer[0] = 0
     rig.engine.warm_up(300)
@@ -204,7 +157,7 @@ def test_warm_up_stages_what_may_be_staged_only(monkeypatch, narrowings, options
     ratio = options.get("ratio", 0.85)
     pairs = tuple((k, v) for k, v in options.items() if k != "ratio")
     config = KVCompressConfig("span", ratio=ratio, window=WINDOW, options=pairs)
-    rig = Rig(monkeypatch, DEEP, config, DTYPE, "reference")
+    rig = Rig(monkeypatch, CUDASide("reference"), DEEP, config)
     rig.buffer[0] = 0
     rig.engine.warm_up(300)
     assert not narrowings
@@ -219,7 +172,7 @@ def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, 
         share = most_share(KVCompressConfig(method, ratio=0.5, options=pairs))
         setting = {"ratio": 1 - min(share, 0.9)}
     config = KVCompressConfig(method, window=WINDOW, options=pairs, **setting)
-    rig = Rig(monkeypatch, FLAT, config, DTYPE, "reference")
+    rig = Rig(monkeypatch, CUDASide("reference"), FLAT, config)
     geometry = rig.engine.requests.geometry
     draw = np.random.default_rng(0)
     max_tokens, max_prompts = 700, 8

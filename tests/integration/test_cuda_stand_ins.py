@@ -19,8 +19,8 @@ import torch
 pytest.importorskip("vllm")
 
 import plain_flash_attention
-from cuda_rig import Request, Rig, captured
-from cuda_stand_ins import SCALE
+from cuda_side import CapturedStep, CUDASide, captured
+from engine_rig import Request, Rig
 from paged_pool import DEVICE
 from plain_flash_attention import (
     chosen_attention,
@@ -28,6 +28,7 @@ from plain_flash_attention import (
     store_in_pages,
     varlen_attention,
 )
+from rig_checks import SCALE
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionImpl,
@@ -47,7 +48,6 @@ from vllm_kvcompress.vllm_integration.platforms.cuda.attention import (
 pytestmark = pytest.mark.usefixtures("labels")
 
 SHAPE = CacheShape(2, 2, 3, 64, 16)
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 # Read by methods of these names on the object itself.
 IMPL_METHODS = ("forward", "do_kv_cache_update")
 BUILDER_METHODS = ("build", "_get_scheduler_metadata", "_store_scheduler_metadata")
@@ -107,9 +107,8 @@ def reads_of(owner: type, method: str) -> set[str]:
 
 @pytest.fixture
 def rig(monkeypatch):
-    return Rig(
-        monkeypatch, SHAPE, KVCompressConfig("span", budget=64, window=8), DTYPE, "reference"
-    )
+    config = KVCompressConfig("span", budget=64, window=8)
+    return Rig(monkeypatch, CUDASide("reference"), SHAPE, config)
 
 
 def test_everything_that_is_read_is_there(rig):
@@ -178,7 +177,7 @@ def test_prompts_run_what_vllm_runs(monkeypatch, rig):
 
 @pytest.mark.gpu
 def test_a_graph_is_replayed_without_python(monkeypatch, rig):
-    captured_step = rig.capture(num_rows=3)
+    captured_step = CapturedStep(rig, num_rows=3)
     request = Request("a", 30)
     rig.step([(request, 30)])
     monkeypatch.setattr(KVCompressCUDAImpl, "forward", None)
