@@ -169,7 +169,7 @@ CSRC_TESTS=(tests/kernels/test_csrc_cuda.py tests/kernels/test_csrc_copies.py
   tests/kernels/test_csrc_gpu.py -m "not emulated and not slow")
 # What is worth most first. The real-size step does what test_real_size.py does; the files that are
 # not here run on a CPU.
-KERNEL_TESTS=(tests/kernels/test_{ragged_decode,window_score,select,compact,store}.py
+KERNEL_TESTS=(tests/kernels/test_{ragged_decode,window_score,select,compact,slots}.py
   tests/kernels/test_tune_decode.py)
 
 # The numbers behind the names are seconds, at most; few steps need all of theirs. The engine has at
