@@ -1,7 +1,8 @@
 """What a prompt's streams keep, in plain torch: the judge of what engines select.
 
 Nothing of it is shared with `compaction.selection` but the budgets' plans, the scores of entries,
-and the count that a first score decides on. Streams are (layer, KV head), layer first.
+and the count that a first score decides on. What is best is ranked by the ops' references, which
+engines with other backends do not run. Streams are (layer, KV head), layer first.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def share(
     for group, total, sure in zip(
         groups, plan.total_pages.tolist(), plan.guaranteed.tolist(), strict=True
     ):
-        counts = ops.joint_top_counts(group, total * page_size, sure)
+        counts = ops.joint_top_counts(group, total * page_size, sure, "reference")
         if page_size > 1:
             ideal = [count / page_size for count in counts.tolist()]
             counts = torch.tensor(ops.apportion(ideal, total, 1, max_pages))
@@ -128,6 +129,8 @@ def select(
         # The best by the first score come before all others.
         rows = torch.arange(flat.shape[0]).repeat_interleave(in_first)
         combined = second.flatten(0, 1).clone()
-        combined[rows, ops.select_top(flat, in_first)] = float("inf")
+        combined[rows, ops.select_top(flat, in_first, "reference")] = float("inf")
         flat = combined
-    return Selection(budgets.num_pages, ops.select_top(flat, counts), config.granularity)
+    return Selection(
+        budgets.num_pages, ops.select_top(flat, counts, "reference"), config.granularity
+    )
