@@ -34,6 +34,7 @@ SHAPES = {
 }
 CPU_SHAPES = ("gqa_3_to_1_wide_pages", "mha_wide_pages", "gqa_8_to_1_small_heads")
 CUDA_SHAPES = ("gqa_3_to_1", "mha_wide_pages", "gqa_8_to_1")
+# A new platform's side has a line here, and one in `QUICK_SIDES`.
 SIDES: dict[str, Side] = {
     "cpu-torch": CPUSide("torch"),
     "cpu-native": CPUSide("native"),

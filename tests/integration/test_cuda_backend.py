@@ -31,7 +31,6 @@ pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
 SHAPES = {
     "gqa_3_to_1": CacheShape(2, 2, 3, 64, 16),
-    "mha_wide_pages": CacheShape(2, 2, 1, 64, 32),
     "gqa_8_to_1": CacheShape(1, 1, 8, 128, 16),
 }
 
