@@ -17,6 +17,7 @@ from cpu_side import CPUSide
 from cuda_side import CUDASide
 from engine_rig import METHODS, Request, Rig
 from paged_pool import DEVICE
+from plain_side import PlainSide
 from rig_side import Side
 
 from vllm_kvcompress.compaction import score_memory
@@ -40,10 +41,11 @@ SIDES: dict[str, Side] = {
     "cpu-native": CPUSide("native"),
     "cuda-reference": CUDASide("reference"),
     "cuda-triton": CUDASide("triton"),
+    "plain": PlainSide(),
 }
 CPU_SIDES = ("cpu-torch", "cpu-native")
 # What Triton's interpreter need not run.
-QUICK_SIDES = (*CPU_SIDES, "cuda-reference")
+QUICK_SIDES = (*CPU_SIDES, "cuda-reference", "plain")
 on_quick_sides = pytest.mark.parametrize("side", QUICK_SIDES, indirect=True)
 # Triton's interpreter takes a minute for the larger shapes.
 ON_GPU_ONLY = ("gqa_3_to_1", "mha_wide_pages") if DEVICE.type != "cuda" else ()
@@ -85,7 +87,8 @@ def all_kinds():
             continue
         marks = SKIP if side == "cuda-triton" and name in ON_GPU_ONLY else ()
         yield pytest.param(side, name, None, False, marks=marks)
-    yield "cuda-reference", "gqa_3_to_1", None, True
+    for side in ("cuda-reference", "plain"):
+        yield side, "gqa_3_to_1", None, True
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ def finish_two_prompts(rig):
     assert first.selection is not None and second.selection is not None
 
 
-@pytest.mark.parametrize("side", [*CPU_SIDES, "cuda-triton"], indirect=True)
+@pytest.mark.parametrize("side", [*CPU_SIDES, "cuda-triton", "plain"], indirect=True)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_what_its_policy_chooses(monkeypatch, side, method, granularity):
     config = config_of(method, 16, granularity)

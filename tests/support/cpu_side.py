@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.ops import PageOrder
-from vllm_kvcompress.vllm_integration.worker.engine import WorkerEngine
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts, WorkerEngine
 
 # Our modules of this platform are imported where they are needed: those of vLLM below them are
 # not meant for a GPU's vLLM.
@@ -51,8 +51,8 @@ class CPUSide(Side):
         isa: Any = layer.isa
         return find_page_order(isa, shape.block_size, shape.head_size, dtype)
 
-    def make_engine(self, order: PageOrder, max_tokens: int, **arguments: Any) -> WorkerEngine:
+    def make_engine(self, parts: EngineParts, order: PageOrder, impl: Any) -> WorkerEngine:
         """As in the CPU's worker."""
         from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine
 
-        return CPUEngine(**arguments, order=order, backend=self.backend)
+        return CPUEngine(parts, order, self.backend)

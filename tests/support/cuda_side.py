@@ -24,7 +24,7 @@ from vllm.v1.attention.backends import fa_utils
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.vllm_integration.platforms.cuda.attention import KVCompressCUDABackend
 from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
-from vllm_kvcompress.vllm_integration.worker.engine import WorkerEngine
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts, WorkerEngine
 
 
 class CUDASide(Side):
@@ -35,6 +35,8 @@ class CUDASide(Side):
         flash_attn_version: skips the test where vLLM's ops are chosen and lack it.
         device: of the pool.
     """
+
+    counts_memory = True
 
     def __init__(
         self,
@@ -58,10 +60,10 @@ class CUDASide(Side):
         elif not fa_utils.is_fa_version_supported(version):
             pytest.skip(f"vLLM has no FlashAttention {version} for this GPU")
 
-    def make_engine(self, order: PageOrder, max_tokens: int, **arguments: Any) -> WorkerEngine:
+    def make_engine(self, parts: EngineParts, order: PageOrder, impl: Any) -> WorkerEngine:
         """As in the GPU's worker."""
         assert order.is_plain
-        return CUDAEngine(**arguments, one_shot_tokens=max_tokens, backend=self.backend)
+        return CUDAEngine(parts, self.backend, tells_lse=impl.tells_lse)
 
     def guard(self) -> AbstractContextManager[None]:
         """Without a GPU, ops that mix the device with the host raise."""

@@ -31,6 +31,7 @@ from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import NULL_BLOCK, CacheShape, RequestGeometry
 from vllm_kvcompress.policies.base import Rotary
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 if TYPE_CHECKING:
@@ -140,9 +141,7 @@ class Rig:
             make_builder: Any = side.attention.get_builder_cls()
             self.builder = make_builder(spec, names, vllm_config, side.device)
         self._order = side.page_order(self.layers[names[0]], shape, self.dtype)
-        self.engine = side.make_engine(
-            self._order,
-            MAX_TOKENS,
+        parts = EngineParts(
             config=self.config,
             shape=shape,
             layer_views=self.views,
@@ -150,7 +149,9 @@ class Rig:
             row_names=lambda common: self._names,
             max_num_reqs=MAX_ROWS,
             stats=self.stats,
+            one_shot_tokens=MAX_TOKENS if side.counts_memory else None,
         )
+        self.engine = side.make_engine(parts, self._order, self.impl)
         self.builder.bind(self.engine)
 
     @property

@@ -11,7 +11,7 @@ from vllm.v1.attention.backend import AttentionBackend
 
 from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.ops import PageOrder
-from vllm_kvcompress.vllm_integration.worker.engine import WorkerEngine
+from vllm_kvcompress.vllm_integration.worker.engine import EngineParts, WorkerEngine
 
 
 class Side:
@@ -28,7 +28,10 @@ class Side:
         tolerances: of outputs against attention in float64, absolute and relative. The two smaller
             types round the output and the weights.
         attention_config: entries of vLLM's `AttentionConfig` that are not its defaults.
+        counts_memory: as the platform's.
     """
+
+    counts_memory = False
 
     tolerances: ClassVar[dict[torch.dtype, float]] = {
         torch.float32: 2e-5,
@@ -53,14 +56,13 @@ class Side:
         """The attention backend under test: it names the classes of impl and builder."""
         raise NotImplementedError
 
-    def make_engine(self, order: PageOrder, max_tokens: int, **arguments: Any) -> WorkerEngine:
+    def make_engine(self, parts: EngineParts, order: PageOrder, impl: Any) -> WorkerEngine:
         """The engine of this platform's worker.
 
         Args:
+            parts: that every engine is made of.
             order: of `page_order`.
-            max_tokens: of the largest step.
-            arguments: config, shape, layer_views, layers, row_names, max_num_reqs and stats, as
-                `WorkerEngine` takes them.
+            impl: of the first layer; the others' are alike.
         """
         raise NotImplementedError
 
