@@ -22,7 +22,13 @@ SOURCES = ROOT / "csrc" / "cpu"
 LIBRARY_NAME = "_native_cpu.so"
 # Compiled once per instruction set, without any header of the C++ library.
 SCORING = ("window_score.cpp", "value_effect.cpp", "join_scores.cpp")
-COMMON = ("bindings.cpp", "compact.cpp", "instruction_sets.cpp", "select.cpp")
+COMMON = (
+    "bind_scores.cpp",
+    "bind_selection.cpp",
+    "compact.cpp",
+    "instruction_sets.cpp",
+    "select.cpp",
+)
 
 _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")

@@ -1,4 +1,6 @@
-// The instruction sets that the library was built for.
+// The instruction sets that the library was built for, and the one in use.
+#include <cstring>
+
 #include "kernels.h"
 
 #define KVC_DECLARE(isa)                                     \
@@ -37,8 +39,7 @@ bool always() {
   return true;
 }
 
-}  // namespace
-
+// Best first; the last one, 'portable', always works.
 const InstructionSet INSTRUCTION_SETS[] = {
 #ifdef __x86_64__
     {"avx512_bf16", has_avx512_bf16, KVC_KERNELS(avx512_bf16)},
@@ -47,6 +48,44 @@ const InstructionSet INSTRUCTION_SETS[] = {
 #endif
     {"portable", always, KVC_KERNELS(portable)},
 };
-const int NUM_INSTRUCTION_SETS = sizeof(INSTRUCTION_SETS) / sizeof(INSTRUCTION_SETS[0]);
+
+const InstructionSet* best() {
+  const InstructionSet* set = INSTRUCTION_SETS;
+  while (!set->is_supported()) ++set;
+  return set;
+}
+
+const InstructionSet* in_use = best();
+
+}  // namespace
+
+const InstructionSet& instruction_set_in_use() {
+  return *in_use;
+}
+
+// Names of the instruction sets that the library has and this CPU too, best first, by number; null
+// past the last. Read by ctypes.
+extern "C" __attribute__((visibility("default"))) const char* kvc_instruction_set(int number) {
+  for (const InstructionSet& set : INSTRUCTION_SETS) {
+    if (set.is_supported() && number-- == 0) return set.name;
+  }
+  return nullptr;
+}
+
+// The name of the one in use.
+extern "C" __attribute__((visibility("default"))) const char* kvc_instruction_set_in_use() {
+  return in_use->name;
+}
+
+// Use one of them from now on; 0 if there is none of this name. Not while an op runs.
+extern "C" __attribute__((visibility("default"))) int kvc_use_instruction_set(const char* name) {
+  for (const InstructionSet& set : INSTRUCTION_SETS) {
+    if (set.is_supported() && std::strcmp(set.name, name) == 0) {
+      in_use = &set;
+      return 1;
+    }
+  }
+  return 0;
+}
 
 }  // namespace kvcompress

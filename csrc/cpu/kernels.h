@@ -193,9 +193,8 @@ struct InstructionSet {
   const UnitKernel<JoinScores>* join;
 };
 
-// Best first; the last one, 'portable', always works.
-extern const InstructionSet INSTRUCTION_SETS[];
-extern const int NUM_INSTRUCTION_SETS;
+// The best one that this CPU has, unless another was chosen (instruction_sets.cpp).
+const InstructionSet& instruction_set_in_use();
 
 // Scores of the entries of all streams, read only.
 struct Scores {
