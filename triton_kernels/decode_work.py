@@ -18,6 +18,7 @@ from .paging import (
     ROW_NUM_REGION_BLOCKS,
     ROW_SEQ_LEN,
     ROW_WIDTH,
+    StreamTokens,
 )
 
 # Streams, and programs, that are looked at together.
@@ -26,12 +27,7 @@ _TILE_STREAMS = 1024
 
 @triton.jit
 def stream_extent(row_ptr, offsets_ptr, stream, BLOCK_SIZE: tl.constexpr):
-    """Where one stream's tokens lie. No load waits for another.
-
-    Returns:
-        (tokens in its region pages, tokens in all, first virtual page, first tail block), of the
-        shape of the pointers.
-    """
+    """A stream's `StreamTokens`, of the shape of the pointers. No load waits for another."""
     seq_len = tl.load(row_ptr + ROW_SEQ_LEN)
     num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
     first_tail_block = tl.load(row_ptr + ROW_FIRST_KEPT_BLOCK)
@@ -40,7 +36,7 @@ def stream_extent(row_ptr, offsets_ptr, stream, BLOCK_SIZE: tl.constexpr):
     end_page = tl.load(offsets_ptr + stream + 1)
     num_region_tokens = tl.where(num_region_blocks > 0, (end_page - first_page) * BLOCK_SIZE, 0)
     num_tokens = num_region_tokens + seq_len - first_tail_block * BLOCK_SIZE
-    return num_region_tokens, num_tokens, first_page, first_tail_block
+    return StreamTokens(num_region_tokens, num_tokens, first_page, first_tail_block)
 
 
 @triton.jit
@@ -108,14 +104,14 @@ def _decode_work_kernel(
         row = index // NUM_KV_HEADS
         query_start = tl.load(query_start_ptr + row)
         query_end = tl.load(query_start_ptr + row + 1)
-        _, num_tokens, _, _ = stream_extent(
+        extent = stream_extent(
             rows_ptr + row * ROW_WIDTH,
             offsets_ptr + row.to(tl.int64) * offsets_stride,
             layer * NUM_KV_HEADS + index % NUM_KV_HEADS,
             BLOCK_SIZE,
         )
         # A captured graph has rows without a query.
-        tiles = tl.where(mask & (query_end > query_start), tl.cdiv(num_tokens, TILE_N), 0)
+        tiles = tl.where(mask & (query_end > query_start), tl.cdiv(extent.num_tokens, TILE_N), 0)
         ends = total + tl.cumsum(tiles, axis=0)
         tl.store(starts_ptr + index, ends - tiles, mask=mask)
         total += tl.sum(tiles, axis=0)

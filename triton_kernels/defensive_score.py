@@ -2,35 +2,77 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .paging import (
-    INTERPRETED,
-    ROW_BOUNDARY_BLOCK,
-    ROW_NUM_REGION_BLOCKS,
-    ROW_REGION_COLUMN,
-    ROW_SEQ_LEN,
-    ROW_WIDTH,
-    dot,
-)
-from .window_sums import merged_sums
+from .paging import INTERPRETED, dot, load_row
+from .window_sums import gain_by_lse, merged_sums
 from .window_tiles import (
     TILE_N,
     UNALIGNED_PARAMETERS,
     UNSPECIALIZED,
+    PageShape,
+    PromptKeys,
+    QueryRows,
+    WindowShape,
+    at_layer,
     load_keys,
+    load_logit_scale,
     load_lse,
     load_queries,
     load_sinks,
+    query_rows,
     rated_weights,
-    split_rows,
     tiles_per_program,
     window_logits,
 )
+
+
+class _Window(NamedTuple):
+    """Where a prompt's window of one layer and KV head lies, and what is known of its softmax.
+
+    Attributes:
+        request, scored_stream: whose it is.
+        query, stride_token, stride_head: of the queries.
+        lse: of the queries, or None.
+        sums: of all prompts, see `window_sums`.
+        sinks: of all layers, or None.
+    """
+
+    request: tl.tensor
+    scored_stream: tl.tensor
+    query: tl.tensor
+    stride_token: tl.tensor
+    stride_head: tl.tensor
+    lse: tl.tensor
+    sums: tl.tensor
+    sinks: tl.tensor
+
+
+class _QueryTile(NamedTuple):
+    """A tile of query rows, with what turns their logits into pooled weights.
+
+    Attributes:
+        rows: which they are.
+        query: [TILE_M, TILE_D].
+        lse: [TILE_M], base 2.
+        gain: [TILE_M] factor on sums of pooled weights.
+    """
+
+    rows: QueryRows
+    query: tl.tensor
+    lse: tl.tensor
+    gain: tl.tensor
+
+
+@triton.jit
+def _is_near(lane, HALO: tl.constexpr):
+    """[N, N] which keys of a tile a pooling joins."""
+    distance = lane[:, None] - lane[None, :]
+    return (distance <= HALO) & (distance >= -HALO)
 
 
 @triton.jit
@@ -48,100 +90,60 @@ def _sums_of_near(weights, near):
 
 
 @triton.jit
-def _query_rows(
+def _load_query_tile(
     m_tile,
-    sums_ptr,
-    sinks_ptr,
-    query_ptr,
-    lse_ptr,
-    request,
-    scored_stream,
+    window,
     num_rated,
-    query_stride_token,
-    query_stride_head,
-    NUM_KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
     POOL_KERNEL: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    NUM_M_TILES: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_W: tl.constexpr,
-    TILE_D: tl.constexpr,
+    pages: tl.constexpr,
+    shape: tl.constexpr,
 ):
-    """A tile of query rows: places, mask, queries, lse, and the factor on pooled weights."""
-    rows, group_head, place, row_mask = split_rows(m_tile, GROUP, WINDOW, TILE_M, TILE_W)
-    query_head = scored_stream % NUM_KV_HEADS * GROUP + group_head
-    query = load_queries(
-        query_ptr,
-        query_head,
-        place,
-        row_mask,
-        query_stride_token,
-        query_stride_head,
-        HEAD_SIZE,
-        TILE_D,
-    )
-    sink = load_sinks(
-        sinks_ptr,
-        scored_stream // NUM_KV_HEADS,
-        query_head,
-        row_mask,
-        HAS_SINKS,
-        NUM_KV_HEADS * GROUP,
-        TILE_M,
-    )
-    lse = sink
-    if HAS_LSE:
-        lse = load_lse(lse_ptr, query_head, place, row_mask, NUM_KV_HEADS * GROUP)
-    lse, gain = merged_sums(
-        sums_ptr,
-        request,
-        scored_stream,
-        rows,
-        lse,
-        sink,
-        HAS_LSE,
-        HAS_SINKS,
-        NUM_SPLITS,
-        NUM_M_TILES * TILE_M,
-    )
-    gain /= POOL_KERNEL
-    if HAS_LSE:
+    """One `_QueryTile`."""
+    scored_stream = window.scored_stream
+    rows = query_rows(m_tile, scored_stream, shape)
+    query = load_queries(window.query, rows, window.stride_token, window.stride_head, pages)
+    sink = load_sinks(window.sinks, scored_stream // shape.NUM_KV_HEADS, rows, shape)
+    if window.lse is not None:
+        lse = load_lse(window.lse, rows, shape)
+        has_sinks: tl.constexpr = window.sinks is not None
+        gain = gain_by_lse(
+            window.sums,
+            window.request,
+            scored_stream,
+            rows,
+            lse,
+            sink,
+            has_sinks,
+            NUM_SPLITS,
+            shape,
+        )
+        gain /= POOL_KERNEL
         # Pooling keeps this part of any key's weight at least. Where nearly all attention is on
         # keys that are not rated, sums by the lse are differences of rounded numbers.
         least_kept = tl.minimum(POOL_KERNEL // 2 + 1, num_rated).to(tl.float32)
         gain = tl.minimum(gain, 1 / least_kept)
-    return place, row_mask, query, lse, gain
+    else:
+        lse, gain = merged_sums(
+            window.sums, window.request, scored_stream, rows, sink, NUM_SPLITS, shape
+        )
+        gain /= POOL_KERNEL
+    return _QueryTile(rows, query, lse, gain)
 
 
 @triton.jit
-def _worst_case(
-    place,
-    row_mask,
-    query,
-    lse,
-    gain,
-    key,
-    near,
-    tokens,
-    num_keys,
-    num_rated,
-    near_tokens,
-    factor,
-    soft_cap,
-    WINDOW: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-):
+def _worst_case(tile, key, near, tokens, keys, scale, WINDOW: tl.constexpr):
     """[TILE_N] greatest pooled weight of any query row."""
-    logits = window_logits(query, key, factor, soft_cap, HAS_SOFT_CAP)
-    weights = rated_weights(
-        logits, lse, place, row_mask, tokens, num_keys, num_rated, near_tokens, WINDOW
-    )
-    return tl.max(_sums_of_near(weights, near) * gain[:, None], axis=0)
+    logits = window_logits(tile.query, key, scale)
+    weights = rated_weights(logits, tile.lse, tile.rows, tokens, keys, WINDOW)
+    return tl.max(_sums_of_near(weights, near) * tile.gain[:, None], axis=0)
+
+
+@triton.jit
+def _clear_parts(part_sums_ptr, first_part, end_part):
+    """Write zeros as the sums of parts behind the prompt's end, which others of the batch have."""
+    for part in range(first_part, end_part):
+        tl.store(part_sums_ptr + part, 0.0)
 
 
 @triton.jit(
@@ -181,11 +183,6 @@ def _defensive_scores_kernel(
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HAS_KEY_SCALE: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    HAS_PART_SUMS: tl.constexpr,
     POOL_KERNEL: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     NUM_M_TILES: tl.constexpr,
@@ -201,149 +198,59 @@ def _defensive_scores_kernel(
     # Keys are pooled with their neighbours, so that a tile reads a few more than it writes.
     HALO: tl.constexpr = POOL_KERNEL // 2
     STEP: tl.constexpr = TILE_N - 2 * HALO
-    first_tile = tl.program_id(0) * tiles_per_program
-    start = first_tile * STEP
-    if HAS_PART_SUMS:
+    first_part = tl.program_id(0) * tiles_per_program
+    start = first_part * STEP
+    if part_sums_ptr is not None:
         part_sums_ptr += (request * tl.num_programs(1) + scored_stream).to(tl.int64) * num_parts
-        # Parts behind the prompt's end, which others of the batch have.
-        end_tile = tl.minimum(first_tile + tiles_per_program, num_parts)
-        for part in range(tl.maximum(first_tile, tl.cdiv(num_rated, STEP)), end_tile):
-            tl.store(part_sums_ptr + part, 0.0)
+        first_empty = tl.maximum(first_part, tl.cdiv(num_rated, STEP))
+        end_part = tl.minimum(first_part + tiles_per_program, num_parts)
+        _clear_parts(part_sums_ptr, first_empty, end_part)
     if start >= num_rated:
         return
     end = tl.minimum(start + tiles_per_program * STEP, num_rated)
+    pages: tl.constexpr = PageShape(PAGES_PER_BLOCK, BLOCK_SIZE, HEAD_SIZE, TILE_D)
+    shape: tl.constexpr = WindowShape(NUM_KV_HEADS, GROUP, WINDOW, TILE_M, TILE_W, NUM_M_TILES)
     layer_index = scored_stream // NUM_KV_HEADS
-    row_ptr = rows_ptr + request * ROW_WIDTH
-    table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
-    stream = first_stream + scored_stream
-    num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
-    # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
-    num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
-    region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
-    boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
-    factor = tl.load(scale_ptr + layer_index)
-    if HAS_KEY_SCALE:
-        factor *= tl.load(key_scale_ptr + stream)
-    soft_cap = 0.0
-    if HAS_SOFT_CAP:
-        soft_cap = tl.load(soft_cap_ptr + layer_index)
-    query_ptr += request.to(tl.int64) * query_stride_request
-    query_ptr += layer_index.to(tl.int64) * query_stride_layer
-    lse_ptr += request.to(tl.int64) * lse_stride_request
-    lse_ptr += layer_index.to(tl.int64) * lse_stride_layer
-    scores_ptr += request.to(tl.int64) * scores_stride_request
-    scores_ptr += scored_stream.to(tl.int64) * scores_stride_stream
+    row = load_row(rows_ptr, table_ptr, request, table_stride)
+    keys = PromptKeys(row, first_stream + scored_stream, num_rated, near_tokens)
+    scale = load_logit_scale(scale_ptr, key_scale_ptr, soft_cap_ptr, layer_index, keys.stream)
+    query_ptr = at_layer(query_ptr, request, layer_index, query_stride_request, query_stride_layer)
+    if lse_ptr is not None:
+        lse_ptr = at_layer(lse_ptr, request, layer_index, lse_stride_request, lse_stride_layer)
+    window = _Window(
+        request,
+        scored_stream,
+        query_ptr,
+        query_stride_token,
+        query_stride_head,
+        lse_ptr,
+        sums_ptr,
+        sinks_ptr,
+    )
+    scores_ptr = at_layer(
+        scores_ptr, request, scored_stream, scores_stride_request, scores_stride_stream
+    )
     lane = tl.arange(0, TILE_N)
-    distance = lane[:, None] - lane[None, :]
-    near = (distance <= HALO) & (distance >= -HALO)
+    near = _is_near(lane, HALO)
     if NUM_M_TILES == 1:
-        place, row_mask, query, lse, gain = _query_rows(
-            0,
-            sums_ptr,
-            sinks_ptr,
-            query_ptr,
-            lse_ptr,
-            request,
-            scored_stream,
-            num_rated,
-            query_stride_token,
-            query_stride_head,
-            NUM_KV_HEADS,
-            GROUP,
-            WINDOW,
-            HEAD_SIZE,
-            HAS_LSE,
-            HAS_SINKS,
-            POOL_KERNEL,
-            NUM_SPLITS,
-            NUM_M_TILES,
-            TILE_M,
-            TILE_W,
-            TILE_D,
-        )
+        tile = _load_query_tile(0, window, num_rated, POOL_KERNEL, NUM_SPLITS, pages, shape)
     for first in range(start, end, STEP):
         tokens = first - HALO + lane
-        key = load_keys(
-            tokens,
-            num_keys,
-            pool_ptr,
-            table_row_ptr,
-            stream,
-            num_region_blocks,
-            region_column,
-            boundary_block,
-            PAGES_PER_BLOCK,
-            BLOCK_SIZE,
-            HEAD_SIZE,
-            TILE_D,
-        )
+        key = load_keys(tokens, keys, pool_ptr, pages)
         if NUM_M_TILES == 1:
-            score = _worst_case(
-                place,
-                row_mask,
-                query,
-                lse,
-                gain,
-                key,
-                near,
-                tokens,
-                num_keys,
-                num_rated,
-                near_tokens,
-                factor,
-                soft_cap,
-                WINDOW,
-                HAS_SOFT_CAP,
-            )
+            score = _worst_case(tile, key, near, tokens, keys, scale, WINDOW)
         else:
             # More rows than a program holds: they are read again for each tile of keys.
             score = tl.full([TILE_N], float("-inf"), tl.float32)
             for m_tile in tl.range(NUM_M_TILES, num_stages=1):
-                place, row_mask, query, lse, gain = _query_rows(
-                    m_tile,
-                    sums_ptr,
-                    sinks_ptr,
-                    query_ptr,
-                    lse_ptr,
-                    request,
-                    scored_stream,
-                    num_rated,
-                    query_stride_token,
-                    query_stride_head,
-                    NUM_KV_HEADS,
-                    GROUP,
-                    WINDOW,
-                    HEAD_SIZE,
-                    HAS_LSE,
-                    HAS_SINKS,
-                    POOL_KERNEL,
-                    NUM_SPLITS,
-                    NUM_M_TILES,
-                    TILE_M,
-                    TILE_W,
-                    TILE_D,
+                tile = _load_query_tile(
+                    m_tile, window, num_rated, POOL_KERNEL, NUM_SPLITS, pages, shape
                 )
-                worst = _worst_case(
-                    place,
-                    row_mask,
-                    query,
-                    lse,
-                    gain,
-                    key,
-                    near,
-                    tokens,
-                    num_keys,
-                    num_rated,
-                    near_tokens,
-                    factor,
-                    soft_cap,
-                    WINDOW,
-                    HAS_SOFT_CAP,
-                )
+                worst = _worst_case(tile, key, near, tokens, keys, scale, WINDOW)
                 score = tl.maximum(score, worst)
         written = (lane >= HALO) & (lane < TILE_N - HALO) & (tokens < num_rated)
         tl.store(scores_ptr + tokens, score, mask=written)
-        if HAS_PART_SUMS:
+        if part_sums_ptr is not None:
             tl.store(part_sums_ptr + first // STEP, tl.sum(tl.where(written, score, 0.0), axis=0))
 
 
@@ -353,7 +260,7 @@ def num_score_parts(max_rated: int, pool_kernel: int) -> int:
 
 
 def defensive_scores(
-    leading: tuple[torch.Tensor, ...],
+    leading: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
     part_sums: torch.Tensor | None,
     arguments: tuple[Any, ...],
     shape: dict[str, Any],
@@ -361,7 +268,8 @@ def defensive_scores(
     """Launch the kernel.
 
     Args:
-        leading: scores [R, streams, 1, N] float32, written; sums of `window_sums`; sinks.
+        leading: scores [R, streams, 1, N] float32, written; sums of `window_sums`; sinks or
+            None.
         part_sums: [R, streams, parts] float32, written, or None.
         arguments: what the kernel shares with the sums'.
         shape: its constants.
@@ -378,11 +286,10 @@ def defensive_scores(
     _defensive_scores_kernel[grid](
         *leading,
         *arguments,
-        scores if part_sums is None else part_sums,
+        part_sums,
         num_parts,
         per_program,
         scores.stride(0),
         scores.stride(1),
-        HAS_PART_SUMS=part_sums is not None,
         **shape,
     )

@@ -1,5 +1,9 @@
 """What the kernels share: addresses in the paged pool, and products of any float type."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -63,70 +67,102 @@ def squash(logits, cap):
     return cap * (2 * tl.sigmoid(2 * logits / cap) - 1)
 
 
+class Row(NamedTuple):
+    """Where one request's blocks stand in the block table, as far as its descriptor says.
+
+    Attributes:
+        table_ptr: its first entry of the block table.
+        seq_len: its tokens.
+        num_region_blocks, region_column, boundary_block: see vllm_kvcompress/row_descriptor.py.
+    """
+
+    table_ptr: tl.tensor
+    seq_len: tl.tensor
+    num_region_blocks: tl.tensor
+    region_column: tl.tensor
+    boundary_block: tl.tensor
+
+
 @triton.jit
-def row_column(block, num_region_blocks, region_column, boundary_block):
+def load_row(rows_ptr, table_ptr, request, table_stride):
+    """A request's `Row`.
+
+    To be called before a loop over tokens: loads that wait for these would keep it from being
+    pipelined.
+    """
+    row_ptr = rows_ptr + request * ROW_WIDTH
+    return Row(
+        table_ptr + request.to(tl.int64) * table_stride,
+        tl.load(row_ptr + ROW_SEQ_LEN),
+        tl.load(row_ptr + ROW_NUM_REGION_BLOCKS),
+        tl.load(row_ptr + ROW_REGION_COLUMN),
+        tl.load(row_ptr + ROW_BOUNDARY_BLOCK),
+    )
+
+
+@triton.jit
+def row_column(block, row):
     """Column of a dense token block: before the newest region, or behind it."""
-    before = block + (region_column - boundary_block)
-    return before + tl.where(block >= boundary_block, num_region_blocks, 0)
+    before = block + (row.region_column - row.boundary_block)
+    return before + tl.where(block >= row.boundary_block, row.num_region_blocks, 0)
+
+
+class StreamTokens(NamedTuple):
+    """Where the tokens of one stream lie: in its region pages, all full, and then in dense blocks.
+
+    Attributes:
+        num_region_tokens: tokens in region pages.
+        num_tokens: tokens in all.
+        first_page: first virtual page of the stream in the region.
+        first_tail_block: first dense block that is kept.
+    """
+
+    num_region_tokens: tl.tensor
+    num_tokens: tl.tensor
+    first_page: tl.tensor
+    first_tail_block: tl.tensor
 
 
 @triton.jit
 def stream_page_ids(
-    tokens,
-    mask,
-    table_ptr,
-    stream,
-    num_region_tokens,
-    first_virtual_page,
-    num_region_blocks,
-    region_column,
-    boundary_block,
-    first_kept_block,
-    BLOCK_SIZE: tl.constexpr,
-    PAGES_PER_BLOCK: tl.constexpr,
+    indices, mask, row, stream, extent, BLOCK_SIZE: tl.constexpr, PAGES_PER_BLOCK: tl.constexpr
 ):
-    """Page of each token of one stream: its region pages first, then its dense tail.
+    """Page of each token of one stream.
 
     Args:
-        tokens: index into the stream, >= 0.
+        indices: of tokens in the stream, >= 0.
         mask: which of them to look up.
-        table_ptr: the request's block-table row.
+        row: the request's `Row`.
         stream: layer * H + head.
-        num_region_tokens: tokens of the stream's region pages, all of them full.
-        first_virtual_page: of the stream in the region.
+        extent: the stream's `StreamTokens`.
 
     Returns:
         int64 page ids, 0 where masked.
     """
-    in_region = tokens < num_region_tokens
-    page = first_virtual_page + tokens // BLOCK_SIZE
-    tail_block = first_kept_block + (tokens - num_region_tokens) // BLOCK_SIZE
+    in_region = indices < extent.num_region_tokens
+    page = extent.first_page + indices // BLOCK_SIZE
+    tail_block = extent.first_tail_block + (indices - extent.num_region_tokens) // BLOCK_SIZE
     column = tl.where(
-        in_region,
-        region_column + page // PAGES_PER_BLOCK,
-        row_column(tail_block, num_region_blocks, region_column, boundary_block),
+        in_region, row.region_column + page // PAGES_PER_BLOCK, row_column(tail_block, row)
     )
-    slot = tl.where(in_region, page % PAGES_PER_BLOCK, stream)
-    block = tl.load(table_ptr + column, mask=mask, other=0).to(tl.int64)
-    return tl.where(mask, block * PAGES_PER_BLOCK + slot, 0)
+    page_of_block = tl.where(in_region, page % PAGES_PER_BLOCK, stream)
+    block = tl.load(row.table_ptr + column, mask=mask, other=0).to(tl.int64)
+    return tl.where(mask, block * PAGES_PER_BLOCK + page_of_block, 0)
 
 
 @triton.jit
 def prompt_entries(
-    tokens,
+    positions,
     mask,
-    table_row_ptr,
+    row,
     stream,
-    num_region_blocks,
-    region_column,
-    boundary_block,
     PAGES_PER_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
 ):
     """Element offset of each token's key in the pool, for a prompt that is still dense."""
-    column = row_column(tokens // BLOCK_SIZE, num_region_blocks, region_column, boundary_block)
-    block = tl.load(table_row_ptr + column, mask=mask, other=0).to(tl.int64)
+    column = row_column(positions // BLOCK_SIZE, row)
+    block = tl.load(row.table_ptr + column, mask=mask, other=0).to(tl.int64)
     page = tl.where(mask, block * PAGES_PER_BLOCK + stream, 0)
     # Multiplied last, so that the compiler sees whole rows, and loads and copies 16 bytes at once.
-    return (page * BLOCK_SIZE + tl.where(mask, tokens % BLOCK_SIZE, 0)) * (2 * HEAD_SIZE)
+    return (page * BLOCK_SIZE + tl.where(mask, positions % BLOCK_SIZE, 0)) * (2 * HEAD_SIZE)

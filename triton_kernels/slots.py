@@ -12,6 +12,7 @@ from .paging import (
     ROW_REGION_COLUMN,
     ROW_SEQ_LEN,
     ROW_WIDTH,
+    Row,
     row_column,
 )
 
@@ -32,23 +33,25 @@ def _token_slots_kernel(
     TILE_ROWS: tl.constexpr,
 ):
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    # A token's row is the number of rows that end at or before it.
-    row = tl.zeros([TILE], tl.int32)
+    # A token's request is the number of those that end at or before it.
+    request = tl.zeros([TILE], tl.int32)
     for first in range(0, num_rows, TILE_ROWS):
         r = first + tl.arange(0, TILE_ROWS)
         ends = tl.load(query_start_ptr + 1 + r, mask=r < num_rows, other=2147483647)
-        row += tl.sum((ends[None, :] <= token[:, None]).to(tl.int32), axis=1)
-    is_used = (token < num_tokens) & (row < num_rows)
-    row_ptr = rows_ptr + row * ROW_WIDTH
-    seq_len = tl.load(row_ptr + ROW_SEQ_LEN, mask=is_used, other=0)
-    num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS, mask=is_used, other=0)
-    region_column = tl.load(row_ptr + ROW_REGION_COLUMN, mask=is_used, other=0)
-    boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK, mask=is_used, other=0)
-    query_end = tl.load(query_start_ptr + 1 + row, mask=is_used, other=0)
-    position = seq_len - (query_end - token)
-    column = row_column(position // BLOCK_SIZE, num_region_blocks, region_column, boundary_block)
-    entry = row.to(tl.int64) * table_stride + column
-    block = tl.load(table_ptr + entry, mask=is_used, other=0).to(tl.int64)
+        request += tl.sum((ends[None, :] <= token[:, None]).to(tl.int32), axis=1)
+    is_used = (token < num_tokens) & (request < num_rows)
+    row_ptr = rows_ptr + request * ROW_WIDTH
+    row = Row(
+        table_ptr + request.to(tl.int64) * table_stride,
+        tl.load(row_ptr + ROW_SEQ_LEN, mask=is_used, other=0),
+        tl.load(row_ptr + ROW_NUM_REGION_BLOCKS, mask=is_used, other=0),
+        tl.load(row_ptr + ROW_REGION_COLUMN, mask=is_used, other=0),
+        tl.load(row_ptr + ROW_BOUNDARY_BLOCK, mask=is_used, other=0),
+    )
+    query_end = tl.load(query_start_ptr + 1 + request, mask=is_used, other=0)
+    position = row.seq_len - (query_end - token)
+    column = row_column(position // BLOCK_SIZE, row)
+    block = tl.load(row.table_ptr + column, mask=is_used, other=0).to(tl.int64)
     slot = tl.where(is_used, block * BLOCK_SIZE + position % BLOCK_SIZE, -1)
     tl.store(slots_ptr + token, slot, mask=token < num_tokens)
 

@@ -6,15 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .paging import (
-    ROW_BOUNDARY_BLOCK,
-    ROW_NUM_REGION_BLOCKS,
-    ROW_REGION_COLUMN,
-    ROW_WIDTH,
-    UNALIGNED,
-    dot,
-    prompt_entries,
-)
+from .paging import UNALIGNED, dot, load_row, prompt_entries
 from .window_tiles import num_stages, tiles_per_program
 
 
@@ -64,11 +56,7 @@ def _value_effect_kernel(
     if start >= num_rated:
         return
     end = tl.minimum(start + tiles_per_program * TILE_N, num_rated)
-    # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
-    num_region_blocks = tl.load(rows_ptr + request * ROW_WIDTH + ROW_NUM_REGION_BLOCKS)
-    region_column = tl.load(rows_ptr + request * ROW_WIDTH + ROW_REGION_COLUMN)
-    boundary_block = tl.load(rows_ptr + request * ROW_WIDTH + ROW_BOUNDARY_BLOCK)
-    table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
+    row = load_row(rows_ptr, table_ptr, request, table_stride)
     stream = first_stream + scored_stream
     value_scale = 1.0
     if HAS_SCALE:
@@ -85,18 +73,7 @@ def _value_effect_kernel(
     for first in range(start, end, TILE_N):
         tokens = first + tl.arange(0, TILE_N)
         mask = tokens < num_rated
-        entry = prompt_entries(
-            tokens,
-            mask,
-            table_row_ptr,
-            stream,
-            num_region_blocks,
-            region_column,
-            boundary_block,
-            PAGES_PER_BLOCK,
-            BLOCK_SIZE,
-            HEAD_SIZE,
-        )
+        entry = prompt_entries(tokens, mask, row, stream, PAGES_PER_BLOCK, BLOCK_SIZE, HEAD_SIZE)
         value = tl.load(
             pool_ptr + HEAD_SIZE + entry[:, None] + dim[None, :],
             mask=mask[:, None] & (dim < HEAD_SIZE)[None, :],

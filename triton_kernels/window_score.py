@@ -9,25 +9,25 @@ import triton
 import triton.language as tl
 
 from .defensive_score import defensive_scores
-from .paging import (
-    ROW_BOUNDARY_BLOCK,
-    ROW_NUM_REGION_BLOCKS,
-    ROW_REGION_COLUMN,
-    ROW_SEQ_LEN,
-    ROW_WIDTH,
-)
+from .paging import load_row
 from .window_sums import merged_sums, num_splits, window_sums
 from .window_tiles import (
     TILE_N,
     UNALIGNED_PARAMETERS,
     UNSPECIALIZED,
+    PageShape,
+    PromptKeys,
+    WindowShape,
+    WindowTiles,
+    at_layer,
     load_keys,
+    load_logit_scale,
     load_lse,
     load_queries,
     load_sinks,
     num_stages,
+    query_rows,
     rated_weights,
-    split_rows,
     tiles_per_program,
     window_logits,
     window_tiles,
@@ -35,6 +35,17 @@ from .window_tiles import (
 
 # Reductions over the window, as the kernel knows them; 'defensive' has a kernel of its own.
 _REDUCE = {"mean": 0, "sum": 1, "max": 2}
+
+
+@triton.jit
+def _reduced(weights, WINDOW: tl.constexpr, REDUCTION: tl.constexpr, TILE_W: tl.constexpr):
+    """[TILE_M, TILE_N] weights to [TILE_M / TILE_W, TILE_N], over the queries of each head."""
+    TILE_M: tl.constexpr = weights.shape[0]
+    by_head = tl.reshape(weights, [TILE_M // TILE_W, TILE_W, weights.shape[1]])
+    if REDUCTION == 2:
+        return tl.max(by_head, axis=1)
+    total = tl.sum(by_head, axis=1)
+    return total / WINDOW if REDUCTION == 0 else total
 
 
 @triton.jit(
@@ -73,13 +84,8 @@ def _window_scores_kernel(
     WINDOW: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    HAS_KEY_SCALE: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
     REDUCTION: tl.constexpr,
     POWER: tl.constexpr,
-    POOL_KERNEL: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     NUM_M_TILES: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -96,97 +102,65 @@ def _window_scores_kernel(
     if start >= num_rated:
         return
     end = tl.minimum(start + tiles_per_program * TILE_N, num_rated)
+    pages: tl.constexpr = PageShape(PAGES_PER_BLOCK, BLOCK_SIZE, HEAD_SIZE, TILE_D)
+    shape: tl.constexpr = WindowShape(NUM_KV_HEADS, GROUP, WINDOW, TILE_M, TILE_W, NUM_M_TILES)
     layer_index = scored_stream // NUM_KV_HEADS
-    row_ptr = rows_ptr + request * ROW_WIDTH
-    table_row_ptr = table_ptr + request.to(tl.int64) * table_stride
-    stream = first_stream + scored_stream
-    num_keys = tl.load(row_ptr + ROW_SEQ_LEN)
-    # Loaded here: a chain of three loads inside the loop would keep it from being pipelined.
-    num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
-    region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
-    boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
-    factor = tl.load(scale_ptr + layer_index)
-    if HAS_KEY_SCALE:
-        factor *= tl.load(key_scale_ptr + stream)
-    soft_cap = 0.0
-    if HAS_SOFT_CAP:
-        soft_cap = tl.load(soft_cap_ptr + layer_index)
-    rows, group_head, place, row_mask = split_rows(m_tile, GROUP, WINDOW, TILE_M, TILE_W)
-    query_head = scored_stream % NUM_KV_HEADS * GROUP + group_head
-    query_ptr += request.to(tl.int64) * query_stride_request
-    query_ptr += layer_index.to(tl.int64) * query_stride_layer
-    query = load_queries(
-        query_ptr,
-        query_head,
-        place,
-        row_mask,
-        query_stride_token,
-        query_stride_head,
-        HEAD_SIZE,
-        TILE_D,
-    )
-    lse_ptr += request.to(tl.int64) * lse_stride_request
-    lse_ptr += layer_index.to(tl.int64) * lse_stride_layer
-    if HAS_LSE:
-        lse = load_lse(lse_ptr, query_head, place, row_mask, NUM_KV_HEADS * GROUP)
+    row = load_row(rows_ptr, table_ptr, request, table_stride)
+    keys = PromptKeys(row, first_stream + scored_stream, num_rated, near_tokens)
+    scale = load_logit_scale(scale_ptr, key_scale_ptr, soft_cap_ptr, layer_index, keys.stream)
+    rows = query_rows(m_tile, scored_stream, shape)
+    query_ptr = at_layer(query_ptr, request, layer_index, query_stride_request, query_stride_layer)
+    query = load_queries(query_ptr, rows, query_stride_token, query_stride_head, pages)
+    if lse_ptr is not None:
+        lse_ptr = at_layer(lse_ptr, request, layer_index, lse_stride_request, lse_stride_layer)
+        lse = load_lse(lse_ptr, rows, shape)
     else:
-        sink = load_sinks(
-            sinks_ptr, layer_index, query_head, row_mask, HAS_SINKS, NUM_KV_HEADS * GROUP, TILE_M
-        )
-        lse, _ = merged_sums(
-            sums_ptr,
-            request,
-            scored_stream,
-            rows,
-            sink,
-            sink,
-            False,
-            HAS_SINKS,
-            NUM_SPLITS,
-            NUM_M_TILES * TILE_M,
-        )
-    scores_ptr += request.to(tl.int64) * scores_stride_request
-    scores_ptr += scored_stream.to(tl.int64) * scores_stride_stream
-    group_head = m_tile * (TILE_M // TILE_W) + tl.arange(0, TILE_M // TILE_W)
+        sink = load_sinks(sinks_ptr, layer_index, rows, shape)
+        lse, _ = merged_sums(sums_ptr, request, scored_stream, rows, sink, NUM_SPLITS, shape)
+    scores_ptr = at_layer(
+        scores_ptr, request, scored_stream, scores_stride_request, scores_stride_stream
+    )
+    head = m_tile * (TILE_M // TILE_W) + tl.arange(0, TILE_M // TILE_W)
     for first in range(start, end, TILE_N):
         tokens = first + tl.arange(0, TILE_N)
-        key = load_keys(
-            tokens,
-            num_keys,
-            pool_ptr,
-            table_row_ptr,
-            stream,
-            num_region_blocks,
-            region_column,
-            boundary_block,
-            PAGES_PER_BLOCK,
-            BLOCK_SIZE,
-            HEAD_SIZE,
-            TILE_D,
-        )
-        logits = window_logits(query, key, factor, soft_cap, HAS_SOFT_CAP)
-        weights = rated_weights(
-            logits, lse, place, row_mask, tokens, num_keys, num_rated, near_tokens, WINDOW
-        )
+        key = load_keys(tokens, keys, pool_ptr, pages)
+        logits = window_logits(query, key, scale)
+        weights = rated_weights(logits, lse, rows, tokens, keys, WINDOW)
         if POWER == 2:
             weights = weights * weights
-        by_head = tl.reshape(weights, [TILE_M // TILE_W, TILE_W, TILE_N])
-        if REDUCTION == 2:
-            score = tl.max(by_head, axis=1)
-        else:
-            score = tl.sum(by_head, axis=1)
-            if REDUCTION == 0:
-                score = score / WINDOW
         tl.store(
-            scores_ptr + group_head[:, None].to(tl.int64) * scores_stride_group + tokens[None, :],
-            score,
-            mask=(group_head < GROUP)[:, None] & (tokens < num_rated)[None, :],
+            scores_ptr + head[:, None].to(tl.int64) * scores_stride_group + tokens[None, :],
+            _reduced(weights, WINDOW, REDUCTION, TILE_W),
+            mask=(head < GROUP)[:, None] & (tokens < num_rated)[None, :],
         )
 
 
 def num_score_groups(group: int, reduce: str) -> int:
     """Third size of the scores: query heads, of which 'defensive' has taken the maximum."""
     return 1 if reduce == "defensive" else group
+
+
+def _constants(
+    query: torch.Tensor, pool: torch.Tensor, tiles: WindowTiles, num_layers: int, num_kv_heads: int
+) -> dict[str, Any]:
+    """Constants and options that all kernels that score are launched with."""
+    *_, window, num_heads, head_size = query.shape
+    tile_d = triton.next_power_of_2(head_size)
+    return {
+        "NUM_KV_HEADS": num_kv_heads,
+        "PAGES_PER_BLOCK": num_layers * num_kv_heads,
+        "GROUP": num_heads // num_kv_heads,
+        "WINDOW": window,
+        "HEAD_SIZE": head_size,
+        "BLOCK_SIZE": pool.shape[1],
+        "NUM_M_TILES": tiles.num_m_tiles,
+        "TILE_M": tiles.tile_m,
+        "TILE_N": TILE_N,
+        "TILE_W": tiles.tile_w,
+        "TILE_D": tile_d,
+        "num_warps": tiles.num_warps,
+        "num_stages": num_stages(TILE_N * tile_d * pool.element_size()),
+    }
 
 
 def window_scores(
@@ -212,74 +186,52 @@ def window_scores(
     part_sums: torch.Tensor | None,
 ) -> None:
     """See `ops.window_scores`; query and lse have the dimension of layers."""
-    num_requests, num_scored, window, num_heads, head_size = query.shape
-    group = num_heads // num_kv_heads
-    max_rated = scores.shape[-1]
+    num_requests, num_scored, window, num_heads, _ = query.shape
+    num_streams, max_rated = num_scored * num_kv_heads, scores.shape[-1]
     if num_requests == 0 or max_rated == 0:
         return
-    tiles = window_tiles(group, window)
-    is_defensive = reduce == "defensive"
-    num_streams = num_scored * num_kv_heads
-    tile_bytes = TILE_N * triton.next_power_of_2(head_size) * pool.element_size()
-    # Any pointer will do where a part is left out.
+    tiles = window_tiles(num_heads // num_kv_heads, window)
     arguments = (
         query,
         pool,
         rows,
         block_table,
         num_rated,
-        scale if lse is None else lse,
-        scale if key_scale is None else key_scale,
+        lse,
+        key_scale,
         scale,
-        scale if logits_soft_cap is None else logits_soft_cap,
+        logits_soft_cap,
         layer * num_kv_heads,
         near_tokens,
         *query.stride()[:4],
         *((0, 0) if lse is None else lse.stride()[:2]),
         block_table.stride(0),
     )
-    shape: dict[str, Any] = {
-        "NUM_KV_HEADS": num_kv_heads,
-        "PAGES_PER_BLOCK": num_layers * num_kv_heads,
-        "GROUP": group,
-        "WINDOW": window,
-        "HEAD_SIZE": head_size,
-        "BLOCK_SIZE": pool.shape[1],
-        "HAS_KEY_SCALE": key_scale is not None,
-        "HAS_SOFT_CAP": logits_soft_cap is not None,
-        "HAS_LSE": lse is not None,
-        "POOL_KERNEL": pool_kernel if is_defensive else 1,
-        "NUM_SPLITS": num_splits(lse is not None),
-        "NUM_M_TILES": tiles.num_m_tiles,
-        "TILE_M": tiles.tile_m,
-        "TILE_N": TILE_N,
-        "TILE_W": tiles.tile_w,
-        "TILE_D": triton.next_power_of_2(head_size),
-        "num_warps": tiles.num_warps,
-        "num_stages": num_stages(tile_bytes),
-    }
+    shape = _constants(query, pool, tiles, num_layers, num_kv_heads)
+    shape["NUM_SPLITS"] = num_splits(lse is not None)
     # Two programs of eight warps fit a multiprocessor of sm_90, without a stack.
     is_limited = tiles.num_warps == 8 and shape["TILE_D"] <= 128
     limited = shape | {"maxnreg": 128} if is_limited else shape
-    sums = scale
-    if lse is None or is_defensive:
-        sums = window_sums((num_streams, num_requests), tiles.num_rows, arguments, limited)
-    leading = (scores, sums, scale if sinks is None else sinks)
-    has_sinks = {"HAS_SINKS": sinks is not None}
-    if is_defensive:
+    grid = (num_streams, num_requests)
+    if reduce == "defensive":
+        pooling = {"POOL_KERNEL": pool_kernel}
+        sums = window_sums(grid, tiles.num_rows, arguments, limited | pooling)
         # Bound by arithmetic where there are many query rows; fewer registers would not do.
-        defensive_scores(leading, part_sums, arguments, shape | has_sinks)
+        defensive_scores((scores, sums, sinks), part_sums, arguments, shape | pooling)
         return
+    sums = None
+    if lse is None:
+        sums = window_sums(grid, tiles.num_rows, arguments, limited | {"POOL_KERNEL": 1})
     num_tiles = triton.cdiv(max_rated, TILE_N)
     per_program = tiles_per_program(num_tiles * tiles.num_m_tiles * num_streams * num_requests)
-    num_programs = triton.cdiv(num_tiles, per_program) * tiles.num_m_tiles
-    _window_scores_kernel[(num_programs, num_streams, num_requests)](
-        *leading,
+    _window_scores_kernel[(triton.cdiv(num_tiles, per_program) * tiles.num_m_tiles, *grid)](
+        scores,
+        sums,
+        sinks,
         *arguments,
         per_program,
         *scores.stride()[:3],
         REDUCTION=_REDUCE[reduce],
         POWER=power,
         **limited,
-        **has_sinks,
     )

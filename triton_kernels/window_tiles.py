@@ -8,14 +8,14 @@ and among all of the pool's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .paging import LOG2E, UNALIGNED, dot, prompt_entries, squash
+from .paging import LOG2E, UNALIGNED, Row, dot, prompt_entries, squash
 
 # Parameters of one layer among many start wherever that layer's lie.
-# Some stand in for a part that is left out.
 UNALIGNED_PARAMETERS = (
     *UNALIGNED,
     "key_scale_ptr",
@@ -78,121 +78,166 @@ def tiles_per_program(num_tiles: int) -> int:
     return max(1, min(_MAX_TILES_PER_PROGRAM, num_tiles // _PROGRAMS_WANTED))
 
 
-@triton.jit
-def split_rows(
-    m_tile,
-    GROUP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_W: tl.constexpr,
-):
-    """[TILE_M] query rows of a tile, their heads of the group and places, and which exist."""
-    rows = m_tile * TILE_M + tl.arange(0, TILE_M)
-    group_head = rows // TILE_W
-    place = rows % TILE_W
-    return rows, group_head, place, (place < WINDOW) & (group_head < GROUP)
+class PageShape(NamedTuple):
+    """Constants of the pool's pages, and of a tile of what is in them."""
+
+    PAGES_PER_BLOCK: tl.constexpr
+    BLOCK_SIZE: tl.constexpr
+    HEAD_SIZE: tl.constexpr
+    TILE_D: tl.constexpr
+
+
+class WindowShape(NamedTuple):
+    """Constants of the window, and of how its query rows are cut into tiles."""
+
+    NUM_KV_HEADS: tl.constexpr
+    GROUP: tl.constexpr
+    WINDOW: tl.constexpr
+    TILE_M: tl.constexpr
+    TILE_W: tl.constexpr
+    NUM_M_TILES: tl.constexpr
+
+
+class PromptKeys(NamedTuple):
+    """A prompt's keys in one layer and KV head, and which of them are rated.
+
+    Attributes:
+        row: of the prompt.
+        stream: among all of the pool's.
+        num_rated: the first so many keys are rated,
+        near_tokens: but not those which are fewer tokens than this before a query.
+    """
+
+    row: Row
+    stream: tl.tensor
+    num_rated: tl.tensor
+    near_tokens: tl.tensor
+
+
+class LogitScale(NamedTuple):
+    """What makes logits of products.
+
+    Attributes:
+        factor: of the products.
+        soft_cap: 0 caps nothing; None if no layer has one.
+    """
+
+    factor: tl.tensor
+    soft_cap: tl.tensor
+
+
+class QueryRows(NamedTuple):
+    """A tile of query rows, [TILE_M] each.
+
+    Attributes:
+        index: among all rows of the KV head.
+        head: query head of the layer.
+        place: in the window.
+        mask: which rows exist.
+    """
+
+    index: tl.tensor
+    head: tl.tensor
+    place: tl.tensor
+    mask: tl.tensor
 
 
 @triton.jit
-def load_queries(
-    query_ptr,
-    query_head,
-    place,
-    row_mask,
-    query_stride_token,
-    query_stride_head,
-    HEAD_SIZE: tl.constexpr,
-    TILE_D: tl.constexpr,
-):
+def at_layer(ptr, request, layer_index, stride_request, stride_layer):
+    """Where one layer of one request begins."""
+    ptr += request.to(tl.int64) * stride_request
+    return ptr + layer_index.to(tl.int64) * stride_layer
+
+
+@triton.jit
+def load_logit_scale(scale_ptr, key_scale_ptr, soft_cap_ptr, layer_index, stream):
+    """The `LogitScale` of a layer and stream; key_scale_ptr and soft_cap_ptr may be None."""
+    factor = tl.load(scale_ptr + layer_index)
+    if key_scale_ptr is not None:
+        factor *= tl.load(key_scale_ptr + stream)
+    if soft_cap_ptr is None:
+        return LogitScale(factor, None)
+    return LogitScale(factor, tl.load(soft_cap_ptr + layer_index))
+
+
+@triton.jit
+def query_rows(m_tile, scored_stream, shape: tl.constexpr):
+    """The `QueryRows` of one tile."""
+    index = m_tile * shape.TILE_M + tl.arange(0, shape.TILE_M)
+    group_head = index // shape.TILE_W
+    place = index % shape.TILE_W
+    mask = (place < shape.WINDOW) & (group_head < shape.GROUP)
+    head = scored_stream % shape.NUM_KV_HEADS * shape.GROUP + group_head
+    return QueryRows(index, head, place, mask)
+
+
+@triton.jit
+def load_queries(query_ptr, rows, stride_token, stride_head, pages: tl.constexpr):
     """[TILE_M, TILE_D] query rows of one prompt and layer."""
-    dim = tl.arange(0, TILE_D)
+    dim = tl.arange(0, pages.TILE_D)
     return tl.load(
         query_ptr
-        + place[:, None] * query_stride_token
-        + query_head[:, None] * query_stride_head
+        + rows.place[:, None] * stride_token
+        + rows.head[:, None] * stride_head
         + dim[None, :],
-        mask=row_mask[:, None] & (dim < HEAD_SIZE)[None, :],
+        mask=rows.mask[:, None] & (dim < pages.HEAD_SIZE)[None, :],
         other=0.0,
     )
 
 
 @triton.jit
-def load_keys(
-    tokens,
-    num_keys,
-    pool_ptr,
-    table_row_ptr,
-    stream,
-    num_region_blocks,
-    region_column,
-    boundary_block,
-    PAGES_PER_BLOCK: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    TILE_D: tl.constexpr,
-):
+def load_keys(tokens, keys, pool_ptr, pages: tl.constexpr):
     """[TILE_N, TILE_D] keys as the pool has them; 0 for those that are not there."""
-    dim = tl.arange(0, TILE_D)
-    exists = (tokens >= 0) & (tokens < num_keys)
+    dim = tl.arange(0, pages.TILE_D)
+    exists = (tokens >= 0) & (tokens < keys.row.seq_len)
     entry = prompt_entries(
         tokens,
         exists,
-        table_row_ptr,
-        stream,
-        num_region_blocks,
-        region_column,
-        boundary_block,
-        PAGES_PER_BLOCK,
-        BLOCK_SIZE,
-        HEAD_SIZE,
+        keys.row,
+        keys.stream,
+        pages.PAGES_PER_BLOCK,
+        pages.BLOCK_SIZE,
+        pages.HEAD_SIZE,
     )
     return tl.load(
         pool_ptr + entry[:, None] + dim[None, :],
-        mask=exists[:, None] & (dim < HEAD_SIZE)[None, :],
+        mask=exists[:, None] & (dim < pages.HEAD_SIZE)[None, :],
         other=0.0,
     )
 
 
 @triton.jit
-def window_logits(query, key, factor, soft_cap, HAS_SOFT_CAP: tl.constexpr):
-    """[TILE_M, TILE_N] base-2 logits; a soft cap of 0 caps nothing."""
-    logits = dot(query, tl.trans(key.to(query.dtype))) * factor
-    if HAS_SOFT_CAP:
-        is_capped = soft_cap > 0
-        capped = squash(logits, tl.where(is_capped, soft_cap, 1.0))
+def window_logits(query, key, scale):
+    """[TILE_M, TILE_N] base-2 logits."""
+    logits = dot(query, tl.trans(key.to(query.dtype))) * scale.factor
+    if scale.soft_cap is not None:
+        is_capped = scale.soft_cap > 0
+        capped = squash(logits, tl.where(is_capped, scale.soft_cap, 1.0))
         logits = tl.where(is_capped, capped, logits)
     return logits * LOG2E
 
 
 @triton.jit
-def rated_weights(
-    logits, lse, place, row_mask, tokens, num_keys, num_rated, near_tokens, WINDOW: tl.constexpr
-):
+def rated_weights(logits, lse, rows, tokens, keys, WINDOW: tl.constexpr):
     """[TILE_M, TILE_N] weights of keys that are rated; 0 for the others."""
-    age = (num_keys - WINDOW + place)[:, None] - tokens[None, :]
-    is_rated = row_mask[:, None] & (age >= tl.maximum(near_tokens, 0))
-    is_rated = is_rated & ((tokens >= 0) & (tokens < num_rated))[None, :]
+    age = (keys.row.seq_len - WINDOW + rows.place)[:, None] - tokens[None, :]
+    is_rated = rows.mask[:, None] & (age >= tl.maximum(keys.near_tokens, 0))
+    is_rated = is_rated & ((tokens >= 0) & (tokens < keys.num_rated))[None, :]
     return tl.where(is_rated, tl.exp2(logits - lse[:, None]), 0.0)
 
 
 @triton.jit
-def load_lse(lse_ptr, query_head, place, row_mask, NUM_HEADS: tl.constexpr):
+def load_lse(lse_ptr, rows, shape: tl.constexpr):
     """[TILE_M] base-2 lse of query rows, from natural ones [w, Hq] of one prompt and layer."""
-    return tl.load(lse_ptr + place * NUM_HEADS + query_head, mask=row_mask, other=0.0) * LOG2E
+    num_heads: tl.constexpr = shape.NUM_KV_HEADS * shape.GROUP
+    ptrs = lse_ptr + rows.place * num_heads + rows.head
+    return tl.load(ptrs, mask=rows.mask, other=0.0) * LOG2E
 
 
 @triton.jit
-def load_sinks(
-    sinks_ptr,
-    layer_index,
-    query_head,
-    row_mask,
-    HAS_SINKS: tl.constexpr,
-    NUM_HEADS: tl.constexpr,
-    TILE_M: tl.constexpr,
-):
-    """[TILE_M] base-2 logits of the rows' sinks; -inf where there is none."""
-    if HAS_SINKS:
-        sinks_ptr += layer_index.to(tl.int64) * NUM_HEADS
-        return tl.load(sinks_ptr + query_head, mask=row_mask, other=float("-inf")) * LOG2E
-    return tl.full([TILE_M], float("-inf"), tl.float32)
+def load_sinks(sinks_ptr, layer_index, rows, shape: tl.constexpr):
+    """[TILE_M] base-2 logits of the rows' sinks; -inf where there is none (sinks_ptr is None)."""
+    if sinks_ptr is not None:
+        sinks_ptr += layer_index.to(tl.int64) * (shape.NUM_KV_HEADS * shape.GROUP)
+        return tl.load(sinks_ptr + rows.head, mask=rows.mask, other=float("-inf")) * LOG2E
+    return tl.full([shape.TILE_M], float("-inf"), tl.float32)

@@ -68,6 +68,8 @@ class Launch:
             is_known = name not in unknown
             if parameter.annotation in (tl.constexpr, "tl.constexpr"):
                 yield Argument(name, "constant", value)
+            elif value is None:
+                yield Argument(name, "constant", None)
             elif isinstance(value, torch.Tensor):
                 aligned = is_known and name not in unaligned and value.data_ptr() % ALIGNMENT == 0
                 yield Argument(name, value.dtype, is_aligned=aligned)
