@@ -146,6 +146,7 @@ def _clear_parts(part_sums_ptr, first_part, end_part):
         tl.store(part_sums_ptr + part, 0.0)
 
 
+# One function: nearly half of it names arguments, and the rest is one loop over tiles of keys.
 @triton.jit(
     do_not_specialize=[*UNSPECIALIZED, "num_parts", "tiles_per_program"],
     do_not_specialize_on_alignment=UNALIGNED_PARAMETERS,

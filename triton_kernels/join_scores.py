@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,39 @@ _TILE = 256
 _TILE_PARTS = 256
 
 
+class _Scores(NamedTuple):
+    """Scores of one prompt and stream, and what they are weighed by.
+
+    Attributes:
+        ptr, stride_group: [NUM_GROUPS, N] scores.
+        num_rated: tokens that have one.
+        floor: least score of a rated token, or None.
+        effect, effect_stride: [NUM_KV_HEADS, N] effects of values in the layer's heads, or None.
+        head: the stream's KV head.
+    """
+
+    ptr: tl.tensor
+    stride_group: tl.tensor
+    num_rated: tl.tensor
+    floor: tl.tensor
+    effect: tl.tensor
+    effect_stride: tl.tensor
+    head: tl.tensor
+
+
+class _Join(NamedTuple):
+    """Constants: how the scores of a token's neighbours and groups become one."""
+
+    NUM_KV_HEADS: tl.constexpr
+    NUM_GROUPS: tl.constexpr
+    JOIN_KIND: tl.constexpr
+    POOL_KERNEL: tl.constexpr
+    POOL_IS_MAX: tl.constexpr
+    POOL_FIRST: tl.constexpr
+    TILE_G: tl.constexpr
+    TILE_H: tl.constexpr
+
+
 @triton.jit
 def _join_groups(group_scores, NUM_GROUPS: tl.constexpr, JOIN_KIND: tl.constexpr):
     """[G, N] to [N]; rows past NUM_GROUPS hold what does not count."""
@@ -24,28 +59,19 @@ def _join_groups(group_scores, NUM_GROUPS: tl.constexpr, JOIN_KIND: tl.constexpr
 
 
 @triton.jit
-def _load_groups(
-    row_ptr,
-    stride_group,
-    tokens,
-    num_rated,
-    outside,
-    NUM_GROUPS: tl.constexpr,
-    TILE_G: tl.constexpr,
-    JOIN_KIND: tl.constexpr,
-):
+def _load_groups(scores, tokens, outside, join: tl.constexpr):
     """[TILE_G, N] scores, `outside` for tokens that are not rated."""
-    group = tl.arange(0, TILE_G)
-    absent = float("-inf") if JOIN_KIND == 2 else 0.0
-    is_rated = (tokens >= 0) & (tokens < num_rated)
-    is_group = group < NUM_GROUPS
-    scores = tl.load(
-        row_ptr + group[:, None].to(tl.int64) * stride_group + tokens[None, :],
+    group = tl.arange(0, join.TILE_G)
+    absent = float("-inf") if join.JOIN_KIND == 2 else 0.0
+    is_rated = (tokens >= 0) & (tokens < scores.num_rated)
+    is_group = group < join.NUM_GROUPS
+    loaded = tl.load(
+        scores.ptr + group[:, None].to(tl.int64) * scores.stride_group + tokens[None, :],
         mask=is_group[:, None] & is_rated[None, :],
         other=0.0,
     )
-    scores = tl.where(is_rated[None, :], scores, outside)
-    return tl.where(is_group[:, None], scores, absent)
+    loaded = tl.where(is_rated[None, :], loaded, outside)
+    return tl.where(is_group[:, None], loaded, absent)
 
 
 @triton.jit
@@ -59,71 +85,76 @@ def _mean_score(part_sums_ptr, num_parts, num_rated, TILE_PARTS: tl.constexpr):
 
 
 @triton.jit
-def _weighed_scores(
-    tokens,
-    row_ptr,
-    stride_group,
-    num_rated,
-    floor,
-    effect_ptr,
-    head,
-    effect_stride_stream,
-    NUM_KV_HEADS: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    JOIN_KIND: tl.constexpr,
-    POOL_KERNEL: tl.constexpr,
-    POOL_IS_MAX: tl.constexpr,
-    POOL_FIRST: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-    HAS_EFFECT: tl.constexpr,
-    TILE_G: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """[TILE] scores of tokens, pooled, joined and weighed; -inf for those that are not rated."""
+def _pooled_scores(scores, tokens, join: tl.constexpr):
+    """[TILE] scores of tokens, pooled with their neighbours' and joined."""
     # What a pooling meets past the ends: nothing to a maximum, zero to a mean.
-    outside = float("-inf") if POOL_IS_MAX else 0.0
-    pooled = tl.full([TILE_G, TILE], outside, tl.float32)
-    if not POOL_FIRST:
-        pooled = tl.full([1, TILE], outside, tl.float32)
-    for shift in tl.static_range(0, POOL_KERNEL):
-        groups = _load_groups(
-            row_ptr,
-            stride_group,
-            tokens + (shift - POOL_KERNEL // 2),
-            num_rated,
-            outside,
-            NUM_GROUPS,
-            TILE_G,
-            JOIN_KIND,
-        )
-        if not POOL_FIRST:
-            groups = _join_groups(groups, NUM_GROUPS, JOIN_KIND)[None, :]
-        if POOL_IS_MAX:
+    outside = float("-inf") if join.POOL_IS_MAX else 0.0
+    pooled = tl.full([join.TILE_G, tokens.shape[0]], outside, tl.float32)
+    if not join.POOL_FIRST:
+        pooled = tl.full([1, tokens.shape[0]], outside, tl.float32)
+    for shift in tl.static_range(0, join.POOL_KERNEL):
+        groups = _load_groups(scores, tokens + (shift - join.POOL_KERNEL // 2), outside, join)
+        if not join.POOL_FIRST:
+            groups = _join_groups(groups, join.NUM_GROUPS, join.JOIN_KIND)[None, :]
+        if join.POOL_IS_MAX:
             pooled = tl.maximum(pooled, groups)
         else:
             pooled += groups
-    if not POOL_IS_MAX:
-        pooled = pooled / POOL_KERNEL
-    if POOL_FIRST:
-        score = _join_groups(pooled, NUM_GROUPS, JOIN_KIND)
-    else:
-        score = tl.max(pooled, axis=0)
-    if HAS_FLOOR:
-        score = tl.maximum(score, floor)
-    is_rated = (tokens >= 0) & (tokens < num_rated)
-    if HAS_EFFECT:
+    if not join.POOL_IS_MAX:
+        pooled = pooled / join.POOL_KERNEL
+    if join.POOL_FIRST:
+        return _join_groups(pooled, join.NUM_GROUPS, join.JOIN_KIND)
+    return tl.max(pooled, axis=0)
+
+
+@triton.jit
+def _weighed_scores(scores, tokens, join: tl.constexpr):
+    """[TILE] scores of tokens, pooled, joined and weighed; -inf for those that are not rated."""
+    score = _pooled_scores(scores, tokens, join)
+    if scores.floor is not None:
+        score = tl.maximum(score, scores.floor)
+    is_rated = (tokens >= 0) & (tokens < scores.num_rated)
+    if scores.effect is not None:
         score = tl.where(is_rated, score, 0.0)
-        heads = tl.arange(0, TILE_H)
+        heads = tl.arange(0, join.TILE_H)
         effect = tl.load(
-            effect_ptr + heads[:, None].to(tl.int64) * effect_stride_stream + tokens[None, :],
-            mask=(heads < NUM_KV_HEADS)[:, None] & is_rated[None, :],
+            scores.effect + heads[:, None].to(tl.int64) * scores.effect_stride + tokens[None, :],
+            mask=(heads < join.NUM_KV_HEADS)[:, None] & is_rated[None, :],
             other=0.0,
         )
-        own = tl.sum(tl.where((heads == head)[:, None], effect, 0.0), axis=0)
+        own = tl.sum(tl.where((heads == scores.head)[:, None], effect, 0.0), axis=0)
         # A token whose values do nothing in any head.
         score = score * (own / tl.maximum(tl.sum(effect, axis=0), 1.1754943508222875e-38))
     return tl.where(is_rated, score, float("-inf"))
+
+
+@triton.jit
+def _best_of_spans(
+    scores,
+    score,
+    first,
+    scratch_ptr,
+    join: tl.constexpr,
+    SPAN_KERNEL: tl.constexpr,
+    TILE_HALO: tl.constexpr,
+):
+    """[TILE] the greatest score of each span around a token, given the tokens' own, from `first`.
+
+    Neighbours go through memory that is this program's own: the tile, and on either side of it the
+    tokens that spans reach to.
+    """
+    HALF: tl.constexpr = SPAN_KERNEL // 2
+    TILE: tl.constexpr = score.shape[0]
+    lane = tl.arange(0, TILE)
+    beside = tl.arange(0, TILE_HALO)
+    place = tl.where(beside < HALF, beside, TILE + beside)
+    near = _weighed_scores(scores, first - HALF + place, join)
+    tl.store(scratch_ptr + HALF + lane, score)
+    tl.store(scratch_ptr + place, near, mask=beside < 2 * HALF)
+    tl.debug_barrier()
+    for shift in tl.static_range(0, SPAN_KERNEL):
+        score = tl.maximum(score, tl.load(scratch_ptr + lane + shift))
+    return score
 
 
 @triton.jit
@@ -164,8 +195,6 @@ def _join_scores_kernel(
     POOL_KERNEL: tl.constexpr,
     POOL_IS_MAX: tl.constexpr,
     POOL_FIRST: tl.constexpr,
-    HAS_FLOOR: tl.constexpr,
-    HAS_EFFECT: tl.constexpr,
     SPAN_KERNEL: tl.constexpr,
     PAGE_KIND: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -186,68 +215,24 @@ def _join_scores_kernel(
     head = stream % NUM_KV_HEADS
     row_ptr = scores_ptr + request.to(tl.int64) * stride_request
     row_ptr += stream.to(tl.int64) * stride_stream
-    effect_ptr += request.to(tl.int64) * effect_stride_request
-    effect_ptr += (stream - head).to(tl.int64) * effect_stride_stream
     row = (request * tl.num_programs(1) + stream).to(tl.int64)
-    floor = 0.0
-    if HAS_FLOOR:
+    floor = None
+    if part_sums_ptr is not None:
         floor = _mean_score(part_sums_ptr + row * num_parts, num_parts, num_rated, TILE_PARTS)
-    lane = tl.arange(0, TILE)
-    tokens = first + lane
-    score = _weighed_scores(
-        tokens,
-        row_ptr,
-        stride_group,
-        num_rated,
-        floor,
-        effect_ptr,
-        head,
-        effect_stride_stream,
-        NUM_KV_HEADS,
-        NUM_GROUPS,
-        JOIN_KIND,
-        POOL_KERNEL,
-        POOL_IS_MAX,
-        POOL_FIRST,
-        HAS_FLOOR,
-        HAS_EFFECT,
-        TILE_G,
-        TILE_H,
-        TILE,
+    if effect_ptr is not None:
+        effect_ptr += request.to(tl.int64) * effect_stride_request
+        effect_ptr += (stream - head).to(tl.int64) * effect_stride_stream
+    scores = _Scores(
+        row_ptr, stride_group, num_rated, floor, effect_ptr, effect_stride_stream, head
     )
+    join: tl.constexpr = _Join(
+        NUM_KV_HEADS, NUM_GROUPS, JOIN_KIND, POOL_KERNEL, POOL_IS_MAX, POOL_FIRST, TILE_G, TILE_H
+    )
+    tokens = first + tl.arange(0, TILE)
+    score = _weighed_scores(scores, tokens, join)
     if SPAN_KERNEL > 1:
-        # Neighbours go through memory that is this program's own: the tile, and on either side of
-        # it the tokens that spans reach to.
-        HALF: tl.constexpr = SPAN_KERNEL // 2
         scratch_ptr += (row * tl.num_programs(0) + tl.program_id(0)) * (TILE + TILE_HALO)
-        beside = tl.arange(0, TILE_HALO)
-        place = tl.where(beside < HALF, beside, TILE + beside)
-        near = _weighed_scores(
-            first - HALF + place,
-            row_ptr,
-            stride_group,
-            num_rated,
-            floor,
-            effect_ptr,
-            head,
-            effect_stride_stream,
-            NUM_KV_HEADS,
-            NUM_GROUPS,
-            JOIN_KIND,
-            POOL_KERNEL,
-            POOL_IS_MAX,
-            POOL_FIRST,
-            HAS_FLOOR,
-            HAS_EFFECT,
-            TILE_G,
-            TILE_H,
-            TILE_HALO,
-        )
-        tl.store(scratch_ptr + HALF + lane, score)
-        tl.store(scratch_ptr + place, near, mask=beside < 2 * HALF)
-        tl.debug_barrier()
-        for shift in tl.static_range(0, SPAN_KERNEL):
-            score = tl.maximum(score, tl.load(scratch_ptr + lane + shift))
+        score = _best_of_spans(scores, score, first, scratch_ptr, join, SPAN_KERNEL, TILE_HALO)
     out_ptr += request.to(tl.int64) * out_stride_request
     out_ptr += stream.to(tl.int64) * out_stride_stream
     if PAGE_KIND == 0:
@@ -283,10 +268,9 @@ def join_scores(
     num_tiles = triton.cdiv(max_candidates, _TILE)
     if num_requests == 0 or num_tiles == 0:
         return
-    # Any pointer will do where a part is left out.
-    scratch = scores
-    tile_halo = triton.next_power_of_2(2 * (span_kernel // 2)) if span_kernel > 1 else 0
+    scratch, tile_halo = None, 0
     if span_kernel > 1:
+        tile_halo = triton.next_power_of_2(2 * (span_kernel // 2))
         size = (num_requests, num_streams, num_tiles, _TILE + tile_halo)
         scratch = torch.empty(size, dtype=torch.float32, device=scores.device)
     _join_scores_kernel[(num_tiles, num_streams, num_requests)](
@@ -295,8 +279,9 @@ def join_scores(
         scratch,
         num_rated,
         num_candidates,
-        scores if part_sums is None else part_sums,
-        scores if effect is None else effect,
+        # Where a part is None, the kernel leaves its step out.
+        part_sums if floor_at_mean else None,
+        effect,
         0 if part_sums is None else part_sums.shape[2],
         *scores.stride()[:3],
         *out.stride()[:2],
@@ -307,8 +292,6 @@ def join_scores(
         POOL_KERNEL=pool_kernel,
         POOL_IS_MAX=pool_kind == "max",
         POOL_FIRST=pool_first,
-        HAS_FLOOR=floor_at_mean,
-        HAS_EFFECT=effect is not None,
         SPAN_KERNEL=span_kernel,
         PAGE_KIND=PAGE_REDUCE[page_reduce],
         PAGE_SIZE=page_size,

@@ -14,106 +14,93 @@ import torch
 import triton
 import triton.language as tl
 
-from .decode_work import first_tile_of, num_working_programs, program_of, stream_extent
-from .paging import (
-    LOG2E,
-    ROW_BOUNDARY_BLOCK,
-    ROW_NUM_REGION_BLOCKS,
-    ROW_REGION_COLUMN,
-    ROW_WIDTH,
-    cast,
-    dot,
-    squash,
-    stream_page_ids,
+from .decode_pieces import (
+    DecodeShape,
+    Output,
+    Pieces,
+    is_last_piece,
+    leave_piece,
+    load_request,
+    query_mask,
+    query_ptrs,
+    store_merged,
+    store_out,
 )
+from .decode_work import first_tile_of, num_working_programs, program_of, stream_extent
+from .paging import LOG2E, ROW_WIDTH, cast, dot, load_row, squash, stream_page_ids
 
 # Elements of pieces that are merged at once, 32 per thread.
 _MERGED_ELEMENTS = 4096
 
 
 @triton.jit
-def _with_sink(out, lse, sinks_ptr, heads, mask, HAS_SINKS: tl.constexpr):
-    """Add a learned logit per head, that no value belongs to, to the softmax (base-2 lse)."""
-    if HAS_SINKS:
-        sink = tl.load(sinks_ptr + heads, mask=mask, other=0.0).to(tl.float32) * LOG2E
-        out = out / (1 + tl.exp2(sink - lse))[:, None]
-    return out
-
-
-@triton.jit
-def _store_out(
-    out_ptr,
-    out,
-    lse,
-    sinks_ptr,
+def _attend(
+    query,
     m,
-    head,
-    query_start,
-    query_len,
-    stride_token,
-    stride_head,
-    GROUP: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    TILE_D: tl.constexpr,
+    request,
+    first_key,
+    end_key,
+    pool_ptr,
+    row,
+    stream,
+    extent,
+    factor,
+    soft_cap,
+    shape: tl.constexpr,
+    TILE_N: tl.constexpr,
 ):
-    """Write the results [m, TILE_D] of a KV head's query rows m."""
-    mask = m // GROUP < query_len
-    heads = head * GROUP + m % GROUP
-    out = _with_sink(out, lse, sinks_ptr, heads, mask, HAS_SINKS)
-    token = (query_start + m // GROUP).to(tl.int64)
-    dim = tl.arange(0, TILE_D)
-    ptrs = out_ptr + token[:, None] * stride_token + heads[:, None] * stride_head + dim[None, :]
-    out_mask = mask[:, None] & (dim < HEAD_SIZE)[None, :]
-    tl.store(ptrs, cast(out, out_ptr.dtype.element_ty), mask=out_mask)
+    """Attention of query rows m, [TILE_M, TILE_D], to keys [first_key, end_key) of a stream.
 
-
-@triton.jit
-def _merge_pieces(
-    pieces_ptr,
-    lse_ptr,
-    m,
-    first_program,
-    last_program,
-    PIECE_ROWS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    TILE_D: tl.constexpr,
-    NUM_MERGED: tl.constexpr,
-):
-    """([m, TILE_D] result, [m] base-2 lse) of the pieces that programs have left of a stream."""
-    TILE_M: tl.constexpr = m.shape[0]
+    Returns:
+        ([TILE_M, TILE_D] sums of values, [TILE_M] greatest logit, [TILE_M] sum of weights).
+    """
+    TILE_M: tl.constexpr = query.shape[0]
+    TILE_D: tl.constexpr = query.shape[1]
     dim = tl.arange(0, TILE_D)
-    m_mask = m < PIECE_ROWS
+    query_token = m // shape.GROUP
+    is_query = query_token < request.num_queries
+    # Each query sees the tokens up to its own.
+    limit = extent.num_tokens - (request.num_queries - 1 - query_token)
     best = tl.full([TILE_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     acc = tl.zeros([TILE_M, TILE_D], tl.float32)
-    # Not to be pipelined: that would take shared memory from the loop over keys.
-    for first in tl.range(first_program, last_program + 1, NUM_MERGED, num_stages=1):
-        program = first + tl.arange(0, NUM_MERGED)
-        place = 2 * program + tl.where(program == first_program, 1, 0)
-        entry = place[:, None] * PIECE_ROWS + m[None, :]
-        mask = (program <= last_program)[:, None] & m_mask[None, :]
-        # From the L2 cache: other multiprocessors have written them.
-        lse = tl.load(lse_ptr + entry, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        piece = tl.load(
-            pieces_ptr + entry[:, :, None] * HEAD_SIZE + dim[None, None, :],
-            mask=mask[:, :, None] & (dim < HEAD_SIZE)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
+    for first in range(first_key, end_key, TILE_N):
+        n = first + tl.arange(0, TILE_N)
+        n_mask = n < extent.num_tokens
+        pages = stream_page_ids(
+            n, n_mask, row, stream, extent, shape.BLOCK_SIZE, shape.PAGES_PER_BLOCK
         )
-        new_best = tl.maximum(best, tl.max(lse, axis=0))
-        # A query may see none of a piece's tokens.
+        entry = (pages * shape.BLOCK_SIZE + n % shape.BLOCK_SIZE) * (2 * shape.HEAD_SIZE)
+        kv_mask = n_mask[:, None] & (dim < shape.HEAD_SIZE)[None, :]
+        key_ptrs = pool_ptr + entry[:, None] + dim[None, :]
+        key = tl.load(key_ptrs, mask=kv_mask, other=0.0).to(query.dtype)
+        logits = dot(query, tl.trans(key)) * factor
+        if soft_cap is not None:
+            logits = squash(logits, soft_cap * LOG2E)
+        visible = is_query[:, None] & (n[None, :] < limit[:, None])
+        logits = tl.where(visible, logits, float("-inf"))
+        new_best = tl.maximum(best, tl.max(logits, axis=1))
+        # A row that has seen nothing yet.
         base = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights = tl.exp2(lse - base[None, :])
+        weights = tl.exp2(logits - base[:, None])
         decay = tl.exp2(best - base)
-        total = total * decay + tl.sum(weights, axis=0)
-        acc = acc * decay[:, None] + tl.sum(piece * weights[:, :, None], axis=0)
+        total = total * decay + tl.sum(weights, axis=1)
+        value = tl.load(key_ptrs + shape.HEAD_SIZE, mask=kv_mask, other=0.0).to(query.dtype)
+        acc = acc * decay[:, None] + dot(cast(weights, query.dtype), value)
         best = new_best
+    return acc, best, total
+
+
+@triton.jit
+def _divided(acc, best, total, value_scale):
+    """([TILE_M, TILE_D] result, [TILE_M] base-2 lse) of sums relative to the greatest logit."""
     seen = total > 0
-    total = tl.where(seen, total, 1.0)
-    return acc / total[:, None], tl.where(seen, best + tl.log2(total), float("-inf"))
+    divisor = tl.where(seen, total, 1.0)
+    lse = tl.where(seen, best + tl.log2(divisor), float("-inf"))
+    return acc * (value_scale / divisor)[:, None], lse
 
 
+# One function: a third of it names arguments, and the rest is one loop over a program's streams.
 @triton.jit(
     do_not_specialize=["layer", "num_programs", "offsets_stride", "table_stride", "starts_stride"],
     do_not_specialize_on_alignment=[
@@ -158,15 +145,13 @@ def _ragged_decode_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LEAST_TILES: tl.constexpr,
-    HAS_SOFT_CAP: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_D: tl.constexpr,
     TILE_MERGED: tl.constexpr,
     NUM_MERGED: tl.constexpr,
 ):
+    """All of one program's share of a layer's tiles, stream by stream."""
     program = tl.program_id(0)
     num_tiles = tl.load(num_tiles_ptr + layer)
     stream = tl.load(first_streams_ptr + layer * num_programs + program)
@@ -178,156 +163,69 @@ def _ragged_decode_kernel(
     tile = first_tile_of(program, share, extra)
     end_tile = first_tile_of(program + 1, share, extra)
     starts_ptr = tile_starts_ptr + layer.to(tl.int64) * starts_stride
-
-    # Row m of a tile is query m // GROUP of the request, head m % GROUP of the group.
+    pieces = Pieces(pieces_ptr, lse_ptr, tickets_ptr)
+    output = Output(out_ptr, out_stride_token, out_stride_head, sinks_ptr)
+    shape: tl.constexpr = DecodeShape(PAGES_PER_BLOCK, BLOCK_SIZE, HEAD_SIZE, GROUP, PIECE_ROWS)
     m = tl.arange(0, TILE_M)
-    query_token = m // GROUP
-    dim = tl.arange(0, TILE_D)
-    dim_mask = dim < HEAD_SIZE
     while tile < end_tile:
         first_tile = tl.load(starts_ptr + stream)
         stream_end = tl.load(starts_ptr + stream + 1)
-        row = stream // NUM_KV_HEADS
+        index = stream // NUM_KV_HEADS
         head = stream % NUM_KV_HEADS
-        query_start = tl.load(query_start_ptr + row)
-        query_len = tl.load(query_start_ptr + row + 1) - query_start
-        row_ptr = rows_ptr + row * ROW_WIDTH
         layer_stream = layer * NUM_KV_HEADS + head
-        num_region_tokens, num_tokens, first_page, first_tail_block = stream_extent(
-            row_ptr,
-            offsets_ptr + row.to(tl.int64) * offsets_stride,
-            layer_stream,
-            BLOCK_SIZE,
+        request = load_request(query_start_ptr, index, head, GROUP)
+        row_offsets_ptr = offsets_ptr + index.to(tl.int64) * offsets_stride
+        extent = stream_extent(
+            rows_ptr + index * ROW_WIDTH, row_offsets_ptr, layer_stream, BLOCK_SIZE
         )
-        num_region_blocks = tl.load(row_ptr + ROW_NUM_REGION_BLOCKS)
-        region_column = tl.load(row_ptr + ROW_REGION_COLUMN)
-        boundary_block = tl.load(row_ptr + ROW_BOUNDARY_BLOCK)
-        table_row_ptr = table_ptr + row.to(tl.int64) * table_stride
-        m_mask = query_token < query_len
-        query = tl.load(
-            query_ptr
-            + (query_start + query_token).to(tl.int64)[:, None] * query_stride_token
-            + (head * GROUP + m % GROUP)[:, None] * query_stride_head
-            + dim[None, :],
-            mask=m_mask[:, None] & dim_mask[None, :],
-            other=0.0,
+        row = load_row(rows_ptr, table_ptr, index, table_stride)
+        ptrs = query_ptrs(
+            query_ptr, m, request, query_stride_token, query_stride_head, GROUP, TILE_D
         )
+        query = tl.load(ptrs, mask=query_mask(m, request, shape, TILE_D), other=0.0)
         factor = scale * LOG2E
         value_scale = 1.0
-        if HAS_SCALES:
+        if key_scale_ptr is not None:
             factor *= tl.load(key_scale_ptr + layer_stream)
             value_scale = tl.load(value_scale_ptr + layer_stream)
-        # Each query sees the tokens up to its own.
-        limit = num_tokens - (query_len - 1 - query_token)
         segment_end = tl.minimum(end_tile, stream_end)
         first_key = (tile - first_tile) * TILE_N
         end_key = (segment_end - first_tile) * TILE_N
-
-        best = tl.full([TILE_M], float("-inf"), tl.float32)
-        total = tl.zeros([TILE_M], tl.float32)
-        acc = tl.zeros([TILE_M, TILE_D], tl.float32)
-        for first in range(first_key, end_key, TILE_N):
-            n = first + tl.arange(0, TILE_N)
-            n_mask = n < num_tokens
-            pages = stream_page_ids(
-                n,
-                n_mask,
-                table_row_ptr,
-                layer_stream,
-                num_region_tokens,
-                first_page,
-                num_region_blocks,
-                region_column,
-                boundary_block,
-                first_tail_block,
-                BLOCK_SIZE,
-                PAGES_PER_BLOCK,
-            )
-            entry = (pages * BLOCK_SIZE + n % BLOCK_SIZE) * (2 * HEAD_SIZE)
-            kv_mask = n_mask[:, None] & dim_mask[None, :]
-            key_ptrs = pool_ptr + entry[:, None] + dim[None, :]
-            key = tl.load(key_ptrs, mask=kv_mask, other=0.0).to(query.dtype)
-            logits = dot(query, tl.trans(key)) * factor
-            if HAS_SOFT_CAP:
-                logits = squash(logits, soft_cap * LOG2E)
-            visible = m_mask[:, None] & (n[None, :] < limit[:, None])
-            logits = tl.where(visible, logits, float("-inf"))
-            new_best = tl.maximum(best, tl.max(logits, axis=1))
-            # A row that has seen nothing yet.
-            base = tl.where(new_best == float("-inf"), 0.0, new_best)
-            weights = tl.exp2(logits - base[:, None])
-            decay = tl.exp2(best - base)
-            total = total * decay + tl.sum(weights, axis=1)
-            value = tl.load(key_ptrs + HEAD_SIZE, mask=kv_mask, other=0.0).to(query.dtype)
-            acc = acc * decay[:, None] + dot(cast(weights, query.dtype), value)
-            best = new_best
-
-        seen = total > 0
-        acc = acc * (value_scale / tl.where(seen, total, 1.0))[:, None]
-        lse = tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+        acc, best, total = _attend(
+            query,
+            m,
+            request,
+            first_key,
+            end_key,
+            pool_ptr,
+            row,
+            layer_stream,
+            extent,
+            factor,
+            soft_cap,
+            shape,
+            TILE_N,
+        )
+        out, lse = _divided(acc, best, total, value_scale)
         if (tile == first_tile) & (segment_end == stream_end):
-            _store_out(
-                out_ptr,
-                acc,
-                lse,
-                sinks_ptr,
-                m,
-                head,
-                query_start,
-                query_len,
-                out_stride_token,
-                out_stride_head,
-                GROUP,
-                HEAD_SIZE,
-                HAS_SINKS,
-                TILE_D,
-            )
+            store_out(output, out, lse, m, request, shape)
         else:
-            # A program leaves at most two pieces: the end of a stream, and the start of one.
             place = 2 * program + tl.where(tile == first_tile, 1, 0)
-            piece_row = place * PIECE_ROWS + m
-            piece_ptrs = pieces_ptr + piece_row[:, None] * HEAD_SIZE + dim[None, :]
-            tl.store(piece_ptrs, acc, mask=m_mask[:, None] & dim_mask[None, :])
-            tl.store(lse_ptr + piece_row, lse, mask=m_mask)
+            leave_piece(pieces, out, lse, place, m, request, shape)
             first_program = program_of(first_tile, share, extra)
             last_program = program_of(stream_end - 1, share, extra)
-            # All threads have stored before one of them says so.
-            tl.debug_barrier()
-            ticket_ptr = tickets_ptr + first_program
-            ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
-            if ticket == last_program - first_program:
-                # For the next layer.
-                tl.store(ticket_ptr, 0)
-                # A few rows at a time: all of them may be more than shared memory holds.
-                for first_row in tl.range(0, PIECE_ROWS, TILE_MERGED, num_stages=1):
-                    merged_m = first_row + tl.arange(0, TILE_MERGED)
-                    out, merged_lse = _merge_pieces(
-                        pieces_ptr,
-                        lse_ptr,
-                        merged_m,
-                        first_program,
-                        last_program,
-                        PIECE_ROWS,
-                        HEAD_SIZE,
-                        TILE_D,
-                        NUM_MERGED,
-                    )
-                    _store_out(
-                        out_ptr,
-                        out,
-                        merged_lse,
-                        sinks_ptr,
-                        merged_m,
-                        head,
-                        query_start,
-                        query_len,
-                        out_stride_token,
-                        out_stride_head,
-                        GROUP,
-                        HEAD_SIZE,
-                        HAS_SINKS,
-                        TILE_D,
-                    )
+            if is_last_piece(pieces, first_program, last_program):
+                store_merged(
+                    pieces,
+                    output,
+                    request,
+                    first_program,
+                    last_program,
+                    shape,
+                    TILE_MERGED,
+                    TILE_D,
+                    NUM_MERGED,
+                )
         tile = segment_end
         stream += 1
 
@@ -430,13 +328,12 @@ def ragged_decode(
         page_offsets,
         block_table,
         query_start_loc,
-        # Any pointer will do where there are none.
-        piece_lse if key_scale is None else key_scale,
-        piece_lse if value_scale is None else value_scale,
-        piece_lse if sinks is None else sinks,
+        key_scale,
+        value_scale,
+        sinks,
         layer,
         scale,
-        logits_soft_cap,
+        logits_soft_cap if logits_soft_cap > 0 else None,
         num_programs,
         out.stride(0),
         out.stride(1),
@@ -452,9 +349,6 @@ def ragged_decode(
         HEAD_SIZE=head_size,
         BLOCK_SIZE=pool.shape[1],
         LEAST_TILES=tiles.least_tiles,
-        HAS_SOFT_CAP=logits_soft_cap > 0,
-        HAS_SCALES=key_scale is not None,
-        HAS_SINKS=sinks is not None,
         TILE_M=query_tile(piece_rows // group, group),
         TILE_N=tiles.num_keys,
         TILE_D=tile_d,
