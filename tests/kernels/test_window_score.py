@@ -1,4 +1,4 @@
-"""Window scores, value effects and their joining against the float64 references."""
+"""Window scores, and all steps from queries to pages, against the float64 references."""
 
 from __future__ import annotations
 
@@ -10,67 +10,13 @@ from closeness import assert_close
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from paged_pool import DEVICE, PagedBatch, Request, Shape, make_batch, random_like
+from paged_pool import DEVICE, Shape, random_like
+from window_cases import int32, plan_of, prompts, window_lse, window_query
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.ops.rows_reference import prompt_entries
 
 BASE = Shape()
-
-
-def prompts(shape: Shape, lens: tuple[int, ...]) -> PagedBatch:
-    """Dense prompts; every other one has region blocks in its row already."""
-    requests = []
-    for i, length in enumerate(lens):
-        boundary = length // shape.block_size
-        region = {"num_region_blocks": 2, "boundary_block": boundary} if i % 2 else {}
-        requests.append(Request(length, **region))
-    return make_batch(shape, requests, DEVICE, seed=len(lens))
-
-
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
-
-
-def window_query(shape: Shape, num_requests: int, window: int, sharpness: float = 2.0):
-    generator = torch.Generator(DEVICE).manual_seed(9)
-    size = (num_requests, window, shape.num_heads, shape.head_size)
-    return sharpness * random_like(size, shape.dtype, generator)
-
-
-def window_lse(
-    batch: PagedBatch,
-    query: torch.Tensor,
-    layer: int,
-    scale: float,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Natural lse of each window query over the keys that it sees, and the sink."""
-    shape, window = batch.shape, query.shape[1]
-    lse = torch.empty(query.shape[:3], dtype=torch.float64, device=query.device)
-    for r, request in enumerate(batch.requests):
-        for head in range(shape.num_heads):
-            entries = prompt_entries(
-                batch.pool,
-                request.descriptor,
-                batch.block_table[r].tolist(),
-                layer * shape.num_kv_heads + head // shape.group,
-                shape.num_streams,
-            )
-            logits = query[r, :, head].double() @ entries[:, : shape.head_size].T * scale
-            positions = torch.arange(request.seq_len - window, request.seq_len)
-            future = torch.arange(request.seq_len) > positions[:, None]
-            hidden = logits.masked_fill(future.to(logits.device), float("-inf"))
-            lse[r, :, head] = hidden.logsumexp(dim=1)
-            if sinks is not None:
-                lse[r, :, head] = torch.logaddexp(lse[r, :, head], sinks[head].double())
-    return lse.float()
-
-
-def plan_of(options: dict) -> ops.WindowPlan:
-    """Of those options that are a plan's, which are taken away."""
-    names = [field.name for field in dataclasses.fields(ops.WindowPlan)]
-    return ops.WindowPlan(**{name: options.pop(name) for name in names if name in options})
 
 
 def check_scores(
@@ -200,38 +146,6 @@ def test_long_prompts(scorer, reduce):
     check_scores(scorer, shape, (8192, 5000, 33), (8160, 4960, 16), 32, reduce=reduce)
 
 
-@pytest.mark.parametrize(
-    ("shape", "root_dtype"),
-    [
-        (Shape(dtype=torch.float32), torch.float32),
-        (Shape(head_size=80, dtype=torch.bfloat16), torch.bfloat16),
-        (Shape(head_size=256, num_kv_heads=1, dtype=torch.float16), torch.float16),
-    ],
-    ids=str,
-)
-def test_value_effect(scorer, shape, root_dtype):
-    check_effect(scorer, shape, root_dtype)
-
-
-def test_value_effect_of_fp8():
-    shape = Shape(dtype=torch.bfloat16, pool_dtype=torch.float8_e4m3fn)
-    check_effect("triton", shape, torch.bfloat16)
-
-
-def check_effect(backend: str, shape: Shape, root_dtype: torch.dtype) -> None:
-    batch = prompts(shape, (150, 70))
-    generator = torch.Generator(DEVICE).manual_seed(3)
-    size = (shape.num_kv_heads, shape.head_size, shape.head_size)
-    root = random_like(size, root_dtype, generator)
-    scales = torch.linspace(0.5, 2.0, shape.num_streams, device=DEVICE)
-    arguments = (root, batch.paged(value_scale=scales), batch.prompts([130, 70]), 1)
-    got = ops.paged_value_effect(*arguments, backend=backend)
-    want = ops.paged_value_effect(*arguments, backend="reference")
-    for r, rated in enumerate((130, 70)):
-        exact = want[r, :, :rated]
-        assert_close(got[r, :, :rated], exact, exact, torch.float32, ulps=64)
-
-
 class Layers:
     """Layers 1 and 2 of three, which differ in all that layers may differ in."""
 
@@ -346,89 +260,6 @@ def test_part_sums_are_of_all_scores(num_parts):
         torch.testing.assert_close(part_sums[r], expected)
 
 
-def lengths(rated: tuple[int, ...], candidates: tuple[int, ...]) -> ops.Prompts:
-    """Of prompts whose rows are not read."""
-    rows = ops.Rows(int32(), int32())
-    numbers = (int32(*rated), int32(*candidates))
-    return ops.Prompts(rows, *numbers, max(rated), max(candidates))
-
-
-def raw_scores(num_requests: int, num_heads: int, num_groups: int, num_tokens: int):
-    generator = torch.Generator(DEVICE).manual_seed(4)
-    size = (num_requests, num_heads, num_groups, num_tokens)
-    return random_like(size, torch.float32, generator).abs()
-
-
-JOINS = {
-    "nothing": {},
-    "SnapKV": {"pool_kernel": 7},
-    "kvpress": {"pool_kernel": 5, "pool_kind": "avg"},
-    "Ada-KV's code": {"pool_kernel": 7, "pool_first": False},
-    "KV-Compress": {"pool_kernel": 7, "group_reduce": "sum"},
-    "maximum": {"group_reduce": "max", "pool_first": False, "pool_kernel": 3},
-    "maximum, mean first": {"group_reduce": "max", "pool_kind": "avg", "pool_kernel": 3},
-    "wide span": {"span_kernel": 31, "pool_kernel": 3},
-    "best of a page": {"page_reduce": "max", "pool_kernel": 7},
-    "mean of a page": {"page_reduce": "mean", "span_kernel": 3},
-    "pages of 64": {"page_reduce": "rms", "page_size": 64},
-}
-
-
-@pytest.mark.parametrize("with_effect", [False, True])
-@pytest.mark.parametrize("options", JOINS.values(), ids=JOINS)
-def test_join_scores(scorer, options, with_effect):
-    scores = raw_scores(3, 2, 3, 700)
-    rated, candidates = (700, 290, 65), (640, 256, 64)
-    # What is not rated is not read.
-    for r, num_rated in enumerate(rated):
-        scores[r, :, :, num_rated:] = float("nan")
-    effect = raw_scores(3, 2, 1, 700)[:, :, 0] if with_effect else None
-    if effect is not None:
-        effect[1, :, 7] = 0.0
-    pages = dict(options)
-    arguments = (scores, lengths(rated, candidates), plan_of(pages))
-    got = ops.join_scores(*arguments, **pages, effect=effect, backend=scorer)
-    want = ops.join_scores(*arguments, **pages, effect=effect, backend="reference")
-    page = options.get("page_size", 16) if "page_reduce" in options else 1
-    for r, num_candidates in enumerate(candidates):
-        exact = want[r, :, : num_candidates // page]
-        assert_close(got[r, :, : num_candidates // page], exact, exact, torch.float32, ulps=16)
-
-
-@pytest.mark.parametrize("page_reduce", [None, "rms"])
-@pytest.mark.parametrize("num_parts", [1, 300])
-def test_join_scores_of_span(scorer, page_reduce, num_parts):
-    """The steps behind 'defensive', whose kernel leaves sums by parts."""
-    scores = raw_scores(2, 4, 1, 700) ** 2
-    rated, candidates = (700, 290), (640, 256)
-    part_sums = torch.zeros(2, 4, num_parts, device=DEVICE)
-    for r, num_rated in enumerate(rated):
-        # Whichever parts they are; some are empty.
-        part = torch.arange(num_rated, device=DEVICE) * num_parts // 900
-        part_sums[r].index_add_(1, part, scores[r, :, 0, :num_rated])
-        scores[r, :, :, num_rated:] = float("nan")
-    effect = raw_scores(2, 4, 1, 700)[:, :, 0]
-    # Heads of one layer, but for compiled ops of a CPU, which know no more than one.
-    options = {"effect": effect, "page_reduce": page_reduce}
-    options["num_kv_heads"] = 4 if scorer == "native" else 2
-    plan = ops.WindowPlan(group_reduce="max", floor_at_mean=True, span_kernel=11)
-    arguments = (scores, lengths(rated, candidates), plan)
-    got = ops.join_scores(*arguments, **options, part_sums=part_sums, backend=scorer)
-    want = ops.join_scores(*arguments, **options, backend="reference")
-    for r, num_candidates in enumerate(candidates):
-        num_entries = num_candidates // (16 if page_reduce else 1)
-        exact = want[r, :, :num_entries]
-        assert_close(got[r, :, :num_entries], exact, exact, torch.float32, ulps=16)
-
-
-def test_small_scores_keep_their_order_as_pages(scorer):
-    scores = torch.full((1, 1, 1, 32), 1e-30, device=DEVICE)
-    scores[..., 16:] = 2e-30
-    arguments = (scores, lengths((32,), (32,)), ops.WindowPlan())
-    pages = ops.join_scores(*arguments, page_reduce="rms", backend=scorer)
-    assert torch.allclose(pages, torch.tensor([[[1e-30, 2e-30]]], device=DEVICE), rtol=1e-5, atol=0)
-
-
 def test_same_as_the_policies_steps(scorer):
     """The fused steps of span give what the scorer on the CPU gives."""
     from vllm_kvcompress.policies.base import ScoreInputs
@@ -516,14 +347,3 @@ def test_what_does_not_fit_is_refused():
     wrong = dataclasses.replace(prompts_, num_rated=int32(3, 4))
     with pytest.raises(ValueError, match="want num_rated"):
         ops.window_scores(query, batch.paged(), wrong, 0, logits, ops.WindowPlan())
-    scores = raw_scores(1, 2, 1, 64)
-    for change, message in (
-        ({"group_reduce": "min"}, "unknown group reduction"),
-        ({"pool_kind": "min"}, "pool kind"),
-        ({"page_reduce": "min"}, "unknown page reduction"),
-        ({"page_reduce": "max", "page_size": 48}, "pages of 48"),
-        ({"page_reduce": "max", "page_size": 128}, "64 candidates do not fit"),
-        ({"effect": torch.zeros(1, 2, 63)}, "want effect"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            ops.join_scores(scores, lengths((64,), (64,)), plan_of(change), **change)
