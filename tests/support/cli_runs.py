@@ -16,6 +16,14 @@ LLAMA = {
     "head_dim": 8,
     "dtype": "bfloat16",
 }
+FULL, WINDOWED = "full_attention", "sliding_attention"
+# Gemma 3's way: two layers with full attention, four with a window, in two groups of two.
+MIXED = {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 6,
+    "layer_types": [WINDOWED, WINDOWED, FULL] * 2,
+    "sliding_window": 40,
+}
 BLOCK_BYTES = 16 * 256
 OPTIONS = "--kv-compress-options"
 # Of 500 tokens the last 32 are the window, so 468 // 16 = 29 pages compete and 36 tokens stay
@@ -38,6 +46,18 @@ def write_model(folder, config):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+def plan_json(capsys, model, method, *flags):
+    """Numbers of these tests are those of the published forms, in whole pages."""
+    flags = published_pages(*flags)
+    assert main(["plan", model, "--kv-compress", method, *flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def plan_one(capsys, model, method, *flags):
+    (request,) = plan_json(capsys, model, method, *flags)["requests"]
+    return request
 
 
 def one_line_error(capsys, *arguments):
