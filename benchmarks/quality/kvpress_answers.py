@@ -22,7 +22,8 @@ sys.path[:] = [path for path in sys.path if path != str(HERE)]
 sys.path.insert(0, str(HERE.parent))
 
 from quality import tasks
-from quality.kvpress_runner import Job, Runner, versions
+from quality.kvpress_jobs import Job
+from quality.kvpress_runner import Runner, versions
 
 OUTPUT = HERE.parents[1] / "tests" / "data" / "kvpress" / "answers.json"
 PAGE = 32

@@ -11,11 +11,19 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import kvpress
 import torch
 import transformers
-from kvpress_runner import Job, Runner, make_jobs, make_runner, parse_arguments, read_rows
+
+HERE = Path(__file__).resolve().parent
+# This folder's names are too plain for others to find them at the top.
+sys.path[:] = [path for path in sys.path if path != str(HERE)]
+sys.path.insert(0, str(HERE.parent))
+
+from quality.kvpress_jobs import Job
+from quality.kvpress_runner import Runner, make_jobs, make_runner, parse_arguments, read_rows
 
 
 def check(arguments: argparse.Namespace, runner: Runner) -> bool:
