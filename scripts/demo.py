@@ -121,14 +121,7 @@ def run_engine(spec: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     outputs, peak_running = step_until_done(llm, token_ids, params)
     wall_s = time.perf_counter() - start
-    answers = []
-    for (_, code), output in zip(prompts, outputs, strict=True):
-        ids = list(output)
-        if tokenizer.eos_token_id in ids:
-            ids = ids[: ids.index(tokenizer.eos_token_id)]
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        answers.append({"code": code, "text": text, "correct": code in re.findall(r"\d+", text)})
-
+    answers = read_answers(tokenizer, prompts, outputs)
     num_prompt_tokens = sum(map(len, token_ids))
     result = {
         "method": spec["method"] or "full cache",
@@ -163,6 +156,19 @@ def run_engine(spec: dict[str, Any]) -> dict[str, Any]:
         for key in ("blocks_returned", "blocks_not_taken", "region_blocks"):
             result[key] = sum(r[key] for r in records)
     return result
+
+
+def read_answers(
+    tokenizer: Any, prompts: list[tuple[str, str]], outputs: list[list[int]]
+) -> list[dict[str, Any]]:
+    """Per prompt the code that it hides, the answer's text, and whether that names the code."""
+    answers = []
+    for (_, code), ids in zip(prompts, outputs, strict=True):
+        if tokenizer.eos_token_id in ids:
+            ids = ids[: ids.index(tokenizer.eos_token_id)]
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answers.append({"code": code, "text": text, "correct": code in re.findall(r"\d+", text)})
+    return answers
 
 
 def step_until_done(
