@@ -63,24 +63,24 @@ def _compact_kernel(
     element = tl.arange(0, TILE_E)
     for start in tl.static_range(0, BLOCK_SIZE, TILE_TOKENS):
         # [TILE_PAGES, TILE_TOKENS] tokens of the target pages.
-        slot = start + tl.arange(0, TILE_TOKENS)
-        entry = page[:, None] * PAGE_ENTRIES + slot[None, :] % PAGE_ENTRIES
+        place = start + tl.arange(0, TILE_TOKENS)
+        entry = page[:, None] * PAGE_ENTRIES + place[None, :] % PAGE_ENTRIES
         is_token = tl.broadcast_to(is_page[:, None], (TILE_PAGES, TILE_TOKENS))
         index = tl.load(
             indices_ptr + request.to(tl.int64) * indices_stride + entry, mask=is_token, other=0
         )
         if PAGE_ENTRIES == 1:
             source_column = index
-            source_slot = tl.broadcast_to(slot[None, :], (TILE_PAGES, TILE_TOKENS))
+            source_place = tl.broadcast_to(place[None, :], (TILE_PAGES, TILE_TOKENS))
         else:
             source_column = index // BLOCK_SIZE
-            source_slot = index % BLOCK_SIZE
+            source_place = index % BLOCK_SIZE
         source_block = tl.load(table_row_ptr + source_column, mask=is_token, other=0).to(tl.int64)
-        source = (source_block * NUM_STREAMS + stream[:, None]) * BLOCK_SIZE + source_slot
+        source = (source_block * NUM_STREAMS + stream[:, None]) * BLOCK_SIZE + source_place
         mask = is_token[:, :, None] & (element < TOKEN_ELEMENTS)[None, None, :]
         source_ptrs = pool_ptr + source[:, :, None] * TOKEN_ELEMENTS + element[None, None, :]
         moved = tl.load(source_ptrs, mask=mask)
-        target_token = target[:, None] + slot[None, :]
+        target_token = target[:, None] + place[None, :]
         target_ptrs = pool_ptr + target_token[:, :, None] * TOKEN_ELEMENTS + element[None, None, :]
         tl.store(target_ptrs, moved, mask=mask)
 

@@ -69,17 +69,17 @@ def test_pack_and_unpack_under_any_element_order(make_order, dtype, generator):
     value = torch.randn(3 * block_size, head_size, generator=generator).to(dtype)
     ops.pack_pages(pool, page_ids, key, value, order)
     for token in range(3 * block_size):
-        page, slot = page_ids[token // block_size], token % block_size
+        page, place = page_ids[token // block_size], token % block_size
         for element in range(head_size):
-            assert pool[page, order.key_offsets[slot, element]] == key[token, element]
-            assert pool[page, order.value_offsets[slot, element]] == value[token, element]
+            assert pool[page, order.key_offsets[place, element]] == key[token, element]
+            assert pool[page, order.value_offsets[place, element]] == value[token, element]
     others = [page for page in range(11) if page not in page_ids.tolist()]
     assert pool[others].isnan().all()
     assert torch.equal(ops.unpack_pages(pool, page_ids, order, "key"), key)
     assert torch.equal(ops.unpack_pages(pool, page_ids, order, "value"), value)
-    slots = torch.tensor([3, 0, 1])
+    places = torch.tensor([3, 0, 1])
     rows = torch.tensor([3, 4, 9])
-    gathered = ops.gather_tokens(pool, page_ids, slots, order)
+    gathered = ops.gather_tokens(pool, page_ids, places, order)
     assert torch.equal(gathered[0], key[rows]) and torch.equal(gathered[1], value[rows])
 
 

@@ -129,13 +129,13 @@ def unpack_pages(
 
 
 def gather_tokens(
-    pool: torch.Tensor, page_ids: torch.Tensor, slots: torch.Tensor, order: PageOrder
+    pool: torch.Tensor, page_ids: torch.Tensor, places: torch.Tensor, order: PageOrder
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of single tokens.
 
     Args:
         pool: [num_pages, page_elements].
-        page_ids, slots: [n] int64 page of each token, and its place inside it.
+        page_ids, places: [n] int64 page of each token, and its place inside it.
         order: element order of a page.
 
     Returns:
@@ -145,11 +145,11 @@ def gather_tokens(
         ValueError: if the id lists differ in length.
     """
     check(
-        page_ids.shape == slots.shape and slots.dim() == 1,
-        f"want a page for each slot, got {tuple(page_ids.shape)} and {tuple(slots.shape)}",
+        page_ids.shape == places.shape and places.dim() == 1,
+        f"want a page for each place, got {tuple(page_ids.shape)} and {tuple(places.shape)}",
     )
     pages = page_ids[:, None]
-    return pool[pages, order.key_offsets[slots]], pool[pages, order.value_offsets[slots]]
+    return pool[pages, order.key_offsets[places]], pool[pages, order.value_offsets[places]]
 
 
 def pack_pages(
@@ -185,7 +185,7 @@ def pack_pages(
 def region_page_ids(region_blocks: torch.Tensor, pages_per_block: int) -> torch.Tensor:
     """Page ids of a compressed region's virtual pages, in order.
 
-    Virtual page v lies in region block `v // pages_per_block`, slot `v % pages_per_block`.
+    Virtual page v lies in region block `v // pages_per_block`, as its page `v % pages_per_block`.
 
     Args:
         region_blocks: [n] block ids.
@@ -194,8 +194,8 @@ def region_page_ids(region_blocks: torch.Tensor, pages_per_block: int) -> torch.
     Returns:
         [n * pages_per_block] int64.
     """
-    slots = torch.arange(pages_per_block, device=region_blocks.device)
-    return (region_blocks.long()[:, None] * pages_per_block + slots).flatten()
+    pages = torch.arange(pages_per_block, device=region_blocks.device)
+    return (region_blocks.long()[:, None] * pages_per_block + pages).flatten()
 
 
 def ragged_page_table(

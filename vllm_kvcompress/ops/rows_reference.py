@@ -55,5 +55,5 @@ def prompt_entries(
     for position in range(row.seq_len):
         block = table[row.column_of(position // block_size)]
         places.append((block * num_streams + stream, position % block_size))
-    pages, slots = (torch.tensor(x, device=pool.device) for x in zip(*places, strict=True))
-    return pool[pages, slots].double()
+    page_ids, at = (torch.tensor(x, device=pool.device) for x in zip(*places, strict=True))
+    return pool[page_ids, at].double()

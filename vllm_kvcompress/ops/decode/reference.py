@@ -29,8 +29,8 @@ def ragged_decode(
             places, _ = stream_tokens(
                 row, offsets, table, stream, pool.num_streams, pool.block_size
             )
-            pages, slots = (torch.tensor(x, device=query.device) for x in zip(*places, strict=True))
-            entries = pool.pages[pages, slots].double()
+            page_ids, at = (torch.tensor(x, device=query.device) for x in zip(*places, strict=True))
+            entries = pool.pages[page_ids, at].double()
             keys, values = entries[:, :head_size], entries[:, head_size:]
             if pool.key_scale is not None:
                 keys = keys * pool.key_scale[stream].double()

@@ -52,16 +52,16 @@ def compact(
 def _copy_tokens(
     bits: torch.Tensor,
     source: torch.Tensor,
-    slot: torch.Tensor,
+    place: torch.Tensor,
     target: torch.Tensor,
     order: PageOrder | None,
 ) -> None:
-    """Token `slot[p, i]` of page `source[p, i]` becomes token i of page `target[p]`."""
+    """Token `place[p, i]` of page `source[p, i]` becomes token i of page `target[p]`."""
     if order is None:
-        bits[target] = bits[source, slot]
+        bits[target] = bits[source, place]
         return
     pages = bits.flatten(1)
-    key, value = gather_tokens(pages, source.flatten(), slot.flatten(), order)
+    key, value = gather_tokens(pages, source.flatten(), place.flatten(), order)
     pack_pages(pages, target, key, value, order)
 
 

@@ -28,11 +28,11 @@ def compact(
             for page in range(offsets[stream], offsets[stream + 1]):
                 block = table[row.region_column + page // num_streams]
                 target = block * num_streams + page % num_streams
-                for slot in range(block_size):
-                    entry = page * entries_per_page + slot // tokens_per_entry
-                    token = int(indices[r, entry]) * tokens_per_entry + slot % tokens_per_entry
+                for place in range(block_size):
+                    entry = page * entries_per_page + place // tokens_per_entry
+                    token = int(indices[r, entry]) * tokens_per_entry + place % tokens_per_entry
                     source = table[token // block_size] * num_streams + stream
-                    bits[target, slot] = bits[source, token % block_size]
+                    bits[target, place] = bits[source, token % block_size]
 
 
 def move_entries(
