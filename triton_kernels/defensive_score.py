@@ -132,9 +132,11 @@ def _load_query_tile(
 
 
 @triton.jit
-def _worst_case(tile, key, near, tokens, keys, scale, WINDOW: tl.constexpr):
+def _worst_case(
+    tile, key, near, tokens, keys, scale, HAS_SOFT_CAP: tl.constexpr, WINDOW: tl.constexpr
+):
     """[TILE_N] greatest pooled weight of any query row."""
-    logits = window_logits(tile.query, key, scale)
+    logits = window_logits(tile.query, key, scale, HAS_SOFT_CAP)
     weights = rated_weights(logits, tile.lse, tile.rows, tokens, keys, WINDOW)
     return tl.max(_sums_of_near(weights, near) * tile.gain[:, None], axis=0)
 
@@ -233,13 +235,14 @@ def _defensive_scores_kernel(
     )
     lane = tl.arange(0, TILE_N)
     near = _is_near(lane, HALO)
+    HAS_SOFT_CAP: tl.constexpr = soft_cap_ptr is not None
     if NUM_M_TILES == 1:
         tile = _load_query_tile(0, window, num_rated, POOL_KERNEL, NUM_SPLITS, pages, shape)
     for first in range(start, end, STEP):
         tokens = first - HALO + lane
         key = load_keys(tokens, keys, pool_ptr, pages)
         if NUM_M_TILES == 1:
-            score = _worst_case(tile, key, near, tokens, keys, scale, WINDOW)
+            score = _worst_case(tile, key, near, tokens, keys, scale, HAS_SOFT_CAP, WINDOW)
         else:
             # More rows than a program holds: they are read again for each tile of keys.
             score = tl.full([TILE_N], float("-inf"), tl.float32)
@@ -247,7 +250,7 @@ def _defensive_scores_kernel(
                 tile = _load_query_tile(
                     m_tile, window, num_rated, POOL_KERNEL, NUM_SPLITS, pages, shape
                 )
-                worst = _worst_case(tile, key, near, tokens, keys, scale, WINDOW)
+                worst = _worst_case(tile, key, near, tokens, keys, scale, HAS_SOFT_CAP, WINDOW)
                 score = tl.maximum(score, worst)
         written = (lane >= HALO) & (lane < TILE_N - HALO) & (tokens < num_rated)
         tl.store(scores_ptr + tokens, score, mask=written)

@@ -124,7 +124,7 @@ def _window_scores_kernel(
     for first in range(start, end, TILE_N):
         tokens = first + tl.arange(0, TILE_N)
         key = load_keys(tokens, keys, pool_ptr, pages)
-        logits = window_logits(query, key, scale)
+        logits = window_logits(query, key, scale, soft_cap_ptr is not None)
         weights = rated_weights(logits, lse, rows, tokens, keys, WINDOW)
         if POWER == 2:
             weights = weights * weights

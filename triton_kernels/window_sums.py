@@ -143,7 +143,7 @@ def _window_sums_kernel(
     for first in range(start, end, TILE_N):
         tokens = first + tl.arange(0, TILE_N)
         key = load_keys(tokens, keys, pool_ptr, pages)
-        logits = window_logits(query, key, scale)
+        logits = window_logits(query, key, scale, soft_cap_ptr is not None)
         age = (row.seq_len - WINDOW + rows.place)[:, None] - tokens[None, :]
         logits = tl.where((age >= 0) & rows.mask[:, None], logits, float("-inf"))
         is_rated = (age >= near_tokens) & (tokens < num_rated)[None, :]

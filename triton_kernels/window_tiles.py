@@ -119,7 +119,7 @@ class LogitScale(NamedTuple):
 
     Attributes:
         factor: of the products.
-        soft_cap: 0 caps nothing; None if no layer has one.
+        soft_cap: 0 caps nothing.
     """
 
     factor: tl.tensor
@@ -155,9 +155,11 @@ def load_logit_scale(scale_ptr, key_scale_ptr, soft_cap_ptr, layer_index, stream
     factor = tl.load(scale_ptr + layer_index)
     if key_scale_ptr is not None:
         factor *= tl.load(key_scale_ptr + stream)
-    if soft_cap_ptr is None:
-        return LogitScale(factor, None)
-    return LogitScale(factor, tl.load(soft_cap_ptr + layer_index))
+    # Not None, which Triton lets no function return.
+    soft_cap = 0.0
+    if soft_cap_ptr is not None:
+        soft_cap = tl.load(soft_cap_ptr + layer_index)
+    return LogitScale(factor, soft_cap)
 
 
 @triton.jit
@@ -207,10 +209,10 @@ def load_keys(tokens, keys, pool_ptr, pages: tl.constexpr):
 
 
 @triton.jit
-def window_logits(query, key, scale):
+def window_logits(query, key, scale, HAS_SOFT_CAP: tl.constexpr):
     """[TILE_M, TILE_N] base-2 logits."""
     logits = dot(query, tl.trans(key.to(query.dtype))) * scale.factor
-    if scale.soft_cap is not None:
+    if HAS_SOFT_CAP:
         is_capped = scale.soft_cap > 0
         capped = squash(logits, tl.where(is_capped, scale.soft_cap, 1.0))
         logits = tl.where(is_capped, capped, logits)
