@@ -7,11 +7,14 @@ lines name the right one at once. Making a setting loads its scorer's class, and
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_kvcompress.memory import Geometry, Retention, Schedule, shared_geometry
+from vllm_kvcompress.memory.one_shot import OneShot
 from vllm_kvcompress.policies.builtin import budgets_class
 from vllm_kvcompress.policies.common_options import SETTINGS
 from vllm_kvcompress.policies.method_options import option_specs, pair_problem
@@ -116,6 +119,39 @@ class KVCompressConfig:
         """Tokens before the compaction point that are kept in any case."""
         return min(self.window, dict(self.options).get("recent_tokens", self.window))
 
+    @functools.cached_property
+    def retention(self) -> Retention:
+        """How many tokens are kept."""
+        return Retention(self.window, self.recent_tokens, self.budget, self.ratio)
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """When a request is compacted."""
+        return Schedule(self.option("suffix_tokens"))
+
+    @functools.cached_property
+    def one_shot(self) -> OneShot:
+        """Which prompts may be computed without blocks for what they evict."""
+        return OneShot(
+            when=self.option("one_shot"),
+            layers_compete=self.layers_compete,
+            num_scores=self.num_scores,
+            keeps_tokens=self.granularity == "token",
+            ratio=self.ratio,
+        )
+
+    def geometry(self, block_size: int) -> Geometry:
+        """Geometry of requests under this setting.
+
+        Args:
+            block_size: tokens per vLLM block (= per page).
+
+        Raises:
+            KVCompressConfigError: as `check_block_size`.
+        """
+        self.check_block_size(block_size)
+        return shared_geometry(self.retention, self.schedule, block_size)
+
     def option(self, name: str) -> Any:
         """The value of one option of this method; KeyError if it has no such option."""
         return dict(self.options)[name]
@@ -126,13 +162,9 @@ class KVCompressConfig:
         Args:
             block_size: tokens per vLLM block (= per page).
         """
-        smallest = self.recent_tokens + block_size
-        if self.budget is not None and self.budget < smallest:
-            raise KVCompressConfigError(
-                f"KV-compression budget {self.budget} is smaller than the tokens always kept plus "
-                f"one page ({self.recent_tokens} + {block_size} = {smallest} tokens); give "
-                f"{smallest} or more"
-            )
+        problem = self.retention.problem(block_size)
+        if problem is not None:
+            raise KVCompressConfigError(problem)
 
     def few_pages_advice(self, block_size: int) -> str | None:
         """What to set where heads keep so few whole pages that answers are lost; None if not.

@@ -36,7 +36,7 @@ from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import PromptCompaction
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, Geometry
+from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.ops import native
 from vllm_kvcompress.vllm_integration.platforms.cpu.page_order import find_page_order
 
@@ -75,7 +75,7 @@ class Prompt:
     def __init__(self, model: Model, num_tokens: int, settings: dict[str, Any]) -> None:
         self.model = model
         self.config = KVCompressConfig.from_dict({"ratio": RATIO, **settings})
-        self.geometry = Geometry(self.config, BLOCK_SIZE).of(num_tokens)
+        self.geometry = self.config.geometry(BLOCK_SIZE).of(num_tokens)
         self.shape = CacheShape(
             model.num_layers, model.num_kv_heads, model.group, model.head_size, BLOCK_SIZE
         )

@@ -32,7 +32,6 @@ import machine
 from vllm_kvcompress.compaction.requests import Requests
 from vllm_kvcompress.compaction.step_plan import StepPlan, plan_step
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.vllm_integration.worker.row_names import rows_of_v1, rows_of_v2
 
 SIZES = (32, 256, 1024)
@@ -54,7 +53,7 @@ class Step:
     """
 
     def __init__(self, num_rows: int, num_prompts: int, runner: str) -> None:
-        self.requests = Requests(Geometry(CONFIG, BLOCK_SIZE), NUM_LAYERS, num_rows)
+        self.requests = Requests(CONFIG.geometry(BLOCK_SIZE), NUM_LAYERS, num_rows)
         ids = [f"chatcmpl-{i:08x}-0a1b2c3d" for i in range(num_rows)]
         lens = np.full(num_rows, PROMPT_LEN, np.int32)
         lens[::4] = SHORT_LEN

@@ -44,9 +44,8 @@ def _start(llama, dtype, num_blocks):
 def _fewest_blocks() -> int:
     """Of the largest request: dense and compressed at once, for a moment; and the null block."""
     from vllm_kvcompress import KVCompressConfig
-    from vllm_kvcompress.memory import Geometry
 
-    geometry = Geometry(KVCompressConfig("span", ratio=RATIO), BLOCK_SIZE)
+    geometry = KVCompressConfig("span", ratio=RATIO).geometry(BLOCK_SIZE)
     return geometry.max_request_blocks(MAX_LEN) + 1
 
 

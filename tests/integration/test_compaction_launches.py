@@ -17,7 +17,7 @@ from gpu.recording import record
 from vllm_kvcompress.compaction import score_memory
 from vllm_kvcompress.compaction.score_memory import ScoreMemory
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, Geometry
+from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
 
 WINDOW = 8
@@ -118,7 +118,7 @@ def test_prompts_that_end_together_share_launches(monkeypatch):
 def test_layers_that_do_not_fit_memory_are_scored_in_groups(monkeypatch, limit):
     config = config_of("span")
     steps = Steps(monkeypatch, config, 7)
-    geometry = Geometry(config, 16).of(205)
+    geometry = config.geometry(16).of(205)
     layer_bytes = {
         "MOST_SCORE_BYTES": steps.rig.engine.compactor.memory.token_bytes(geometry),
         # Queries and sums of four heads.
@@ -152,6 +152,6 @@ def test_layers_of_a_long_prompt_that_are_scored_at_once(method, window, num_lay
     config = KVCompressConfig(method, ratio=0.875, window=window)
     plan = score_memory.make_scorer(config).window_plan()
     memory = ScoreMemory(config, CacheShape(32, 8, 4, 128, 16), 2, plan)
-    geometry = Geometry(config, 16).of
+    geometry = config.geometry(16).of
     assert memory.layers_at_once(geometry(32768), 1, 1) == 32
     assert memory.layers_at_once(geometry(131072), 1, 1) == num_layers

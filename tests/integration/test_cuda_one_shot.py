@@ -19,7 +19,6 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.staging import Staging
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, cdiv
-from vllm_kvcompress.memory.one_shot import counted_buffer_pages, fits_counted_buffer, most_share
 from vllm_kvcompress.ops import PageOrder
 
 pytestmark = pytest.mark.usefixtures("labels")
@@ -169,14 +168,14 @@ def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, 
     pairs = (("granularity", granularity),)
     if setting == "most":
         # As large a region as may be.
-        share = most_share(KVCompressConfig(method, ratio=0.5, options=pairs))
+        share = KVCompressConfig(method, ratio=0.5, options=pairs).one_shot.most_share
         setting = {"ratio": 1 - min(share, 0.9)}
     config = KVCompressConfig(method, window=WINDOW, options=pairs, **setting)
     rig = Rig(monkeypatch, CUDASide("reference"), FLAT, config)
     geometry = rig.engine.requests.geometry
     draw = np.random.default_rng(0)
     max_tokens, max_prompts = 700, 8
-    num_pages = counted_buffer_pages(config, FLAT, max_tokens, max_prompts)
+    num_pages = config.one_shot.counted_buffer_pages(FLAT, max_tokens, max_prompts)
     buffer = rig.engine.compactor.buffer.new_empty(
         num_pages, *rig.engine.compactor.buffer.shape[1:]
     )
@@ -188,7 +187,9 @@ def test_any_prompts_of_a_step_fit_the_buffer(monkeypatch, method, granularity, 
             lens.append(min(left, 1 + int(draw.exponential(mean))))
             left -= lens[-1]
         geometries = [
-            g for g in map(geometry.of, lens) if g.is_compressed and fits_counted_buffer(config, g)
+            g
+            for g in map(geometry.of, lens)
+            if g.is_compressed and config.one_shot.fits_counted_buffer(g)
         ]
         if not geometries:
             continue

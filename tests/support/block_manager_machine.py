@@ -54,7 +54,7 @@ class Machine(State):
         if self.is_compressed(sequence) and missing > 0:
             # Queries of the window are collected, and none of them from a chunk of one token.
             assert missing - allowed != 1
-            assert allowed != 1 or missing > self.geometry.config.window
+            assert allowed != 1 or missing > self.geometry.retention.window
             self.seen["chunk of one token before the window"] += allowed == 1
         return allowed
 

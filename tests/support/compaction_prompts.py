@@ -16,7 +16,7 @@ from vllm_kvcompress.compaction.compactor import Compactor
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import LayerPages, PromptCompaction
 from vllm_kvcompress.compaction.scoring import Backends
-from vllm_kvcompress.memory import CacheShape, Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, Rotary, ScoreInputs
 from vllm_kvcompress.policies.selection import entry_scores
@@ -101,7 +101,7 @@ def make_prompt(config, prompt_len, seed=0, geometry=None):
     # The element order is the kernel's, the same for every prompt.
     permutation = torch.randperm(page_elements, generator=torch.Generator().manual_seed(77))
     order = ops.PageOrder(*permutation.view(2, block_size, head_size))
-    geometry = geometry or Geometry(config, block_size).of(prompt_len)
+    geometry = geometry or config.geometry(block_size).of(prompt_len)
     ids = torch.randperm(NUM_BLOCKS, generator=generator)
     num_prompt_blocks = cdiv(prompt_len, block_size)
     blocks, ids = ids[:num_prompt_blocks], ids[num_prompt_blocks:]

@@ -36,7 +36,7 @@ from compaction_prompts import (
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.memory import RequestGeometry, cdiv
 from vllm_kvcompress.policies import RECIPES, make_scorer
 
 
@@ -172,7 +172,7 @@ def test_tokens_after_the_compaction_point_have_no_say(method):
     prompt.write(70, 79)
     selection = compact(config, prompt, cuts=(30,))
     without = config_of(method)
-    first_part = make_prompt(without, 79, geometry=Geometry(without, SHAPE.block_size).of(70))
+    first_part = make_prompt(without, 79, geometry=without.geometry(SHAPE.block_size).of(70))
     expected = compact(without, first_part)
     assert torch.equal(selection.num_pages, expected.num_pages)
     assert torch.equal(selection.indices, expected.indices)
@@ -451,7 +451,7 @@ def test_attention_over_everything_kept_is_full_attention(method, granularity):
     config = KVCompressConfig(
         method, budget=28, window=WINDOW, options=(("granularity", granularity),)
     )
-    num_pages = Geometry(config, SHAPE.block_size).of(70).first_kept_block
+    num_pages = config.geometry(SHAPE.block_size).of(70).first_kept_block
     everything = RequestGeometry(70, SHAPE.block_size, num_pages, num_pages, 70)
     prompt = make_prompt(config, 70, geometry=everything)
     selection = compact(config, prompt)

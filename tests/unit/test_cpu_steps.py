@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, Geometry, RequestGeometry
+from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine, HostStep
 from vllm_kvcompress.vllm_integration.worker.engine import EngineParts
@@ -52,7 +52,7 @@ class Row:
 
     @property
     def geometry(self) -> RequestGeometry:
-        return Geometry(CONFIGS[self.suffix], BLOCK_SIZE).of(self.prompt_len)
+        return CONFIGS[self.suffix].geometry(BLOCK_SIZE).of(self.prompt_len)
 
     def token_blocks(self) -> list[int]:
         num_null = self.geometry.first_kept_block if self.is_one_shot else 0

@@ -19,8 +19,7 @@ from vllm_kvcompress.compaction.requests import EMPTY_SLOT, Requests
 from vllm_kvcompress.compaction.score_memory import score_memory_of
 from vllm_kvcompress.compaction.step_plan import plan_step
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.memory import CacheShape, Geometry
-from vllm_kvcompress.memory.one_shot import counted_buffer_pages
+from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration import validate
 from vllm_kvcompress.vllm_integration.platforms.cpu.platform import CPU
@@ -240,7 +239,7 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
         worker_module, "output_copy_bytes", lambda model, name, layer: copied[layer]
     )
     shape = CacheShape(2, 2, 3, 64, 16)
-    pages = counted_buffer_pages(config, shape, 2048, 16)
+    pages = config.one_shot.counted_buffer_pages(shape, 2048, 16)
     memory = score_memory_of(config, shape, 2)
     scores = memory.most_bytes(1000, 8) + memory.staged_entry_bytes(2048)
     assert pages > 0 and scores > 0
@@ -298,7 +297,7 @@ def test_another_attention_in_a_layer_is_refused(monkeypatch):
 
 
 def requests_of(config=CONFIG, max_num_reqs=4):
-    return Requests(Geometry(config, 16), 2, max_num_reqs)
+    return Requests(config.geometry(16), 2, max_num_reqs)
 
 
 def plan(requests, rows, num_padded=0, **options):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.memory import Geometry, cdiv
+from vllm_kvcompress.memory import Geometry, Retention, Schedule, cdiv, shared_geometry
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -21,7 +23,7 @@ def config_of(suffix=0, recent=None, **setting):
 
 
 def geometry_of(prompt_len, block_size=16, **setting):
-    return Geometry(config_of(**setting), block_size).of(prompt_len)
+    return config_of(**setting).geometry(block_size).of(prompt_len)
 
 
 @st.composite
@@ -35,7 +37,7 @@ def geometries(draw):
         size = {"budget": draw(st.integers(always_kept + block_size, 2000))}
     else:
         size = {"ratio": draw(st.floats(0, 1, exclude_max=True))}
-    return Geometry(config_of(suffix, recent, window=window, **size), block_size)
+    return config_of(suffix, recent, window=window, **size).geometry(block_size)
 
 
 requests = st.tuples(geometries(), st.integers(1, 5000))
@@ -47,7 +49,7 @@ def row_index(geometry, position):
 
 
 def suffix_of(geometry):
-    return geometry.config.option("suffix_tokens")
+    return geometry.schedule.suffix_tokens
 
 
 @pytest.mark.parametrize(
@@ -182,8 +184,11 @@ def test_tokens_of_the_window_compete_but_for_the_recent_ones():
 def test_budget_below_window_and_one_page_is_refused_with_all_numbers():
     config = KVCompressConfig("snapkv", budget=47, window=32)
     with pytest.raises(KVCompressConfigError, match=r"47 .*32 \+ 16 = 48"):
-        Geometry(config, 16)
-    assert Geometry(KVCompressConfig("snapkv", budget=48, window=32), 16).of(1000).is_compressed
+        config.geometry(16)
+    with pytest.raises(ValueError, match=r"47 .*32 \+ 16 = 48"):
+        Geometry(config.retention, config.schedule, 16)
+    enough = KVCompressConfig("snapkv", budget=48, window=32)
+    assert enough.geometry(16).of(1000).is_compressed
 
 
 @pytest.mark.parametrize(
@@ -191,7 +196,7 @@ def test_budget_below_window_and_one_page_is_refused_with_all_numbers():
 )
 def test_a_ratio_is_met_on_average(ratio, least, most):
     """Over prompts of all lengths, in the blocks that a CPU has by default."""
-    geometries_ = Geometry(KVCompressConfig("span", ratio=ratio), 32)
+    geometries_ = KVCompressConfig("span", ratio=ratio).geometry(32)
     lengths = range(1024, 2048)
     kept = sum(geometries_.of(length).num_kept_tokens for length in lengths)
     assert least <= kept / sum(lengths) <= most
@@ -200,21 +205,21 @@ def test_a_ratio_is_met_on_average(ratio, least, most):
 @given(requests)
 def test_kept_tokens_stay_within_what_was_asked(request):
     geometries_, prompt_len = request
-    config, block_size = geometries_.config, geometries_.block_size
+    retention, block_size = geometries_.retention, geometries_.block_size
     geometry = geometries_.of(prompt_len)
     if not geometry.is_compressed:
         return
     compact_len = prompt_len - suffix_of(geometries_)
     kept = geometry.num_kept_tokens - suffix_of(geometries_)
-    asked = geometries_.kept_tokens_asked(compact_len)
+    asked = retention.num_tokens(compact_len)
     if geometry.num_region_blocks == 1:
-        assert kept < config.recent_tokens + 2 * block_size
-    elif config.ratio is None:
+        assert kept < retention.recent_tokens + 2 * block_size
+    elif retention.ratio is None:
         assert kept <= asked
     else:
         assert kept <= asked + block_size / 2
     # Nor is more left unused than rounding to whole pages takes.
-    unused = block_size if config.ratio is None else block_size // 2 + 1
+    unused = block_size if retention.ratio is None else block_size // 2 + 1
     assert kept > asked - unused
     assert kept < compact_len == geometry.compact_len
     assert geometry.first_kept_block - geometry.num_region_blocks >= 1
@@ -224,7 +229,7 @@ def test_kept_tokens_stay_within_what_was_asked(request):
 def test_recent_tokens_are_always_dense(request):
     geometries_, prompt_len = request
     geometry = geometries_.of(prompt_len)
-    recent = geometries_.config.recent_tokens
+    recent = geometries_.retention.recent_tokens
     assert geometry.num_dense_prompt_tokens >= min(recent, prompt_len)
     if geometry.is_compressed:
         assert recent <= geometry.num_tail_tokens < recent + geometries_.block_size
@@ -277,11 +282,11 @@ def test_row_grows_in_order_and_holds_every_position(request):
     ],
 )
 def test_largest_region(max_model_len, num_region_blocks):
-    geometries_ = Geometry(KVCompressConfig("snapkv", budget=256, window=32), 16)
+    geometries_ = KVCompressConfig("snapkv", budget=256, window=32).geometry(16)
     assert geometries_.max_region_blocks(max_model_len) == num_region_blocks
     num_blocks = cdiv(max_model_len, 16) + num_region_blocks
     assert geometries_.max_request_blocks(max_model_len) == num_blocks
-    with_suffix = Geometry(config_of(100, budget=256, window=32), 16)
+    with_suffix = config_of(100, budget=256, window=32).geometry(16)
     assert with_suffix.max_region_blocks(max_model_len + 100) == num_region_blocks
 
 
@@ -310,3 +315,52 @@ def test_budget_above_the_prompt_or_ratio_0_stays_dense(block_size, prompt_len, 
 @pytest.mark.parametrize(("a", "b", "expected"), [(0, 4, 0), (1, 4, 1), (4, 4, 1), (5, 4, 2)])
 def test_cdiv(a, b, expected):
     assert cdiv(a, b) == expected
+
+
+@pytest.mark.parametrize(
+    ("suffix", "prompt_len", "points"),
+    [
+        (0, 1, (1,)),
+        (0, 1000, (1000,)),
+        (40, 1000, (960,)),
+        (40, 41, (1,)),
+        (40, 40, ()),
+        (40, 9, ()),
+    ],
+)
+def test_a_schedule_has_one_point_before_the_suffix(suffix, prompt_len, points):
+    assert Schedule(suffix).points(prompt_len) == points
+    config = KVCompressConfig("snapkv", options=(("suffix_tokens", suffix),))
+    assert config.schedule == Schedule(suffix)
+
+
+def test_a_retention_has_a_budget_or_a_ratio():
+    for budget, ratio in ((None, None), (100, 0.5)):
+        with pytest.raises(ValueError, match=f"{budget}.*{ratio}"):
+            Retention(32, 32, budget, ratio)
+    config = KVCompressConfig("span", ratio=0.5, window=16, options=(("recent_tokens", 4),))
+    assert config.retention == Retention(window=16, recent_tokens=4, ratio=0.5)
+
+
+def test_settings_that_keep_as_much_share_one_geometry():
+    span, other = (KVCompressConfig(method, budget=512, window=16) for method in ("kvc", "snapkv"))
+    geometry = span.geometry(32)
+    assert other.geometry(32) is geometry is span.geometry(32)
+    assert geometry is shared_geometry(span.retention, span.schedule, 32)
+    # A request of any other setting has its own.
+    different = (
+        span.geometry(16),
+        KVCompressConfig("kvc", budget=513, window=16).geometry(32),
+        KVCompressConfig("kvc", budget=512, window=17).geometry(32),
+        config_of(suffix=1, budget=512, window=16).geometry(32),
+    )
+    assert len({id(geometry), *map(id, different)}) == 5
+
+
+def test_a_setting_that_has_been_used_is_equal_to_a_new_one_and_pickles():
+    used, new = (KVCompressConfig("snapkv", budget=512) for _ in range(2))
+    used.geometry(32).of(1000)
+    assert used.one_shot == new.one_shot
+    again = pickle.loads(pickle.dumps(used))
+    assert used == new == again and hash(used) == hash(again)
+    assert again.geometry(32) is used.geometry(32)

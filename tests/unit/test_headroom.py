@@ -12,7 +12,6 @@ from scheduler_rig import BLOCK_SIZE, make_requests, make_scheduler, run
 from vllm.sampling_params import SamplingParams
 
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.vllm_integration.scheduler.headroom import (
     OutputLengths,
     blocks_short,
@@ -119,36 +118,39 @@ def request_of(num_generated=0, prompt_len=PROMPT_LEN, **params):
     ],
 )
 def test_room_that_a_newcomer_needs(params, ended, missing):
-    geometry = Geometry(KVCompressConfig.from_dict(setting()), BLOCK_SIZE)
+    config = KVCompressConfig.from_dict(setting())
+    geometry, headroom = config.geometry(BLOCK_SIZE), config.option("headroom")
     own = geometry.of(PROMPT_LEN)
     held = own.num_row_blocks(PROMPT_LEN) - own.first_kept_block
     enough = held + math.ceil(missing)
 
     def may_enter(num_free):
         return has_headroom(
-            request_of(**params), [], lengths_of(*ended), geometry, num_free, 10_000
+            request_of(**params), [], lengths_of(*ended), geometry, headroom, num_free, 10_000
         )
 
     assert may_enter(enough) and not may_enter(enough - 1)
 
 
 def test_what_comes_after_a_newcomer_has_ended_is_not_its_concern():
-    geometry = Geometry(KVCompressConfig.from_dict(setting()), BLOCK_SIZE)
+    config = KVCompressConfig.from_dict(setting())
+    geometry, headroom = config.geometry(BLOCK_SIZE), config.option("headroom")
     own = geometry.of(PROMPT_LEN)
     held = own.num_row_blocks(PROMPT_LEN) - own.first_kept_block
     running = [request_of(ignore_eos=True)] * 5
     newcomer = request_of(ignore_eos=True, max_tokens=16)
-    assert has_headroom(newcomer, running, lengths_of(), geometry, held + 6, 10_000)
-    assert not has_headroom(newcomer, running, lengths_of(), geometry, held + 5, 10_000)
+    assert has_headroom(newcomer, running, lengths_of(), geometry, headroom, held + 6, 10_000)
+    assert not has_headroom(newcomer, running, lengths_of(), geometry, headroom, held + 5, 10_000)
 
 
 def test_a_long_request_ends_with_the_model():
-    geometry = Geometry(KVCompressConfig.from_dict(setting()), BLOCK_SIZE)
+    config = KVCompressConfig.from_dict(setting())
+    geometry, headroom = config.geometry(BLOCK_SIZE), config.option("headroom")
     own = geometry.of(PROMPT_LEN)
     held = own.num_row_blocks(PROMPT_LEN) - own.first_kept_block
     newcomer, longest = request_of(ignore_eos=True), PROMPT_LEN + 32
-    assert has_headroom(newcomer, [], lengths_of(), geometry, held + 2, longest)
-    assert not has_headroom(newcomer, [], lengths_of(), geometry, held + 1, longest)
+    assert has_headroom(newcomer, [], lengths_of(), geometry, headroom, held + 2, longest)
+    assert not has_headroom(newcomer, [], lengths_of(), geometry, headroom, held + 1, longest)
 
 
 def pool_of(num_requests):

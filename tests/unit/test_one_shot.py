@@ -23,13 +23,7 @@ from hypothesis import strategies as st
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.staging import Staging, flat_places
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, Geometry, cdiv
-from vllm_kvcompress.memory.one_shot import (
-    buffer_pages,
-    counted_buffer_pages,
-    fits_counted_buffer,
-    most_held_pages,
-)
+from vllm_kvcompress.memory import CacheShape, cdiv
 from vllm_kvcompress.policies import RECIPES, make_budgets
 from vllm_kvcompress.policies.budgets.base import PageSupply
 from vllm_kvcompress.policies.selection import entries_per_page
@@ -119,13 +113,13 @@ def test_region_is_the_one_that_blocks_would_have_given(case, granularity, promp
 def test_a_buffer_of_fixed_size_gives_the_same(method, granularity):
     config = config_of({"method": method, "budgets": "joint"}, granularity, budget=20)
     usual, prompt = make_prompt(config, 150), make_prompt(config, 150)
-    assert fits_counted_buffer(config, prompt.geometry)
+    assert config.one_shot.fits_counted_buffer(prompt.geometry)
     # The smallest there can be: what cannot win is dropped after every layer.
     num_blocks = cdiv(150, SHAPE.block_size)
-    held = most_held_pages(config, SHAPE, prompt.geometry.num_region_blocks)
+    held = config.one_shot.most_held_pages(SHAPE, prompt.geometry.num_region_blocks)
     num_pages = num_blocks * SHAPE.num_kv_heads + 2 * held
     assert num_pages < num_blocks * SHAPE.pages_per_block
-    assert num_pages <= counted_buffer_pages(config, SHAPE, 160, 1)
+    assert num_pages <= config.one_shot.counted_buffer_pages(SHAPE, 160, 1)
     compact(config, usual)
     buffer = torch.zeros(num_pages, SHAPE.block_size, 2 * SHAPE.head_size)
     compact_in_one_shot(config, prompt, buffer)
@@ -136,7 +130,7 @@ def test_a_buffer_made_for_a_step_is_smaller_than_its_prompts():
     config = config_of({"method": "span"})
     geometry = make_prompt(config, 200).geometry
     dense = SHAPE.pages_per_block * cdiv(200, SHAPE.block_size)
-    assert buffer_pages(config, SHAPE, [geometry]) < 0.75 * dense
+    assert config.one_shot.buffer_pages(SHAPE, [geometry]) < 0.75 * dense
 
 
 @given(st.data())
@@ -150,7 +144,7 @@ def test_nothing_that_wins_is_dropped(data):
     raw = {"method": "snapkv", "budgets": "joint", "floor": floor}
     num_pages = data.draw(st.integers(3, 6))
     config = config_of(raw, granularity, budget=8 + block_size * data.draw(st.integers(1, 2)))
-    geometry = Geometry(config, block_size).of(num_pages * block_size + 5)
+    geometry = config.geometry(block_size).of(num_pages * block_size + 5)
     assume(geometry.is_compressed)
     per_page = entries_per_page(config, block_size)
     num_entries = geometry.first_kept_block * per_page
@@ -161,7 +155,7 @@ def test_nothing_that_wins_is_dropped(data):
     plan = make_budgets(config).plan(
         PageSupply(num_layers, num_heads, mean, geometry.first_kept_block, per_page)
     )
-    held = most_held_pages(config, shape, mean)
+    held = config.one_shot.most_held_pages(shape, mean)
     area = cdiv(geometry.compact_len, block_size) * num_heads
     buffer = torch.zeros(area + 2 * held, block_size, 4)
     pool = torch.zeros((mean + 20) * num_streams, block_size, 4)

@@ -123,7 +123,7 @@ class Server:
 @pytest.mark.parametrize("max_num_reqs", [3, 24])
 @pytest.mark.parametrize("shows_single", [False, True])
 def test_random_steps_are_planned_as_row_by_row(shows_single, max_num_reqs, collect_all, suffix):
-    geometry = Geometry(config_of(suffix), 16)
+    geometry = config_of(suffix).geometry(16)
     server = Server(max_num_reqs + suffix, max_num_reqs, geometry)
     ours = Requests(geometry, NUM_LAYERS, max_num_reqs)
     theirs = PlainRequests(geometry, max_num_reqs)
@@ -170,7 +170,7 @@ def test_random_steps_are_planned_as_row_by_row(shows_single, max_num_reqs, coll
 
 
 def test_requests_that_only_decode_are_looked_at_together(monkeypatch):
-    requests = Requests(Geometry(config_of(), 16), NUM_LAYERS, 6)
+    requests = Requests(config_of().geometry(16), NUM_LAYERS, 6)
     rows = [Row(f"r{i}", 160 if i % 3 else 20, 170 + i, 1) for i in range(6)]
     for row in rows:
         if requests.geometry.of(row.prompt_len).is_compressed:
@@ -193,7 +193,7 @@ def test_requests_that_only_decode_are_looked_at_together(monkeypatch):
 
 
 def test_a_name_with_another_prompt_is_another_request():
-    requests = Requests(Geometry(config_of(), 16), NUM_LAYERS, 2)
+    requests = Requests(config_of().geometry(16), NUM_LAYERS, 2)
     (chunk,) = plan_rows(requests, [Row("a", 160, 0, 160)]).chunks
     slot = requests.take_slot(chunk.request)
     assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[SLOT, 0] == slot
@@ -211,7 +211,7 @@ def test_a_name_with_another_prompt_is_another_request():
 
 
 def test_more_requests_may_be_known_than_run_at_once():
-    requests = Requests(Geometry(config_of(), 16), NUM_LAYERS, 1)
+    requests = Requests(config_of().geometry(16), NUM_LAYERS, 1)
     plan_rows(requests, [Row("a", 160, 0, 160)])
     requests.take_slot(requests.get_or_create("a", 160))
     for i in range(9):
@@ -221,7 +221,7 @@ def test_more_requests_may_be_known_than_run_at_once():
 
 
 def test_rows_for_the_stock_backend_leave_compressed_ones_out():
-    requests = Requests(Geometry(config_of(), 16), NUM_LAYERS, 8)
+    requests = Requests(config_of().geometry(16), NUM_LAYERS, 8)
     for name in ("a", "b"):
         requests.take_slot(requests.get_or_create(name, 160))
     rows = [

@@ -16,7 +16,7 @@ from vllm_kvcompress.compaction.score_memory import ScoreMemory, score_memory_of
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.windows import Window
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, Geometry
+from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.ops import PageOrder
 
 META = torch.device("meta")
@@ -64,7 +64,7 @@ def end(compactor, lengths, tells_lse):
     from gpu.recording import record
 
     shape, config = compactor.shape, compactor.config
-    geometry = Geometry(config, shape.block_size)
+    geometry = config.geometry(shape.block_size)
     prompts = [PromptCompaction(geometry.of(n), shape.num_layers) for n in lengths]
     table = torch.zeros(len(lengths), 2, dtype=torch.int32, device=META)
     num_heads = shape.num_kv_heads * shape.num_queries_per_kv
@@ -108,7 +108,7 @@ def test_batches_keep_within_what_is_counted(method, window, max_prompts, max_le
     """The batches that the engine makes of a step's prompts, at the 8B shape."""
     shape, config = CacheShape(32, 8, 4, 128, 16), config_of(method, window)
     plan = score_memory.make_scorer(config).window_plan()
-    memory, geometry = ScoreMemory(config, shape, 2, plan), Geometry(config, 16)
+    memory, geometry = ScoreMemory(config, shape, 2, plan), config.geometry(16)
     most = score_memory_of(config, shape, 2).most_bytes(max_len, max_prompts)
     window_bytes = window * 32 * (128 * 2 + 4)
     for length in (max_len, max_len // 2, 200):
@@ -159,7 +159,7 @@ def test_scores_of_all_prompts_of_a_step_fit_what_their_blocks_leave(method, gra
     shape = CacheShape(32, 8, 4, 128, 16)
     options = (("granularity", granularity),)
     config = KVCompressConfig(method, budget=1024, window=16, options=options)
-    memory, geometry = score_memory_of(config, shape, 2), Geometry(config, 16)
+    memory, geometry = score_memory_of(config, shape, 2), config.geometry(16)
     block_bytes = 32 * 8 * 2 * 16 * 128 * 2
     for lengths in ([32768] * 64, [2048] * 3, [131072, 4096]):
         longest = [geometry.of(n) for n in lengths]

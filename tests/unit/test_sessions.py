@@ -15,7 +15,6 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvcompress.compaction.requests import Requests
 from vllm_kvcompress.compaction.step_plan import plan_step
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.vllm_integration.scheduler.manager import compressing_manager
 from vllm_kvcompress.vllm_integration.step_messages import told_whole_ids
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
@@ -156,7 +155,7 @@ def test_a_setting_cannot_change_while_a_session_waits():
 
 def test_workers_take_a_sessions_rows_for_whole():
     """On a CPU and on a GPU, from the first part to those that the prompt grows by."""
-    geometry = Geometry(KVCompressConfig.from_dict(SETTING), BLOCK_SIZE)
+    geometry = KVCompressConfig.from_dict(SETTING).geometry(BLOCK_SIZE)
     requests = Requests(geometry, 2, 4)
     requests.whole_ids = {"session"}
     for prompt_len in (20, 600, 657):

@@ -26,7 +26,7 @@ from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import PromptCompaction
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, Geometry
+from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.policies import RECIPES, make_scorer
 from vllm_kvcompress.policies.base import ScoreInputs
@@ -205,7 +205,7 @@ def test_batches_on_a_gpus_pages_count_the_sink(method):
     shape = CacheShape(2, 2, 3, 64, block_size)
     options = (("granularity", "token"),)
     config = KVCompressConfig(method, budget=48, window=WINDOW, options=options)
-    geometry = Geometry(config, block_size).of(num_tokens)
+    geometry = config.geometry(block_size).of(num_tokens)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randperm(20, generator=generator)
     # The last block of the prompt is not full, so it lies behind the region.

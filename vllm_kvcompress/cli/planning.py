@@ -11,7 +11,7 @@ from typing import Any
 from vllm_kvcompress.cli.model import ModelShape, read_shape
 from vllm_kvcompress.cli.sizes import format_size
 from vllm_kvcompress.config import DEFAULT_BLOCK_SIZE, KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.memory import Geometry, cdiv
+from vllm_kvcompress.memory import cdiv
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def make_plan(
         KVCompressConfigError: if the model or the setting cannot work.
     """
     block_size = block_size or DEFAULT_BLOCK_SIZE[installed_platform()]
-    geometry = Geometry(config, block_size)
+    config.check_block_size(block_size)
     shape = read_shape(model, cache_dtype, tensor_parallel_size)
     _check_lengths(max(prompt_lens), output_len, shape)
     _check_pool(pool_bytes, shape.block_bytes(block_size))
@@ -156,7 +156,7 @@ def make_plan(
         block_size=block_size,
         pool_bytes=pool_bytes,
         requests=[
-            plan_request(geometry, shape, prompt_len, output_len, pool_bytes)
+            plan_request(config, shape, block_size, prompt_len, output_len, pool_bytes)
             for prompt_len in prompt_lens
         ],
     )
@@ -198,23 +198,28 @@ def _check_pool(pool_bytes: int | None, block_bytes: int) -> None:
 
 
 def plan_request(
-    geometry: Geometry, shape: ModelShape, prompt_len: int, output_len: int, pool_bytes: int | None
+    config: KVCompressConfig,
+    shape: ModelShape,
+    block_size: int,
+    prompt_len: int,
+    output_len: int,
+    pool_bytes: int | None,
 ) -> RequestPlan:
-    """Blocks and memory of one request.
+    """Blocks and memory of one request; arguments as of `make_plan` and `Plan`.
 
     Raises:
-        KVCompressConfigError: if a static budget table does not fit the model.
+        KVCompressConfigError: if the budget is below a page, or a static budget table does not fit
+            the model.
     """
-    block_size = geometry.block_size
-    request = geometry.of(prompt_len)
+    request = config.geometry(block_size).of(prompt_len)
     total_len = prompt_len + output_len
     full_blocks = cdiv(total_len, block_size)
     prefill_blocks = request.num_row_blocks(prompt_len)
     # The places of freed blocks stay in the row.
     held_blocks = request.num_row_blocks(total_len) - request.first_kept_block
     # What follows the compaction point is kept beside what was asked.
-    compact_len = max(0, prompt_len - geometry.config.option("suffix_tokens"))
-    asked = geometry.kept_tokens_asked(compact_len) + prompt_len - compact_len
+    compact_len = max(config.schedule.points(prompt_len), default=0)
+    asked = config.retention.num_tokens(compact_len) + prompt_len - compact_len
     block_bytes = shape.block_bytes(block_size)
     window_blocks = shape.window_blocks(total_len, block_size)
     fits = full_fits = None
@@ -240,7 +245,7 @@ def plan_request(
         full_bytes=(full_blocks + window_blocks) * block_bytes,
         prefill_bytes=(prefill_blocks + window_blocks) * block_bytes,
         pages=plan_pages(
-            geometry.config, shape, request.num_region_blocks, request.first_kept_block, block_size
+            config, shape, request.num_region_blocks, request.first_kept_block, block_size
         )
         if request.is_compressed
         else None,

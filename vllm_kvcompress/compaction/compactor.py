@@ -130,7 +130,7 @@ class Compactor:
         """Stage one-shot prompts there; otherwise each batch of them makes a buffer of its own.
 
         Args:
-            buffer: [pages, b, 2 d], zeros, of `memory.one_shot.counted_buffer_pages`.
+            buffer: [pages, b, 2 d], zeros, of `OneShot.counted_buffer_pages`.
         """
         self.buffer = buffer
 

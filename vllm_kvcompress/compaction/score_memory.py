@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import WindowPlan
 from vllm_kvcompress.policies.selection import entries_per_page
@@ -107,7 +107,7 @@ class ScoreMemory:
             max_len: tokens of the longest prompt.
             max_prompts: that end in one step.
         """
-        geometry = Geometry(self._config, self._shape.block_size).of(max_len)
+        geometry = self._config.geometry(self._shape.block_size).of(max_len)
         if not geometry.is_compressed:
             return 0
         num_layers = self._shape.num_layers

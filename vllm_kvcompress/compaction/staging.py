@@ -24,10 +24,6 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.prompts import LayerPages
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
-from vllm_kvcompress.memory.one_shot import (
-    buffer_pages,
-    most_held_pages,
-)
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.policies.selection import entries_per_page
@@ -91,7 +87,7 @@ class Staging:
         self.is_joint = config.layers_compete
         self._is_fresh = buffer is None
         if buffer is None:
-            num_pages = buffer_pages(config, shape, geometries)
+            num_pages = config.one_shot.buffer_pages(shape, geometries)
             buffer = pool.new_empty(num_pages, *pool.shape[1:])
         self._shape, self._buffer, self._pool, self._order = shape, buffer, pool, order
         self._move_backend, self._select_backend = move_backend, select_backend
@@ -103,7 +99,7 @@ class Staging:
         self._area_pages = int(ends[-1]) * shape.num_kv_heads
         self._num_lists = config.num_scores
         self._most_held = [
-            most_held_pages(config, shape, g.num_region_blocks) if self.is_joint else 0
+            config.one_shot.most_held_pages(shape, g.num_region_blocks) if self.is_joint else 0
             for g in geometries
         ]
         self._plan_areas()

@@ -1,4 +1,4 @@
-"""Block-table geometry of a request: a pure function of its prompt length and the config.
+"""Block-table geometry of a request: a pure function of its prompt length, what is kept, and when.
 
 A request's block-table row is, in order::
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.memory.retention import Retention, Schedule
 from vllm_kvcompress.memory.row_layout import CompactionPoint, RowLayout
 
 # vLLM's block that stands for "none" in a row.
@@ -105,20 +105,22 @@ class RequestGeometry:
 
 
 class Geometry:
-    """Geometry of every request under one config and block size.
+    """Geometry of every request with the same retention, schedule and block size.
 
     Args:
-        config: validated setting.
+        retention: what is kept.
+        schedule: when a request is compacted.
         block_size: tokens per block.
 
     Raises:
-        KVCompressConfigError: if the budget cannot hold the window and one page.
+        ValueError: if the budget cannot hold what is always kept and one page.
     """
 
-    def __init__(self, config: KVCompressConfig, block_size: int) -> None:
-        config.check_block_size(block_size)
-        self.config = config
-        self.block_size = block_size
+    def __init__(self, retention: Retention, schedule: Schedule, block_size: int) -> None:
+        problem = retention.problem(block_size)
+        if problem is not None:
+            raise ValueError(problem)
+        self.retention, self.schedule, self.block_size = retention, schedule, block_size
         self.of = functools.lru_cache(maxsize=4096)(self._of)
         self.max_region_blocks = functools.lru_cache(maxsize=4096)(self._max_region_blocks)
 
@@ -130,39 +132,40 @@ class Geometry:
         return RequestGeometry(prompt_len, self.block_size, 0, 0, prompt_len)
 
     def _of(self, prompt_len: int) -> RequestGeometry:
-        dense = self._whole(prompt_len)
-        window = self.config.window
-        compact_len = prompt_len - self.config.option("suffix_tokens")
-        if compact_len <= window:
+        dense, retention = self._whole(prompt_len), self.retention
+        points = self.schedule.points(prompt_len)
+        if not points:
             return dense
-        kept_tokens = self.kept_tokens_asked(compact_len)
-        if kept_tokens >= compact_len:
+        # A geometry has one region.
+        (compact_len,) = points
+        kept_tokens = retention.num_tokens(compact_len)
+        if compact_len <= retention.window or kept_tokens >= compact_len:
             return dense
-        first_kept_block = (compact_len - self.config.recent_tokens) // self.block_size
+        first_kept_block = (compact_len - retention.recent_tokens) // self.block_size
         tail_tokens = compact_len - first_kept_block * self.block_size
-        # A budget is never exceeded, except that every head keeps at least one page. A ratio is
-        # met on average over prompts: rounded down, it would evict half a page more than asked.
-        rounding = 0 if self.config.ratio is None else self.block_size // 2
-        num_region_blocks = max(1, (kept_tokens - tail_tokens + rounding) // self.block_size)
+        num_region_blocks = retention.num_region_blocks(kept_tokens - tail_tokens, self.block_size)
         if num_region_blocks >= first_kept_block:
             return dense
         return RequestGeometry(
             prompt_len, self.block_size, first_kept_block, num_region_blocks, compact_len
         )
 
-    def kept_tokens_asked(self, compact_len: int) -> int:
-        """Tokens of `compact_len` per KV head and layer, window included, asked to be kept."""
-        if self.config.ratio is not None:
-            return compact_len - int(self.config.ratio * compact_len)
-        assert self.config.budget is not None
-        return self.config.budget
-
     def _max_region_blocks(self, max_len: int) -> int:
         # Most region blocks that any prompt of at most `max_len` tokens takes. The region grows
         # with the prompt but for rounding, whose period is one block.
-        first = max(1, max_len - 2 * self.block_size - self.config.window)
+        first = max(1, max_len - 2 * self.block_size - self.retention.window)
         return max(self._of(n).num_region_blocks for n in range(first, max_len + 1))
 
     def max_request_blocks(self, max_model_len: int) -> int:
         """Most blocks that one request of at most `max_model_len` tokens holds at once."""
         return cdiv(max_model_len, self.block_size) + self.max_region_blocks(max_model_len)
+
+
+@functools.lru_cache(maxsize=256)
+def shared_geometry(retention: Retention, schedule: Schedule, block_size: int) -> Geometry:
+    """The geometry of these three, the same object whoever asks.
+
+    Raises:
+        ValueError: as `Geometry`.
+    """
+    return Geometry(retention, schedule, block_size)

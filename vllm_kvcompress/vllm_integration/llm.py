@@ -16,7 +16,6 @@ from vllm_kvcompress.config import (
     join_settings,
     merge_settings,
 )
-from vllm_kvcompress.memory import Geometry
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 from vllm_kvcompress.vllm_integration.register import register
 from vllm_kvcompress.vllm_integration.scheduler.manager import compressing_manager
@@ -109,10 +108,10 @@ class LLM(vllm.LLM):
                 "VLLM_ENABLE_V1_MULTIPROCESSING=0"
             )
         manager = compressing_manager(core.scheduler.kv_cache_manager.coordinator)
-        geometry = Geometry(config, manager.block_size)
+        geometry = config.geometry(manager.block_size)
         max_len = self.llm_engine.vllm_config.model_config.max_model_len
         at_start = KVCompressConfig.from_dict(self._setting())
-        room = Geometry(at_start, manager.block_size).max_request_blocks(max_len)
+        room = at_start.geometry(manager.block_size).max_request_blocks(max_len)
         if geometry.max_request_blocks(max_len) > room:
             raise KVCompressConfigError(
                 f"the new setting needs rows of {geometry.max_request_blocks(max_len)} blocks, "

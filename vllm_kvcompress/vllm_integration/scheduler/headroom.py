@@ -91,23 +91,25 @@ def has_headroom(
     running: Sequence[Any],
     lengths: OutputLengths,
     geometry: Geometry,
+    headroom: float,
     num_free: int,
     max_model_len: int,
 ) -> bool:
     """Whether a request will probably stay long enough to be worth its prefill.
 
-    That is, until it ends or has generated `headroom` (an option) times the tokens that would have
-    to be computed again. vLLM preempts the last one in, so the time is the newcomer's.
+    That is, until it ends or has generated `headroom` times the tokens that would have to be
+    computed again. vLLM preempts the last one in, so the time is the newcomer's.
 
     Args:
         newcomer: vLLM's request, waiting or preempted.
         running: vLLM's requests that have blocks.
         lengths: of answers that have ended.
         geometry: of requests.
+        headroom: the option of that name.
         num_free: free blocks.
         max_model_len: tokens of the longest request.
     """
-    horizon = geometry.config.option("headroom") * newcomer.num_tokens
+    horizon = headroom * newcomer.num_tokens
     own = _num_blocks(newcomer, geometry)
     if own + (len(running) + 1) * math.ceil(horizon / geometry.block_size) <= num_free:
         # Even if all of them grew.

@@ -17,7 +17,6 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
-from vllm_kvcompress.memory.one_shot import fits_counted_buffer
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 
@@ -48,8 +47,13 @@ class KVCompressManager(FullAttentionManager):
         self.whole_ids: set[str] = set()
 
     @property
+    def config(self) -> KVCompressConfig:
+        """The setting."""
+        return self.kv_cache_spec.kv_compress
+
+    @property
     def geometry(self) -> Geometry:
-        """Geometry of requests under the spec."""
+        """Geometry of requests under the setting."""
         return self.kv_cache_spec.geometry
 
     def geometry_of(self, request: Any) -> RequestGeometry:
@@ -133,18 +137,14 @@ class KVCompressManager(FullAttentionManager):
             prefill_end,
         )
 
-    @property
-    def _one_shot_option(self) -> str:
-        return self.kv_cache_spec.kv_compress.option("one_shot")
-
     def _may_be_one_shot(self, geometry: RequestGeometry) -> bool:
         """Whether a prompt can do without blocks for what it evicts."""
-        spec = self.kv_cache_spec
+        spec, one_shot = self.kv_cache_spec, self.config.one_shot
         return (
-            self._one_shot_option != "never"
+            one_shot.when != "never"
             and geometry.is_compressed
             and geometry.compact_len <= spec.one_shot_tokens
-            and (not spec.is_buffer_counted or fits_counted_buffer(spec.kv_compress, geometry))
+            and (not spec.is_buffer_counted or one_shot.fits_counted_buffer(geometry))
         )
 
     def _one_shot_blocks(
@@ -170,7 +170,7 @@ class KVCompressManager(FullAttentionManager):
         """
         self._one_shot.discard(request_id)
         # Others may want the prompt's blocks from the prefix cache.
-        is_shared = self.enable_caching and self._one_shot_option == "auto"
+        is_shared = self.enable_caching and self.config.one_shot.when == "auto"
         num_free = self.block_pool.get_num_free_blocks()
         if is_shared and geometry.num_row_blocks(full_tokens) <= num_free:
             return None

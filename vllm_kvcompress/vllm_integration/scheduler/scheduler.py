@@ -114,19 +114,20 @@ class _CompressionScheduler(_Base):
 
     def _num_collected(self, geometry: RequestGeometry) -> int:
         """Tokens before the compaction point whose queries have a say in what is kept."""
-        config = self._manager.geometry.config
+        config = self._manager.config
         return geometry.compact_len if needs_all_queries(config) else config.window
 
     def _may_enter(self, request: Any) -> bool:
-        geometry = self._manager.geometry
+        headroom = self._manager.config.option("headroom")
         # Alone, waiting would not help.
-        if not self.running or geometry.config.option("headroom") == 0:
+        if not self.running or headroom == 0:
             return True
         return has_headroom(
             request,
             self.running,
             self._output_lengths,
-            geometry,
+            self._manager.geometry,
+            headroom,
             self.kv_cache_manager.block_pool.get_num_free_blocks(),
             self.max_model_len,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,11 +9,6 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
-
-
-@functools.cache
-def _geometry(config: KVCompressConfig, block_size: int) -> Geometry:
-    return Geometry(config, block_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +56,7 @@ class KVCompressSpec(FullAttentionSpec):
     @property
     def geometry(self) -> Geometry:
         """Geometry of requests under this spec."""
-        return _geometry(self.kv_compress, self.block_size)
+        return self.kv_compress.geometry(self.block_size)
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         """Width of the worker's block-table row: freed entries keep their place in it."""

@@ -19,8 +19,7 @@ from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.step_plan import PromptChunk, StepPlan, plan_step
 from vllm_kvcompress.compaction.windows import Window
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, Geometry, cdiv
-from vllm_kvcompress.memory.one_shot import counted_buffer_pages
+from vllm_kvcompress.memory import CacheShape, cdiv
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
@@ -148,11 +147,11 @@ class WorkerEngine:
         # Nothing has refused the setting. The earlier one's buffer goes before there is another.
         self.compactor = compactor
         self.config = config
-        geometry = Geometry(config, self.shape.block_size)
+        geometry = config.geometry(self.shape.block_size)
         self.requests = Requests(geometry, self.shape.num_layers, self._max_num_reqs)
         if self._one_shot_tokens is not None:
-            num_pages = counted_buffer_pages(
-                config, self.shape, self._one_shot_tokens, self._max_num_reqs
+            num_pages = config.one_shot.counted_buffer_pages(
+                self.shape, self._one_shot_tokens, self._max_num_reqs
             )
             compactor.use_buffer(self.pool.new_zeros(num_pages, *self.pool.shape[1:]))
 

@@ -16,7 +16,6 @@ from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.score_memory import score_memory_of
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.memory import NULL_BLOCK, CacheShape
-from vllm_kvcompress.memory.one_shot import counted_buffer_pages
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.policies.registry import clashes
 from vllm_kvcompress.vllm_integration.platforms.base import Platform
@@ -142,7 +141,7 @@ class CompressionWorker(_Base):
         max_num_reqs, staged_tokens = self._max_num_reqs(), self._staged_tokens()
         assert self.device is not None
         own = self.platform.step_buffer_bytes(shape, max_num_reqs, spec.dtype, self.device)
-        pages = counted_buffer_pages(self._config, shape, staged_tokens, max_num_reqs)
+        pages = self._config.one_shot.counted_buffer_pages(shape, staged_tokens, max_num_reqs)
         own += pages * spec.page_size_bytes // spec.num_kv_heads
         scores = score_memory_of(self._config, shape, spec.dtype.itemsize)
         own += scores.staged_entry_bytes(staged_tokens)

@@ -14,7 +14,6 @@ from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.step_plan import ExtendedRow, prompt_runs
 from vllm_kvcompress.compaction.windows import Window
 from vllm_kvcompress.memory import cdiv
-from vllm_kvcompress.memory.one_shot import fits_counted_buffer
 from vllm_kvcompress.ops import MAX_QUERY_LEN, PageOrder
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.vllm_integration.platforms.cuda.step_buffers import StepBuffers
@@ -250,7 +249,7 @@ class CUDAEngine(WorkerEngine):
             lengths = [longest >> i for i in range(longest.bit_length())]
         for length in lengths:
             geometry = self.requests.geometry.of(length)
-            if geometry.is_compressed and fits_counted_buffer(self.config, geometry):
+            if geometry.is_compressed and self.config.one_shot.fits_counted_buffer(geometry):
                 self._warm_up_compaction(length, True)
                 return
 
