@@ -65,7 +65,7 @@ class Step:
         before[first::2] = PROMPT_LEN - CHUNK
         for name, length in zip(ids[:first], lens[:first].tolist(), strict=True):
             if self.requests.geometry.of(length).is_compressed:
-                self.requests.take_slot(self.requests.get_or_create(name, length))
+                self.requests.mark_compacted(self.requests.get_or_create(name, length))
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         self.seq_lens = before + counts
         if runner == "v1":

@@ -155,3 +155,35 @@ def test_a_prompt_longer_than_a_step_gets_blocks(engine, prompts, read_metric) -
     assert not long["one_shot"] and long["blocks_returned"] > 0
     assert short["one_shot"]
     assert all(len(text.tokens) == 3 for text in texts)
+
+
+def test_workers_say_the_state_of_every_row(engine, prompts, read_metric) -> None:
+    from vllm import SamplingParams
+
+    from vllm_kvcompress.memory import CompressedRow
+
+    llm_engine, states = engine.llm_engine, []
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    long, short = (prompts[0] + prompts[1])[:1850], prompts[2][:250]
+    # A step has not enough room for both; of the last prompt nothing is evicted.
+    for option, asked in (("never", [long, short]), ("always", [prompts[2], [5] * 9])):
+        _configure(engine, option, headroom=0)
+        for i, prompt in enumerate(asked):
+            llm_engine.add_request(f"{option}{i}", {"prompt_token_ids": prompt}, params)
+        while llm_engine.has_unfinished_requests():
+            llm_engine.step()
+            (rows,) = engine.collective_rpc("kv_compress_rows")
+            rows = {name: CompressedRow.from_dict(row) for name, row in rows.items()}
+            states.append({name.split("-")[0]: row.state.value for name, row in rows.items()})
+            records = {r["internal_id"]: r for r in engine.kv_compress_stats()["requests"]}
+            for name, row in rows.items():
+                if not row.is_compacted:
+                    assert row.page_counts is None
+                    continue
+                assert row.prompt_len == records[name]["prompt_len"]
+                tail = row.prompt_len - row.layout.points[-1].first_kept_block * row.block_size
+                kept = [tokens for layer in records[name]["kept_per_head"] for tokens in layer]
+                assert [row.block_size * pages + tail for pages in row.page_counts] == kept
+    assert states[0] == {"never0": "compacted", "never1": "dense"}
+    assert {"never0": "compacted", "never1": "compacted"} in states
+    assert states[-1] == {"always0": "compacted", "always1": "whole"}

@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import get_block_hash, get_request_block_hasher
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
+from vllm_kvcompress.memory import RowState
 from vllm_kvcompress.vllm_integration.scheduler.manager import (
     KVCompressManager,
     cache_only_before_compaction,
@@ -144,8 +145,7 @@ class State:
         assert set(rows) == {sequence.id for sequence in self.running}
         assert set(self.manager.num_cached_block) <= set(rows)
         live = set(rows) | {sequence.id for sequence in self.waiting}
-        assert set(self.manager._prompt_lens) <= live
-        assert set(self.manager._one_shot) <= live
+        assert set(rows) <= set(self.manager.rows) <= live
         self.check_pool(rows)
         for sequence in self.running:
             self.check_row(sequence)
@@ -183,6 +183,11 @@ class State:
         request, row = sequence.request, self.blocks(sequence)
         assert len(row) == len(sequence.row) == self.row_len(sequence, sequence.num_slots)
         num_null = self.first_dense_block(sequence)
+        state = self.manager.rows[sequence.id]
+        assert state.prompt_len == sequence.prompt_len
+        assert state.is_compacted == sequence.is_compacted
+        assert state.is_one_shot == (sequence.is_one_shot and not sequence.is_compacted)
+        assert (state.state is RowState.WHOLE) == (not self.is_compressed(sequence))
         assert [block.is_null for block in row] == [i < num_null for i in range(len(row))]
         assert [b.block_id for b in row[num_null:]] == sequence.row[num_null:]
         # Blocks that may be offered to other requests, and those that must be.
@@ -240,5 +245,4 @@ class State:
         manager = self.manager
         assert not manager.req_to_blocks
         assert not manager.num_cached_block
-        assert not manager._prompt_lens
-        assert not manager._one_shot
+        assert not manager.rows

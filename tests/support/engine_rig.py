@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import NULL_BLOCK, CacheShape, RequestGeometry
+from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.policies.base import Rotary
 from vllm_kvcompress.vllm_integration.worker.engine import EngineParts
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
@@ -54,6 +55,8 @@ METHODS = (
     "chunkkv",
     "random",
 )
+# vLLM's, for what a row has no block for.
+NULL_BLOCK = 0
 MAX_ROWS, MAX_TOKENS, ROW_WIDTH, NUM_BLOCKS = 6, 1024, 64, 160
 
 # New tokens of one layer: [T, H, d] keys and values, [T, H * g, d] queries.
@@ -328,11 +331,12 @@ class Rig:
     def _check_compaction(self, request: Request) -> None:
         """Region and offsets of a prompt that has just ended against the policies' choice."""
         request.selection = self.expected_selection(request, self.parameters)
-        slot = self.engine.requests.get(request.name).slot
-        assert slot > 0
+        state = self.engine.row_state(request.name)
+        assert state.layout == self.geometry(request).layout
+        offsets = torch.tensor([0, *itertools.accumulate(state.page_counts)])
         pages = self.region_pages(request)
         keys, values = pages[:, self._order.key_offsets], pages[:, self._order.value_offsets]
-        check_region(request, self.shape, self.engine.page_offsets[slot].cpu(), keys, values)
+        check_region(request, self.shape, offsets, keys, values)
 
     def expected_selection(
         self, request: Request, parameters: Sequence[LayerParameters]

@@ -89,18 +89,18 @@ class Digests:
 
     def read(self) -> None:
         """Take in the requests that run."""
+        from vllm_kvcompress.memory import CompressedRow
         from vllm_kvcompress.vllm_integration.scheduler.manager import compressing_manager
 
-        scheduler = self._core.scheduler
-        manager = compressing_manager(scheduler.kv_cache_manager.coordinator)
-        for request in scheduler.running:
-            geometry = manager.geometry_of(request)
-            name = request.request_id
-            is_compacted = request.num_computed_tokens >= geometry.compact_len
-            if geometry.is_compressed and is_compacted and name not in self.by_request:
-                first = geometry.boundary_block
-                row = manager.req_to_blocks[name][first : first + geometry.num_region_blocks]
-                self.by_request[name] = self._digest([block.block_id for block in row])
+        manager = compressing_manager(self._core.scheduler.kv_cache_manager.coordinator)
+        running = {request.request_id for request in self._core.scheduler.running}
+        for name, raw in self._worker.kv_compress_rows().items():
+            row = CompressedRow.from_dict(raw)
+            if row.is_compacted and name in running and name not in self.by_request:
+                first = row.layout.region_column
+                region = slice(first, first + row.layout.points[-1].region_blocks)
+                blocks = manager.req_to_blocks[name][region]
+                self.by_request[name] = self._digest([block.block_id for block in blocks])
 
     def _digest(self, blocks: list[int]) -> str:
         layers = self._worker.vllm_config.compilation_config.static_forward_context

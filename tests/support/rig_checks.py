@@ -127,11 +127,11 @@ def check_region(
     Args:
         request: with its selection.
         shape: of the cache.
-        page_offsets: [S + 1] int32 of its streams.
+        page_offsets: [S + 1] int64 of its streams.
         keys, values: [n, b, d] of the region's pages, tokens in order.
     """
     assert request.selection is not None
-    assert torch.equal(page_offsets.long(), request.selection.page_offsets)
+    assert torch.equal(page_offsets, request.selection.page_offsets)
     page = 0
     for layer in range(shape.num_layers):
         entries = request.entries(layer)

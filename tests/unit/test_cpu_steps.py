@@ -144,7 +144,7 @@ def keep(engine: CPUEngine, row: Row, num_pages: list[int]) -> None:
     """Mark a request as compacted, with so many pages for each stream."""
     assert sum(num_pages) == row.geometry.num_region_blocks * SHAPE.pages_per_block
     request = engine.requests.get_or_create(row.name, row.prompt_len)
-    slot = engine.requests.take_slot(request)
+    slot = engine.requests.mark_compacted(request)
     engine.page_offsets[slot] = torch.tensor([0, *np.cumsum(num_pages)])
 
 

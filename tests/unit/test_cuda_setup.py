@@ -311,8 +311,8 @@ def plan(requests, rows, num_padded=0, **options):
 def test_a_step_of_every_kind_of_row():
     requests = requests_of()
     # 104 tokens: blocks 0 to 4 compete, 2 blocks of region at block 6.
-    requests.take_slot(requests.get_or_create("decoding", 104))
-    requests.take_slot(requests.get_or_create("resumed", 100))
+    requests.mark_compacted(requests.get_or_create("decoding", 104))
+    requests.mark_compacted(requests.get_or_create("resumed", 100))
     rows = [
         ("short", 20, 30, 1),
         ("decoding", 104, 120, 1),
@@ -358,15 +358,15 @@ def test_scorers_of_all_queries_see_every_chunk():
 
 def test_slots_are_given_back():
     requests = requests_of(max_num_reqs=2)
-    taken = {requests.take_slot(requests.get_or_create(name, 104)) for name in "ab"}
+    taken = {requests.mark_compacted(requests.get_or_create(name, 104)) for name in "ab"}
     assert taken == {1, 2}
     requests.forget("a")
     requests.forget("unknown")
     again = requests.get_or_create("c", 104)
-    assert requests.take_slot(again) == requests.take_slot(again) == 1
+    assert requests.mark_compacted(again) == requests.mark_compacted(again) == 1
     # The same id with another prompt is another request.
     requests.get_or_create("b", 90)
-    assert requests.take_slot(requests.get_or_create("d", 104)) == 2
+    assert requests.mark_compacted(requests.get_or_create("d", 104)) == 2
 
 
 def test_dense_prompts_are_told():

@@ -21,6 +21,7 @@ def config_of(suffix=0):
 
 
 def plan_rows(requests, rows, num_padded=0, collect_all=False, shows_single=False) -> StepPlan:
+    requests.expect(one_shot_ids={row.request_id for row in rows if row.is_one_shot})
     counts = np.array([row.count for row in rows] + [0] * num_padded, np.int32)
     after = [row.num_computed + row.count for row in rows] + [0] * num_padded
     return plan_step(
@@ -31,7 +32,6 @@ def plan_rows(requests, rows, num_padded=0, collect_all=False, shows_single=Fals
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
         np.array(after, np.int32),
         collect_all=collect_all,
-        one_shot_ids={row.request_id for row in rows if row.is_one_shot},
         shows_single=shows_single,
     )
 
@@ -155,7 +155,7 @@ def test_random_steps_are_planned_as_row_by_row(shows_single, max_num_reqs, coll
         kinds |= {name for name, value in vars(want).items() if value}
         for chunk in found.chunks:
             if chunk.finishes:
-                ours.take_slot(chunk.request)
+                ours.mark_compacted(chunk.request)
                 theirs.compact(chunk.request_id)
         for row in rows:
             server.running[row.request_id][1] += row.count
@@ -174,7 +174,7 @@ def test_requests_that_only_decode_are_looked_at_together(monkeypatch):
     rows = [Row(f"r{i}", 160 if i % 3 else 20, 170 + i, 1) for i in range(6)]
     for row in rows:
         if requests.geometry.of(row.prompt_len).is_compressed:
-            requests.take_slot(requests.get_or_create(row.request_id, row.prompt_len))
+            requests.mark_compacted(requests.get_or_create(row.request_id, row.prompt_len))
     prompts = [Row("new", 160, 0, 30), Row("whole", 20, 0, 20)]
     plan_rows(requests, rows)
     seen = []
@@ -195,13 +195,13 @@ def test_requests_that_only_decode_are_looked_at_together(monkeypatch):
 def test_a_name_with_another_prompt_is_another_request():
     requests = Requests(config_of().geometry(16), NUM_LAYERS, 2)
     (chunk,) = plan_rows(requests, [Row("a", 160, 0, 160)]).chunks
-    slot = requests.take_slot(chunk.request)
+    slot = requests.mark_compacted(chunk.request)
     assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[SLOT, 0] == slot
     # The same length, though nobody has told that the first has left: it is taken for it.
     with pytest.raises(RuntimeError, match="at 161 of 161 tokens but was never compacted here"):
         plan_rows(requests, [Row("a", 161, 161, 1)])
     # Its slot has been given back.
-    assert requests.take_slot(requests.get_or_create("b", 160)) == slot
+    assert requests.mark_compacted(requests.get_or_create("b", 160)) == slot
     plan = plan_rows(requests, [Row("a", 20, 20, 1)])
     assert plan.numbers[:, 0].tolist() == [0, 0, 0, 0, EMPTY_SLOT]
     assert not plan.has_regions
@@ -213,7 +213,7 @@ def test_a_name_with_another_prompt_is_another_request():
 def test_more_requests_may_be_known_than_run_at_once():
     requests = Requests(config_of().geometry(16), NUM_LAYERS, 1)
     plan_rows(requests, [Row("a", 160, 0, 160)])
-    requests.take_slot(requests.get_or_create("a", 160))
+    requests.mark_compacted(requests.get_or_create("a", 160))
     for i in range(9):
         plan_rows(requests, [Row(f"waits {i}", 97, 0, 20)])
     assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[:, 0].tolist() == [2, 10, 10, 9, 1]
@@ -223,7 +223,7 @@ def test_more_requests_may_be_known_than_run_at_once():
 def test_rows_for_the_stock_backend_leave_compressed_ones_out():
     requests = Requests(config_of().geometry(16), NUM_LAYERS, 8)
     for name in ("a", "b"):
-        requests.take_slot(requests.get_or_create(name, 160))
+        requests.mark_compacted(requests.get_or_create(name, 160))
     rows = [
         Row("decodes", 20, 30, 1),
         Row("a", 160, 160, 4),

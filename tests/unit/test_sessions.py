@@ -16,7 +16,7 @@ from vllm_kvcompress.compaction.requests import Requests
 from vllm_kvcompress.compaction.step_plan import plan_step
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.vllm_integration.scheduler.manager import compressing_manager
-from vllm_kvcompress.vllm_integration.step_messages import told_whole_ids
+from vllm_kvcompress.vllm_integration.step_messages import told
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 SETTING = {"method": "snapkv", "ratio": 0.75}
@@ -102,7 +102,7 @@ def test_beside_sessions_prompts_are_compressed():
     assert rows[2] == [geometry.num_row_blocks(643)] * 2 and geometry.is_compressed
     for output in outputs:
         scheduled = set(output.num_scheduled_tokens)
-        assert ("session" in told_whole_ids(output)) == ("session" in scheduled)
+        assert ("session" in told(output).whole_ids) == ("session" in scheduled)
     assert any("session" in output.num_scheduled_tokens for output in outputs)
     assert is_empty(scheduler)
 
@@ -157,11 +157,11 @@ def test_workers_take_a_sessions_rows_for_whole():
     """On a CPU and on a GPU, from the first part to those that the prompt grows by."""
     geometry = KVCompressConfig.from_dict(SETTING).geometry(BLOCK_SIZE)
     requests = Requests(geometry, 2, 4)
-    requests.whole_ids = {"session"}
+    requests.expect(whole_ids={"session"})
     for prompt_len in (20, 600, 657):
         names, lens = ["session", "other"], np.array([prompt_len, 600], np.int32)
         starts = np.array([0, 7, 14])
-        plan = plan_step(requests, 32, names, lens, starts, lens, one_shot_ids=())
+        plan = plan_step(requests, 32, names, lens, starts, lens)
         # Of the session no query is collected, and it has no region.
         assert [chunk.request_id for chunk in plan.chunks] == ["other"]
         assert plan.finished_dense == [("session", prompt_len)]

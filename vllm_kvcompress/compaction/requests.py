@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vllm_kvcompress.compaction.prompts import PromptCompaction
-from vllm_kvcompress.memory import Geometry, RequestGeometry
+from vllm_kvcompress.memory import CompressedRow, Geometry, RequestGeometry
 
 # Row of the page offsets that stands for "nothing kept yet".
 EMPTY_SLOT = 0
@@ -48,8 +48,8 @@ class CompressedRequest:
 class Requests:
     """The worker's requests, by request id, and the rows that they have of its page offsets.
 
-    What a step must know of every row is constant as long as its request is known. It lies in
-    arrays, so that a step gathers it for all rows at once.
+    What a step must know of every row follows from its state and geometry. It lies in arrays, so
+    that a step gathers it for all rows at once.
 
     Args:
         geometry: of all requests.
@@ -59,11 +59,13 @@ class Requests:
 
     def __init__(self, geometry: Geometry, num_layers: int, max_num_reqs: int) -> None:
         self.geometry = geometry
-        # Of the step at hand, those that are never compressed.
-        self.whole_ids: Container[str] = ()
         self._num_layers = num_layers
         self._places: dict[str, int] = {}
-        # By place. Requests that stay whole have none.
+        self._whole_ids: Container[str] = ()
+        self._one_shot_ids: Container[str] = ()
+        # By place, as are the fields.
+        self._rows: list[CompressedRow | None] = [None] * max_num_reqs
+        # Requests that stay whole have none.
         self._requests: list[CompressedRequest | None] = [None] * max_num_reqs
         self._fields = np.zeros((_NUM_FIELDS, max_num_reqs), np.int32)
         self._free_places = list(range(max_num_reqs))
@@ -71,6 +73,17 @@ class Requests:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def expect(self, whole_ids: Container[str] = (), one_shot_ids: Collection[str] = ()) -> None:
+        """Say what the scheduler tells of the next step's requests.
+
+        Args:
+            whole_ids: those that are never compressed.
+            one_shot_ids: those that begin and have no blocks for what they evict.
+        """
+        self._whole_ids, self._one_shot_ids = whole_ids, one_shot_ids
+        for request_id in one_shot_ids:
+            self.forget(request_id)
 
     def gather(self, request_ids: Sequence[str], prompt_lens: np.ndarray) -> np.ndarray:
         """[fields, R] int32 of a step's requests, in the order of `REGION_BLOCKS` and so on.
@@ -99,20 +112,33 @@ class Requests:
         assert request is not None, f"request {request_id} stays whole"
         return request
 
+    def row(self, request_id: str) -> CompressedRow:
+        """State of a known request's row, without pages of streams."""
+        row = self._rows[self._places[request_id]]
+        assert row is not None
+        return row
+
+    def ids(self) -> list[str]:
+        """Of all known requests."""
+        return list(self._places)
+
     def _add(self, request_id: str, prompt_len: int) -> int:
         """The place of a new request."""
         self.forget(request_id)
         if not self._free_places:
             self._grow()
         place = self._places[request_id] = self._free_places.pop()
-        geometry = self.geometry.of_request(prompt_len, request_id in self.whole_ids)
+        geometry = self.geometry.of_request(prompt_len, request_id in self._whole_ids)
+        row = CompressedRow.begin(geometry, request_id in self._one_shot_ids)
+        self._rows[place] = row
         region_from = _NEVER
         if geometry.is_compressed:
             prompt = PromptCompaction(geometry, self._num_layers)
             self._requests[place] = CompressedRequest(prompt, place)
-            region_from = geometry.region_from_tokens
+            # Its row has the region before it is filled.
+            row, region_from = row.compacted(geometry.point), geometry.region_from_tokens
         self._fields[:, place] = (
-            *geometry.layout.descriptor(0)[1:],
+            *row.layout.descriptor(0)[1:],
             EMPTY_SLOT,
             geometry.compact_len,
             region_from,
@@ -124,14 +150,18 @@ class Requests:
         # Known requests may be more than those that run: vLLM tells late of some that have left.
         size = self._fields.shape[1]
         self._fields = np.concatenate([self._fields, np.zeros_like(self._fields)], axis=1)
+        self._rows += [None] * size
         self._requests += [None] * size
         self._free_places += range(size, 2 * size)
 
-    def take_slot(self, request: CompressedRequest) -> int:
-        """The request's row of the page offsets, from now on."""
-        if request.slot == EMPTY_SLOT:
+    def mark_compacted(self, request: CompressedRequest) -> int:
+        """Note that a request's region is filled; gives its row of the page offsets."""
+        row = self._rows[request.place]
+        assert row is not None
+        if not row.is_compacted:
             if not self._free_slots:
                 raise RuntimeError(f"more than {len(self)} requests are compacted at once")
+            self._rows[request.place] = row.compacted(request.geometry.point)
             request.slot = self._free_slots.pop()
             self._fields[SLOT, request.place] = request.slot
         return request.slot
@@ -142,6 +172,7 @@ class Requests:
         if place is None:
             return
         request, self._requests[place] = self._requests[place], None
+        self._rows[place] = None
         self._free_places.append(place)
         if request is not None and request.slot != EMPTY_SLOT:
             self._free_slots.append(request.slot)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,7 +106,6 @@ def plan_step(
     query_start_loc: np.ndarray,
     seq_lens: np.ndarray,
     collect_all: bool = False,
-    one_shot_ids: Container[str] = (),
     shows_single: bool = False,
 ) -> StepPlan:
     """Tell the rows of a step apart.
@@ -118,7 +117,6 @@ def plan_step(
         query_start_loc: [R + 1] first token of each row.
         seq_lens: [R] tokens of each row after this step.
         collect_all: collect all prompt tokens, not the window's only.
-        one_shot_ids: requests that begin in this step and have no blocks for what they evict.
         shows_single: whether queries of single rows can be collected, which a captured graph
             would not show.
 
@@ -167,7 +165,7 @@ def plan_step(
         if is_past[row]:
             _plan_compacted(plan, request_id, request, row, start, seq_len)
             continue
-        is_one_shot = request_id in one_shot_ids
+        is_one_shot = requests.row(request_id).is_one_shot
         if has_region[row] and not is_one_shot:
             plan.cut.append((row, seq_len, request.geometry))
         chunk = _plan_prompt(

@@ -1,8 +1,8 @@
 """Where kept tokens live: arithmetic shared by the scheduler's and the worker's side."""
 
 from vllm_kvcompress.memory.cache_shape import CacheShape
+from vllm_kvcompress.memory.compressed_row import CompressedRow, RowState
 from vllm_kvcompress.memory.geometry import (
-    NULL_BLOCK,
     Geometry,
     RequestGeometry,
     cdiv,
@@ -11,11 +11,12 @@ from vllm_kvcompress.memory.geometry import (
 from vllm_kvcompress.memory.retention import Retention, Schedule
 
 __all__ = [
-    "NULL_BLOCK",
     "CacheShape",
+    "CompressedRow",
     "Geometry",
     "RequestGeometry",
     "Retention",
+    "RowState",
     "Schedule",
     "cdiv",
     "shared_geometry",

@@ -20,9 +20,6 @@ from dataclasses import dataclass
 from vllm_kvcompress.memory.retention import Retention, Schedule
 from vllm_kvcompress.memory.row_layout import CompactionPoint, RowLayout
 
-# vLLM's block that stands for "none" in a row.
-NULL_BLOCK = 0
-
 
 def cdiv(a: int, b: int) -> int:
     """`a / b` rounded up, for `b` > 0."""
@@ -96,12 +93,15 @@ class RequestGeometry:
         return min(self.compact_len, self.boundary_block * self.block_size + 1)
 
     @property
+    def point(self) -> CompactionPoint:
+        """Its compaction; ask only if there is one."""
+        assert self.is_compressed, f"a prompt of {self.prompt_len} tokens stays whole"
+        return CompactionPoint(self.boundary_block, self.num_region_blocks, self.first_kept_block)
+
+    @property
     def layout(self) -> RowLayout:
         """Columns of its row once it has its region."""
-        if not self.is_compressed:
-            return RowLayout()
-        point = CompactionPoint(self.boundary_block, self.num_region_blocks, self.first_kept_block)
-        return RowLayout((point,))
+        return RowLayout((self.point,) if self.is_compressed else ())
 
 
 class Geometry:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def tell_whole_ids(scheduler_output: Any, whole_ids: set[str]) -> None:
-    """Tell workers which requests of a step are never compressed.
+class StepMessage(NamedTuple):
+    """What vLLM's own fields do not say of a step's requests.
 
-    vLLM's own fields do not say that a request is a session. It pickles the output with whatever
-    attributes it has.
+    Attributes:
+        whole_ids: those that are never compressed.
+        one_shot_ids: those that begin in the step and have no blocks for what they evict.
     """
-    scheduled = scheduler_output.num_scheduled_tokens
-    scheduler_output.kv_compress_whole_ids = whole_ids & scheduled.keys()
+
+    whole_ids: frozenset[str] = frozenset()
+    one_shot_ids: frozenset[str] = frozenset()
 
 
-def told_whole_ids(scheduler_output: Any) -> Container[str]:
-    """Requests of a step that are never compressed, as the scheduler told."""
-    return getattr(scheduler_output, "kv_compress_whole_ids", ())
+_NOTHING = StepMessage()
+
+
+def tell(scheduler_output: Any, message: StepMessage) -> None:
+    """Put a message on a step's output, if it says anything.
+
+    vLLM pickles the output with whatever attributes it has.
+    """
+    if message != _NOTHING:
+        scheduler_output.kv_compress_message = message
+
+
+def told(scheduler_output: Any) -> StepMessage:
+    """What the scheduler has told of a step."""
+    return getattr(scheduler_output, "kv_compress_message", _NOTHING)

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry, RequestGeometry, cdiv
+from vllm_kvcompress.memory import CompressedRow, Geometry, RequestGeometry, cdiv
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
 
@@ -27,23 +27,25 @@ class KVCompressManager(FullAttentionManager):
     """Block manager that adds a region to each compressed request and frees its prompt blocks.
 
     A prompt that is computed in one shot, in a single step, never gets the blocks that would be
-    freed: its row starts with vLLM's null block in their place, which is how workers know.
+    freed: its row starts with vLLM's null block in their place.
 
     Everything is derived from (tokens, prompt length, config), so it needs no message from
     the workers: a request is compressed by the step that reaches its compaction point, and
     `remove_skipped_blocks` is called with settled token counts only.
+
+    Attributes:
+        rows: state of every request that vLLM has asked blocks for; as settled, so a compaction in
+            flight is not among it. Those that are never compressed are not here.
+        whole_ids: requests that are never compressed; the scheduler adds and removes them.
     """
 
     kv_cache_spec: KVCompressSpec
 
     def __init__(self, kv_cache_spec: KVCompressSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._prompt_lens: dict[str, int] = {}
-        # Requests that get no blocks for what they evict.
-        self._one_shot: set[str] = set()
+        self.rows: dict[str, CompressedRow] = {}
         # Prompt lengths of the last requests that gave their blocks up: preempted ones come back.
         self._freed: OrderedDict[str, int] = OrderedDict()
-        # Requests that are never compressed; the scheduler adds and removes them.
         self.whole_ids: set[str] = set()
 
     @property
@@ -68,7 +70,7 @@ class KVCompressManager(FullAttentionManager):
         Raises:
             RuntimeError: if a request still holds blocks.
         """
-        num_known = len(self._prompt_lens) + len(self.whole_ids)
+        num_known = len(self.rows) + len(self.whole_ids)
         if num_known:
             raise RuntimeError(f"{num_known} requests still run under the old setting")
         object.__setattr__(self.kv_cache_spec, "kv_compress", config)
@@ -79,8 +81,8 @@ class KVCompressManager(FullAttentionManager):
 
     def _find_prompt_len(self, request_id: str, num_tokens: int, prefill_end: int) -> int | None:
         """Prompt length of a request; None if vLLM has not told it yet."""
-        if request_id in self._prompt_lens:
-            return self._prompt_lens[request_id]
+        if request_id in self.rows:
+            return self.rows[request_id].prompt_len
         # The admission check comes before `remove_skipped_blocks`.
         if prefill_end == num_tokens:
             return num_tokens
@@ -158,7 +160,7 @@ class KVCompressManager(FullAttentionManager):
         """Blocks for the first chunk of a prompt that may be computed in one shot.
 
         Args:
-            request_id: notes whether it will be.
+            request_id: its row's state says afterwards whether it will be.
             geometry: of the request.
             num_tokens: tokens that need a slot.
             num_step_tokens: tokens computed in this step.
@@ -168,14 +170,13 @@ class KVCompressManager(FullAttentionManager):
             Blocks to allocate, more than there are if the request had better wait for a step
             that has room for all of its prompt; None to give it dense blocks first.
         """
-        self._one_shot.discard(request_id)
         # Others may want the prompt's blocks from the prefix cache.
         is_shared = self.enable_caching and self.config.one_shot.when == "auto"
         num_free = self.block_pool.get_num_free_blocks()
         if is_shared and geometry.num_row_blocks(full_tokens) <= num_free:
             return None
         if num_step_tokens >= geometry.compact_len:
-            self._one_shot.add(request_id)
+            self.rows[request_id] = CompressedRow.begin(geometry, is_one_shot=True)
             return geometry.num_row_blocks(num_tokens) - geometry.first_kept_block
         # Alone, a request has the whole step: should it not be enough, waiting would not help.
         is_alone = not any(self.req_to_blocks.values())
@@ -187,12 +188,12 @@ class KVCompressManager(FullAttentionManager):
         """Grow the request's row to hold `num_tokens`, its region included."""
         if request_id in self.whole_ids:
             return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        prompt_len = self._prompt_lens[request_id]
-        if request_id in self._one_shot and not self.req_to_blocks.get(request_id):
-            num_absent = self.geometry.of(prompt_len).first_kept_block
+        row = self.rows[request_id]
+        if row.is_one_shot and not self.req_to_blocks.get(request_id):
+            num_absent = self.geometry.of(row.prompt_len).first_kept_block
             self.req_to_blocks[request_id].extend([self._null_block] * num_absent)
         return super().allocate_new_blocks(
-            request_id, self._row_tokens(prompt_len, num_tokens), num_tokens_main_model
+            request_id, self._row_tokens(row.prompt_len, num_tokens), num_tokens_main_model
         )
 
     def remove_skipped_blocks(
@@ -204,19 +205,26 @@ class KVCompressManager(FullAttentionManager):
         """Free the prompt blocks that a settled compaction has made needless."""
         if num_prompt_tokens is None or request_id in self.whole_ids:
             return
-        self._prompt_lens[request_id] = num_prompt_tokens
         geometry = self.geometry.of(num_prompt_tokens)
-        if geometry.is_compressed and processed_computed_tokens >= geometry.compact_len:
+        row = self.rows.get(request_id)
+        if row is None or not self.req_to_blocks.get(request_id):
+            # Whatever was thought of it when it found no room.
+            row = self.rows[request_id] = CompressedRow.begin(geometry)
+        if (
+            geometry.is_compressed
+            and not row.is_compacted
+            and processed_computed_tokens >= geometry.compact_len
+        ):
+            self.rows[request_id] = row.compacted(geometry.point)
             self._remove_blocks_in_range(request_id, 0, geometry.first_kept_block)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; also the first half of a preemption."""
-        prompt_len = self._prompt_lens.pop(request_id, None)
-        if prompt_len is not None:
-            self._freed[request_id] = prompt_len
+        row = self.rows.pop(request_id, None)
+        if row is not None:
+            self._freed[request_id] = row.prompt_len
             if len(self._freed) > _MOST_FREED:
                 self._freed.popitem(last=False)
-        self._one_shot.discard(request_id)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -289,9 +297,9 @@ def cache_only_before_compaction(coordinator: Any) -> None:
     def cache_exact_blocks(request: Any, num_computed_tokens: int) -> None:
         geometry = manager.geometry_of(request)
         if geometry.is_compressed:
-            row = manager.req_to_blocks.get(request.request_id)
-            if row and row[0].is_null:
-                # In one shot, or compacted, and then all that may be cached is.
+            row = manager.rows.get(request.request_id)
+            if row is not None and (row.is_one_shot or row.is_compacted):
+                # Of a compacted one, all that may be cached is.
                 return
             last = geometry.boundary_block * manager.block_size
             num_computed_tokens = min(num_computed_tokens, last)

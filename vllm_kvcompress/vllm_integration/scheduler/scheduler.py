@@ -34,7 +34,7 @@ from vllm_kvcompress.vllm_integration.scheduler.manager import (
     compressing_manager,
     needs_all_queries,
 )
-from vllm_kvcompress.vllm_integration.step_messages import tell_whole_ids
+from vllm_kvcompress.vllm_integration.step_messages import StepMessage, tell
 
 # Under "vllm", whose logging configuration would not reach a logger of our own name.
 logger = init_logger(f"vllm.{__name__}")
@@ -76,9 +76,19 @@ class _CompressionScheduler(_Base):
         self._leave_out_decodes()
         output = super().schedule(*args, **kwargs)
         self._left_out.clear()
-        if whole_ids := self._manager.whole_ids:
-            tell_whole_ids(output, whole_ids)
+        tell(output, self._message(output))
         return output
+
+    def _message(self, output: Any) -> StepMessage:
+        """What workers must know of a step's requests."""
+        manager = self._manager
+        begun = [new.req_id for new in output.scheduled_new_reqs]
+        begun += output.scheduled_cached_reqs.resumed_req_ids
+        rows = {request_id: manager.rows.get(request_id) for request_id in begun}
+        return StepMessage(
+            whole_ids=frozenset(manager.whole_ids & output.num_scheduled_tokens.keys()),
+            one_shot_ids=frozenset(name for name, row in rows.items() if row and row.is_one_shot),
+        )
 
     def _leave_out_decodes(self) -> None:
         """Make room for a prompt, at the cost of one step of as few decoding requests as can be."""

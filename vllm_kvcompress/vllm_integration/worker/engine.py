@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.step_plan import PromptChunk, StepPlan, plan_step
 from vllm_kvcompress.compaction.windows import Window
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, cdiv
+from vllm_kvcompress.memory import CacheShape, CompressedRow, cdiv
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
@@ -123,7 +123,6 @@ class WorkerEngine:
         self._row_names = parts.row_names
         self._max_num_reqs = parts.max_num_reqs
         self._one_shot_tokens = parts.one_shot_tokens
-        self._one_shot_ids: Container[str] = ()
         self._is_in_step = False
         self.page_offsets = self._make_page_offsets()
         self.configure(parts.config, parts.layers)
@@ -165,17 +164,22 @@ class WorkerEngine:
         return self.compactor.ops_name
 
     @contextmanager
-    def scheduled_step(self, one_shot_ids: Container[str] = ()) -> Iterator[None]:
+    def scheduled_step(
+        self, one_shot_ids: Collection[str] = (), whole_ids: Container[str] = ()
+    ) -> Iterator[None]:
         """Around a step of the scheduler. Batches outside of one are made up (warm-up, capture).
 
         Args:
             one_shot_ids: requests that begin in it and have no blocks for what they evict.
+            whole_ids: requests that are never compressed.
         """
-        self._is_in_step, self._one_shot_ids = True, one_shot_ids
+        self._is_in_step = True
+        self.requests.expect(whole_ids, one_shot_ids)
         try:
             yield
         finally:
-            self._is_in_step, self._one_shot_ids = False, ()
+            self._is_in_step = False
+            self.requests.expect()
 
     def plan(self, common: Any, host_seq_lens: torch.Tensor) -> StepPlan:
         """Tell the rows of a step apart.
@@ -194,7 +198,6 @@ class WorkerEngine:
             common.query_start_loc_cpu.numpy(),
             host_seq_lens.numpy() if len(names[0]) else np.empty(0),
             collect_all="all_queries" in self.compactor.scoring.scorer.needs,
-            one_shot_ids=self._one_shot_ids,
             shows_single=self.shows_single,
         )
         for request_id, prompt_len in plan.finished_dense:
@@ -352,7 +355,7 @@ class WorkerEngine:
     def _compact(self, ending: Ending) -> None:
         batch = ending.batch
         num_pages, page_offsets = self.compactor.compact(batch)
-        slots = [self.requests.take_slot(chunk.request) for chunk in ending.chunks]
+        slots = [self.requests.mark_compacted(chunk.request) for chunk in ending.chunks]
         index = to_device(np.array(slots), self.pool.device)
         self.page_offsets.index_copy_(0, index, page_offsets)
         self.stats.record_compressed(
@@ -362,9 +365,17 @@ class WorkerEngine:
             is_one_shot=batch.staging is not None,
         )
 
-    def keep_whole(self, request_ids: Container[str]) -> None:
-        """Say which requests of the next step are never compressed."""
-        self.requests.whole_ids = request_ids
+    def row_state(self, request_id: str) -> CompressedRow:
+        """State of a known request's row. Of a compacted one, waits for the device.
+
+        Raises:
+            KeyError: if nothing is known of the request.
+        """
+        row = self.requests.row(request_id)
+        if not row.is_compacted:
+            return row
+        slot = self.requests.get(request_id).slot
+        return row.with_page_counts(self.page_offsets[slot].diff().tolist())
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop requests that have finished or were preempted."""

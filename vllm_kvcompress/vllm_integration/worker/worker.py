@@ -15,12 +15,12 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.score_memory import score_memory_of
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.memory import NULL_BLOCK, CacheShape
+from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.policies.registry import clashes
 from vllm_kvcompress.vllm_integration.platforms.base import Platform
 from vllm_kvcompress.vllm_integration.scheduler.spec import KVCompressSpec
-from vllm_kvcompress.vllm_integration.step_messages import told_whole_ids
+from vllm_kvcompress.vllm_integration.step_messages import told
 from vllm_kvcompress.vllm_integration.validate import check_table_shape
 from vllm_kvcompress.vllm_integration.worker.engine import EngineParts, WorkerEngine
 from vllm_kvcompress.vllm_integration.worker.layers import layer_parameters, output_copy_bytes
@@ -88,19 +88,6 @@ class CompressionWorker(_Base):
         scheduler = self.vllm_config.scheduler_config
         limits = (scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens)
         return min(limit for limit in limits if limit is not None)
-
-    def _one_shot_ids(self, scheduler_output: Any) -> set[str]:
-        """Requests that begin in a step and have vLLM's null block for what they evict."""
-        cached = scheduler_output.scheduled_cached_reqs
-        rows = [(new.req_id, new.block_ids) for new in scheduler_output.scheduled_new_reqs]
-        # Few steps resume any, and a step may have a thousand others.
-        if cached.resumed_req_ids:
-            rows += [
-                (request_id, blocks)
-                for request_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True)
-                if blocks and request_id in cached.resumed_req_ids
-            ]
-        return {name for name, blocks in rows if blocks[self._group][:1] == [NULL_BLOCK]}
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """The stock specs, full-attention layers carrying our config.
@@ -174,8 +161,8 @@ class CompressionWorker(_Base):
         """Allocate the cache, then bind our builders to it."""
         super().initialize_from_config(unwrapped(kv_cache_config))
         groups = self.model_runner.kv_cache_config.kv_cache_groups
-        self._group = group_to_compress(groups)
-        group = groups[self._group]
+        ours = group_to_compress(groups)
+        group = groups[ours]
         spec = group.kv_cache_spec
         assert isinstance(spec, KVCompressSpec)
         readers = readers_of(self._layers, group.layer_names)
@@ -207,7 +194,7 @@ class CompressionWorker(_Base):
         self._engine = self.platform.make_engine(parts, layers, self.rank == 0)
         self._engine.add_readers(readers)
         for attn_group in itertools.chain.from_iterable(self.model_runner.attn_groups):
-            if attn_group.kv_cache_group_id != self._group:
+            if attn_group.kv_cache_group_id != ours:
                 continue
             builders: list[Any] = attn_group.metadata_builders
             for builder in builders:
@@ -292,13 +279,13 @@ class CompressionWorker(_Base):
         if self._engine is not None:
             self._engine.forget(scheduler_output.finished_req_ids)
             self._engine.forget(scheduler_output.preempted_req_ids or ())
-            self._engine.keep_whole(told_whole_ids(scheduler_output))
         if scheduler_output.total_num_scheduled_tokens == 0:
             # Nothing runs any more. A command that ends now kills this process within moments.
             self._stats.flush()
         if self._engine is None or self._is_warming_up:
             return super().execute_model(scheduler_output, *args, **kwargs)
-        with self._engine.scheduled_step(self._one_shot_ids(scheduler_output)):
+        message = told(scheduler_output)
+        with self._engine.scheduled_step(message.one_shot_ids, message.whole_ids):
             return super().execute_model(scheduler_output, *args, **kwargs)
 
     def compile_or_warm_up_model(self) -> Any:
@@ -316,6 +303,17 @@ class CompressionWorker(_Base):
     def kv_compress_stats(self) -> dict[str, Any]:
         """This rank's counts, for `collective_rpc`."""
         return self._stats.snapshot()
+
+    def kv_compress_rows(self) -> dict[str, dict[str, Any]]:
+        """State of every known request's row on this rank, for `collective_rpc`.
+
+        Returns:
+            By vLLM's internal request id, what `memory.CompressedRow.from_dict` reads.
+        """
+        if self._engine is None:
+            return {}
+        known = self._engine.requests.ids()
+        return {request_id: self._engine.row_state(request_id).to_dict() for request_id in known}
 
     def shutdown(self) -> None:
         """As the stock worker, after a last log line."""
