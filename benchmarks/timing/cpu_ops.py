@@ -36,7 +36,7 @@ from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import PromptCompaction
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
+from vllm_kvcompress.memory import CacheShape, PageFormat
 from vllm_kvcompress.ops import native
 from vllm_kvcompress.vllm_integration.platforms.cpu.page_order import find_page_order
 
@@ -77,7 +77,10 @@ class Prompt:
         self.config = KVCompressConfig.from_dict({"ratio": RATIO, **settings})
         self.geometry = self.config.geometry(BLOCK_SIZE).of(num_tokens)
         self.shape = CacheShape(
-            model.num_layers, model.num_kv_heads, model.group, model.head_size, BLOCK_SIZE
+            model.num_layers,
+            model.num_kv_heads,
+            model.group,
+            PageFormat(str(DTYPE).removeprefix("torch."), BLOCK_SIZE, model.head_size),
         )
         generator = torch.Generator().manual_seed(0)
         num_blocks = num_tokens // BLOCK_SIZE + self.geometry.num_region_blocks

@@ -27,7 +27,7 @@ def warm_up(has_graphs: bool) -> None:
     """What `CompressionWorker.compile_or_warm_up_model` launches of ours."""
     from vllm_kvcompress.compaction.parameters import LayerParameters
     from vllm_kvcompress.config import KVCompressConfig
-    from vllm_kvcompress.memory import CacheShape
+    from vllm_kvcompress.memory import CacheShape, PageFormat
     from vllm_kvcompress.vllm_integration.platforms.cuda.attention import KVCompressCUDAImpl
     from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
     from vllm_kvcompress.vllm_integration.platforms.cuda.platform import CUDA
@@ -37,7 +37,10 @@ def warm_up(has_graphs: bool) -> None:
     model = read_shapes()[SHAPE]
     settings = engine_run.gpu_plan(has_graphs).settings
     shape = CacheShape(
-        model.num_layers, model.num_kv_heads, model.group, model.head_size, BLOCK_SIZE
+        model.num_layers,
+        model.num_kv_heads,
+        model.group,
+        PageFormat(str(model.pool_dtype).removeprefix("torch."), BLOCK_SIZE, model.head_size),
     )
     size = (NUM_BLOCKS, model.num_layers, model.num_kv_heads, BLOCK_SIZE, 2 * model.head_size)
     pool = torch.empty(size, dtype=model.pool_dtype, device="meta")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cache_shapes import cache_shape
 
 pytest.importorskip("vllm")
 
@@ -22,16 +23,15 @@ from rig_side import Side
 
 from vllm_kvcompress.compaction import score_memory
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.vllm_integration.worker.pool import flat_pool
 
 WINDOW = 8
 SHAPES = {
-    "gqa_3_to_1": CacheShape(2, 2, 3, 64, 16),
-    "gqa_3_to_1_wide_pages": CacheShape(3, 2, 3, 64, 32),
-    "mha_wide_pages": CacheShape(2, 2, 1, 64, 32),
-    "gqa_8_to_1": CacheShape(1, 1, 8, 128, 16),
-    "gqa_8_to_1_small_heads": CacheShape(2, 1, 8, 32, 16),
+    "gqa_3_to_1": cache_shape(2, 2, 3, 64, 16),
+    "gqa_3_to_1_wide_pages": cache_shape(3, 2, 3, 64, 32),
+    "mha_wide_pages": cache_shape(2, 2, 1, 64, 32),
+    "gqa_8_to_1": cache_shape(1, 1, 8, 128, 16),
+    "gqa_8_to_1_small_heads": cache_shape(2, 1, 8, 32, 16),
 }
 CPU_SHAPES = ("gqa_3_to_1_wide_pages", "mha_wide_pages", "gqa_8_to_1_small_heads")
 CUDA_SHAPES = ("gqa_3_to_1", "mha_wide_pages", "gqa_8_to_1")

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from cache_shapes import cache_shape
 
 pytest.importorskip("vllm")
 
@@ -17,7 +18,6 @@ from gpu.recording import record
 from vllm_kvcompress.compaction import score_memory
 from vllm_kvcompress.compaction.score_memory import ScoreMemory
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine
 
 WINDOW = 8
@@ -38,7 +38,7 @@ def config_of(method, **options):
 
 
 def shape_of(num_layers):
-    return CacheShape(num_layers, 2, 2, 64, 16)
+    return cache_shape(num_layers, 2, 2, 64, 16)
 
 
 class Steps:
@@ -151,7 +151,7 @@ def test_layers_of_a_long_prompt_that_are_scored_at_once(method, window, num_lay
     """32,768 tokens in the 8B shape: all; 131,072: `num_layers`."""
     config = KVCompressConfig(method, ratio=0.875, window=window)
     plan = score_memory.make_scorer(config).window_plan()
-    memory = ScoreMemory(config, CacheShape(32, 8, 4, 128, 16), 2, plan)
+    memory = ScoreMemory(config, cache_shape(32, 8, 4, 128, 16, "bfloat16"), plan)
     geometry = config.geometry(16).of
     assert memory.layers_at_once(geometry(32768), 1, 1) == 32
     assert memory.layers_at_once(geometry(131072), 1, 1) == num_layers

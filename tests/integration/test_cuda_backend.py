@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cache_shapes import cache_shape
 
 pytest.importorskip("vllm")
 
@@ -22,7 +23,6 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction import score_memory
 from vllm_kvcompress.compaction.staging import Staging
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.vllm_integration.platforms.cuda import attention as backend_cuda
 from vllm_kvcompress.vllm_integration.platforms.cuda import engine as engine_cuda
 from vllm_kvcompress.vllm_integration.platforms.cuda.platform import CUDA
@@ -30,8 +30,8 @@ from vllm_kvcompress.vllm_integration.platforms.cuda.platform import CUDA
 pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
 SHAPES = {
-    "gqa_3_to_1": CacheShape(2, 2, 3, 64, 16),
-    "gqa_8_to_1": CacheShape(1, 1, 8, 128, 16),
+    "gqa_3_to_1": cache_shape(2, 2, 3, 64, 16),
+    "gqa_8_to_1": cache_shape(1, 1, 8, 128, 16),
 }
 
 
@@ -42,7 +42,7 @@ def config_of(method, block, granularity="page", **options):
 
 @pytest.mark.parametrize(("method", "flash_attn_version"), [("span", 3), ("snapkv", 4)])
 def test_layers_are_scored_in_groups_that_fit_memory(monkeypatch, method, flash_attn_version):
-    shape = CacheShape(5, 1, 2, 64, 16)
+    shape = cache_shape(5, 1, 2, 64, 16)
     config = config_of(method, 16)
     rig = Rig(monkeypatch, CUDASide("reference", flash_attn_version), shape, config)
     # Two layers of two prompts: groups of two, two and one.
@@ -177,7 +177,7 @@ def test_warm_up_touches_the_null_block_only(monkeypatch):
 )
 def test_a_warm_worker_compiles_nothing(monkeypatch, method, granularity, flash_attn_version):
     # A kernel that is compiled while requests wait takes a second of their time.
-    shape = CacheShape(2, 2, 1, 64, 16)
+    shape = cache_shape(2, 2, 1, 64, 16)
     config = config_of(method, 16, granularity, suffix_tokens=3)
     rig = Rig(monkeypatch, CUDASide("triton", flash_attn_version), shape, config)
     rig.buffer[0] = 0
@@ -213,7 +213,7 @@ def compiled_by(serve: Callable[[], None], warm_up: Callable[[], None]) -> set:
 def test_as_many_layers_as_happen_to_be_known_compile_nothing(monkeypatch, granularity):
     # The first prompt that is long enough to be compressed is too short to be staged.
     monkeypatch.setattr(engine_cuda, "_WARM_UP_TOKENS", 128)
-    shape = CacheShape(8, 1, 1, 64, 16)
+    shape = cache_shape(8, 1, 1, 64, 16)
     options = (("granularity", granularity),)
     config = KVCompressConfig("span", budget=64, window=8, options=options)
     rig = Rig(monkeypatch, CUDASide("triton"), shape, config)
@@ -246,7 +246,7 @@ def test_as_many_layers_as_happen_to_be_known_compile_nothing(monkeypatch, granu
 )
 def test_layers_that_are_scored_in_groups_compile_nothing(monkeypatch, method, flash_attn_version):
     # What is known of the layers begins in the middle for all groups but the first.
-    shape = CacheShape(5, 1, 1, 64, 16)
+    shape = cache_shape(5, 1, 1, 64, 16)
     rig = Rig(monkeypatch, CUDASide("triton", flash_attn_version), shape, config_of(method, 16))
     rig.buffer[0] = 0
 

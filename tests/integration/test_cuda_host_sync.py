@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from cache_shapes import cache_shape
 
 pytest.importorskip("vllm")
 
@@ -29,11 +30,10 @@ from vllm.v1.attention.backends import flash_attn
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, Rotary, ScoreInputs
 
-SHAPE = CacheShape(2, 2, 3, 64, 16)
+SHAPE = cache_shape(2, 2, 3, 64, 16)
 WINDOW = 8
 
 
@@ -116,7 +116,7 @@ def test_no_step_waits_for_a_gpu(monkeypatch, method, granularity):
 )
 def test_no_step_waits_for_a_device_with_contents(monkeypatch, labels, method, granularity):
     config = config_of(method, granularity, budget=48)
-    rig = Rig(monkeypatch, CUDASide(), CacheShape(1, 1, 2, 64, 16), config, may_wait=False)
+    rig = Rig(monkeypatch, CUDASide(), cache_shape(1, 1, 2, 64, 16), config, may_wait=False)
     assert all(r.selection is not None for r in serve(rig, rig.step) if r.name != "dense")
 
 

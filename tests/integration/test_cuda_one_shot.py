@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from cache_shapes import cache_shape
 
 pytest.importorskip("vllm")
 
@@ -18,13 +19,13 @@ from paged_pool import DEVICE
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.staging import Staging
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, cdiv
+from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.ops import PageOrder
 
 pytestmark = pytest.mark.usefixtures("labels")
 WINDOW = 8
-DEEP = CacheShape(6, 2, 2, 64, 16)
-FLAT = CacheShape(2, 2, 3, 64, 16)
+DEEP = cache_shape(6, 2, 2, 64, 16)
+FLAT = cache_shape(2, 2, 3, 64, 16)
 # Per layer by numbers alone, per layer by scores, over all layers, and these in two stages.
 METHODS = [
     ("pyramidkv", {}),
@@ -123,7 +124,7 @@ def test_staged_prompts_keep_what_the_policy_chooses(
 
 @pytest.mark.parametrize("method", ["span", "ada-pyramidkv"])
 def test_triton_kernels_stage_as_the_references(monkeypatch, method, granularity, narrowings):
-    shape = CacheShape(4, 1, 2, 64, 16)
+    shape = cache_shape(4, 1, 2, 64, 16)
     rig = Rig(monkeypatch, CUDASide("triton"), shape, config_of(method, granularity))
     request = Request("a", 11 * 16 + 5, is_one_shot=True)
     shrink_buffer(rig, request)

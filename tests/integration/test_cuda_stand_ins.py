@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cache_shapes import cache_shape
 
 pytest.importorskip("vllm")
 
@@ -37,7 +38,6 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.vllm_integration.platforms.cuda import attention as backend_cuda
 from vllm_kvcompress.vllm_integration.platforms.cuda.attention import (
     KVCompressCUDAImpl,
@@ -47,7 +47,7 @@ from vllm_kvcompress.vllm_integration.platforms.cuda.attention import (
 
 pytestmark = pytest.mark.usefixtures("labels")
 
-SHAPE = CacheShape(2, 2, 3, 64, 16)
+SHAPE = cache_shape(2, 2, 3, 64, 16)
 # Read by methods of these names on the object itself.
 IMPL_METHODS = ("forward", "do_kv_cache_update")
 BUILDER_METHODS = ("build", "_get_scheduler_metadata", "_store_scheduler_metadata")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from cache_shapes import cache_shape
 from compiled_ops import need_compiled_ops
 from plain_selection import Selection, select
 
@@ -16,12 +17,12 @@ from vllm_kvcompress.compaction.compactor import Compactor
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import LayerPages, PromptCompaction
 from vllm_kvcompress.compaction.scoring import Backends
-from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
+from vllm_kvcompress.memory import RequestGeometry, cdiv
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, Rotary, ScoreInputs
 from vllm_kvcompress.policies.selection import entry_scores
 
-SHAPE = CacheShape(num_layers=3, num_kv_heads=2, num_queries_per_kv=3, head_size=6, block_size=4)
+SHAPE = cache_shape(num_layers=3, num_kv_heads=2, num_queries_per_kv=3, head_size=6, block_size=4)
 WINDOW = 5
 NUM_BLOCKS = 60
 HIDDEN_SIZE = 7

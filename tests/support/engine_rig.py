@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from cache_shapes import with_dtype
 from device_labels import no_waiting
 from plain_selection import Selection
 from rig_checks import SCALE, Request, check_region, expected_output, expected_selection
@@ -88,8 +89,9 @@ class Rig:
         may_wait: bool = True,
     ) -> None:
         side.prepare(patch)
-        self.side, self.shape, self.config = side, shape, config
         self.dtype = dtype = dtype or side.dtype
+        self.side, self.shape, self.config = side, with_dtype(shape, dtype), config
+        shape = self.shape
         self._may_wait = may_wait
         device = side.device
         self._generator = None

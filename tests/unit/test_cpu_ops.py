@@ -5,6 +5,7 @@ from __future__ import annotations
 import compaction_prompts
 import pytest
 import torch
+from cache_shapes import cache_shape
 from compaction_prompts import assert_scores_close, make_compactor, make_prompt, on_backend
 from compiled_ops import need_compiled_ops
 from hypothesis import given
@@ -15,7 +16,7 @@ from plain_selection import select
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.selection import Chooser
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.memory import CacheShape, RequestGeometry
+from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.ops.window.plan import MAX_POOL_KERNEL
 from vllm_kvcompress.policies import RECIPES, make_scorer
 from vllm_kvcompress.policies.base import LayerScores
@@ -105,7 +106,7 @@ def test_equal_scores_keep_the_same(compiled, data):
     geometry = RequestGeometry(
         num_pages * block_size + 7, block_size, num_pages, mean_pages, num_pages * block_size + 7
     )
-    shape = CacheShape(num_layers, num_heads, 1, 2, block_size)
+    shape = cache_shape(num_layers, num_heads, 1, 2, block_size)
     entries = [entry_scores(layer, config, block_size) for layer in scores]
     first = torch.cat([layer.first for layer in entries])[None]
     second = torch.cat([layer.second for layer in entries])[None] if has_second else None

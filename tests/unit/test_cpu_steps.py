@@ -8,19 +8,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cache_shapes import cache_shape
 
 pytest.importorskip("vllm")
 
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, RequestGeometry
+from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.vllm_integration.platforms.cpu.engine import CPUEngine, HostStep
 from vllm_kvcompress.vllm_integration.worker.engine import EngineParts
 from vllm_kvcompress.vllm_integration.worker.metrics import CompressionStats
 
 BLOCK_SIZE, WINDOW, WIDTH = 16, 8, 16
-SHAPE = CacheShape(2, 2, 1, 8, BLOCK_SIZE)
+SHAPE = cache_shape(2, 2, 1, 8, BLOCK_SIZE)
 SUFFIX = 30
 # A prompt of 100: 5 candidate blocks, 2 region blocks at column 6, 4 tokens behind them.
 CONFIGS = {

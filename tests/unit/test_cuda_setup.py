@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from cache_shapes import cache_shape
 
 pytest.importorskip("vllm")
 
@@ -19,7 +20,6 @@ from vllm_kvcompress.compaction.requests import EMPTY_SLOT, Requests
 from vllm_kvcompress.compaction.score_memory import score_memory_of
 from vllm_kvcompress.compaction.step_plan import plan_step
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.policies import scorer_class
 from vllm_kvcompress.vllm_integration import validate
 from vllm_kvcompress.vllm_integration.platforms.cpu.platform import CPU
@@ -238,9 +238,9 @@ def test_memory_beside_the_pool_is_not_the_pools(monkeypatch, method):
     monkeypatch.setattr(
         worker_module, "output_copy_bytes", lambda model, name, layer: copied[layer]
     )
-    shape = CacheShape(2, 2, 3, 64, 16)
+    shape = cache_shape(2, 2, 3, 64, 16, "bfloat16")
     pages = config.one_shot.counted_buffer_pages(shape, 2048, 16)
-    memory = score_memory_of(config, shape, 2)
+    memory = score_memory_of(config, shape)
     scores = memory.most_bytes(1000, 8) + memory.staged_entry_bytes(2048)
     assert pages > 0 and scores > 0
     # What an engine of that shape keeps for its steps, with the stand-in's two multiprocessors.
@@ -293,7 +293,7 @@ def test_another_attention_in_a_layer_is_refused(monkeypatch):
         for name, chosen in (("a", KVCompressCUDABackend), ("b", FlashAttentionBackend))
     }
     with pytest.raises(KVCompressConfigError, match="layer b of this model has chosen another"):
-        worker._check_layers(layers, CacheShape(2, 2, 1, 64, 16))
+        worker._check_layers(layers, cache_shape(2, 2, 1, 64, 16))
 
 
 def requests_of(config=CONFIG, max_num_reqs=4):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cache_shapes import cache_shape
 from compaction_prompts import (
     NO_BLOCK,
     SHAPE,
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.staging import Staging, flat_places
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape, cdiv
+from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.policies import RECIPES, make_budgets
 from vllm_kvcompress.policies.budgets.base import PageSupply
 from vllm_kvcompress.policies.selection import entries_per_page
@@ -139,7 +140,7 @@ def test_nothing_that_wins_is_dropped(data):
     """With the smallest buffer, whatever the scores: few values, so that many are equal."""
     num_layers, num_heads = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 3))
     granularity, block_size = data.draw(st.sampled_from(["page", "token"])), 4
-    shape = CacheShape(num_layers, num_heads, 1, 2, block_size)
+    shape = cache_shape(num_layers, num_heads, 1, 2, block_size)
     floor = data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     raw = {"method": "snapkv", "budgets": "joint", "floor": floor}
     num_pages = data.draw(st.integers(3, 6))

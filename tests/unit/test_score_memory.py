@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cache_shapes import cache_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_kvcompress.compaction import score_memory
@@ -16,7 +17,6 @@ from vllm_kvcompress.compaction.score_memory import ScoreMemory, score_memory_of
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.compaction.windows import Window
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.ops import PageOrder
 
 META = torch.device("meta")
@@ -88,7 +88,7 @@ def end(compactor, lengths, tells_lse):
 @pytest.mark.parametrize(("method", "window"), METHODS)
 @pytest.mark.parametrize("group", [1, 3, 4, 12])
 def test_what_is_counted_is_what_scores_take(method, window, group, tells_lse):
-    shape, config = CacheShape(3, 2, group, 64, 16), config_of(method, window)
+    shape, config = cache_shape(3, 2, group, 64, 16, "bfloat16"), config_of(method, window)
     compactor = compactor_of(config, shape)
     batch, sizes = end(compactor, (LONG, 2000), tells_lse)
     assert batch.layers_at_once == 3
@@ -106,10 +106,10 @@ def test_what_is_counted_is_what_scores_take(method, window, group, tells_lse):
 @pytest.mark.parametrize(("method", "window"), METHODS)
 def test_batches_keep_within_what_is_counted(method, window, max_prompts, max_len):
     """The batches that the engine makes of a step's prompts, at the 8B shape."""
-    shape, config = CacheShape(32, 8, 4, 128, 16), config_of(method, window)
+    shape, config = cache_shape(32, 8, 4, 128, 16, "bfloat16"), config_of(method, window)
     plan = score_memory.make_scorer(config).window_plan()
-    memory, geometry = ScoreMemory(config, shape, 2, plan), config.geometry(16)
-    most = score_memory_of(config, shape, 2).most_bytes(max_len, max_prompts)
+    memory, geometry = ScoreMemory(config, shape, plan), config.geometry(16)
+    most = score_memory_of(config, shape).most_bytes(max_len, max_prompts)
     window_bytes = window * 32 * (128 * 2 + 4)
     for length in (max_len, max_len // 2, 200):
         longest = geometry.of(length)
@@ -128,23 +128,23 @@ def test_batches_keep_within_what_is_counted(method, window, max_prompts, max_le
 
 
 def test_what_a_small_server_needs_is_less_than_the_limits():
-    shape = CacheShape(32, 8, 4, 128, 16)
-    small = score_memory_of(config_of("span", 16), shape, 2).most_bytes(4096, 4)
-    large = score_memory_of(config_of("span", 16), shape, 2).most_bytes(131072, 256)
+    shape = cache_shape(32, 8, 4, 128, 16, "bfloat16")
+    small = score_memory_of(config_of("span", 16), shape).most_bytes(4096, 4)
+    large = score_memory_of(config_of("span", 16), shape).most_bytes(131072, 256)
     assert small < large < 2 * 256 * 2**20 + 64 * 2**20 + 8 * 2**20
     # Four prompts of 4,096 tokens: 12 MiB of scores of the layers at hand each, 4 MiB of all
     # layers' scores of what is chosen from, single tokens, and 4 MiB of windows.
     assert 4 * 18 * 2**20 < small < 4 * 28 * 2**20
     # A budget that every prompt fits.
     whole = KVCompressConfig("span", budget=4096)
-    assert score_memory_of(whole, shape, 2).most_bytes(4096, 4) == 0
+    assert score_memory_of(whole, shape).most_bytes(4096, 4) == 0
     # Torch's own memory is not counted.
-    assert 0 < score_memory_of(config_of("tova", 16), shape, 2).most_bytes(4096, 4) < small
+    assert 0 < score_memory_of(config_of("tova", 16), shape).most_bytes(4096, 4) < small
 
 
 def test_roots_are_held_once():
     """One stack in the pool's type, of which every layer has a part."""
-    shape = CacheShape(3, 2, 3, 64, 16)
+    shape = cache_shape(3, 2, 3, 64, 16, "bfloat16")
     compactor = compactor_of(config_of("span", 16), shape)
     stacked = compactor.scoring._stacked.output_root
     assert stacked.shape == (3, 2, 64, 64) and stacked.dtype == torch.bfloat16
@@ -156,10 +156,10 @@ def test_roots_are_held_once():
 @pytest.mark.parametrize("method", ["snapkv", "span", "ada-criticalkv"])
 def test_scores_of_all_prompts_of_a_step_fit_what_their_blocks_leave(method, granularity):
     # All of them are there until the step's last layer, however many batches they are cut into.
-    shape = CacheShape(32, 8, 4, 128, 16)
+    shape = cache_shape(32, 8, 4, 128, 16, "bfloat16")
     options = (("granularity", granularity),)
     config = KVCompressConfig(method, budget=1024, window=16, options=options)
-    memory, geometry = score_memory_of(config, shape, 2), config.geometry(16)
+    memory, geometry = score_memory_of(config, shape), config.geometry(16)
     block_bytes = 32 * 8 * 2 * 16 * 128 * 2
     for lengths in ([32768] * 64, [2048] * 3, [131072, 4096]):
         longest = [geometry.of(n) for n in lengths]

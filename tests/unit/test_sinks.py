@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from cache_shapes import cache_shape
 from compaction_prompts import (
     LAYERS,
     SHAPE,
@@ -26,7 +27,6 @@ from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.prompts import PromptCompaction
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import CacheShape
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.policies import RECIPES, make_scorer
 from vllm_kvcompress.policies.base import ScoreInputs
@@ -202,7 +202,7 @@ def test_each_layer_is_scored_with_its_own_sinks(method):
 @pytest.mark.parametrize("method", ["snapkv", "kvc", "tova"])
 def test_batches_on_a_gpus_pages_count_the_sink(method):
     num_tokens, block_size = 101, 16
-    shape = CacheShape(2, 2, 3, 64, block_size)
+    shape = cache_shape(2, 2, 3, 64, block_size)
     options = (("granularity", "token"),)
     config = KVCompressConfig(method, budget=48, window=WINDOW, options=options)
     geometry = config.geometry(block_size).of(num_tokens)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressConfigError
-from vllm_kvcompress.memory import cdiv
+from vllm_kvcompress.memory import PageFormat, cdiv
+from vllm_kvcompress.memory.page_format import ELEMENT_BYTES
 from vllm_kvcompress.model_layers import (
     FULL,
     WINDOWED,
@@ -17,7 +18,6 @@ from vllm_kvcompress.model_layers import (
     read_layers,
 )
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LENGTH_KEYS = (
     "max_position_embeddings",
     "n_positions",
@@ -40,7 +40,7 @@ class ModelShape:
     Attributes:
         num_layers, num_kv_heads, head_size: of the layers with full attention and a cache of their
             own.
-        dtype: of the cached numbers, a key of `DTYPE_BYTES`.
+        dtype: of the cached numbers, a key of `ELEMENT_BYTES`.
         num_windowed_layers: layers with a sliding window beside them, which stay as they are.
         window_tokens: tokens that these see; 0 if there are none.
         windowed_per_block: most of these that share blocks; 0 if there are none.
@@ -69,8 +69,8 @@ class ModelShape:
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block of `block_size` tokens: keys and values of its layers and heads."""
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_size
-        return per_token * DTYPE_BYTES[self.dtype] * block_size
+        page = PageFormat(self.dtype, block_size, self.head_size)
+        return self.num_layers * self.num_kv_heads * page.num_bytes
 
 
 def read_shape(model: str, cache_dtype: str = "auto", tensor_parallel_size: int = 1) -> ModelShape:
@@ -78,7 +78,7 @@ def read_shape(model: str, cache_dtype: str = "auto", tensor_parallel_size: int 
 
     Args:
         model: folder with a config.json, or a hub name.
-        cache_dtype: a key of `DTYPE_BYTES`; 'auto' = the model's, as vLLM would serve it.
+        cache_dtype: a key of `ELEMENT_BYTES`; 'auto' = the model's, as vLLM would serve it.
         tensor_parallel_size: ranks that the KV heads are split over, or copied to if they are
             fewer.
 
@@ -176,10 +176,10 @@ def _rope_factor(parameters: dict[str, Any]) -> float:
 def _served_dtype(config: Any, text_config: Any) -> str:
     dtype = getattr(config, "dtype", None) or getattr(text_config, "dtype", None) or "float32"
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPE_BYTES:
+    if name not in ELEMENT_BYTES:
         raise KVCompressConfigError(
             f"the model's dtype {name} is no dtype of a KV cache; "
-            f"give --kv-cache-dtype ({', '.join(DTYPE_BYTES)})"
+            f"give --kv-cache-dtype ({', '.join(ELEMENT_BYTES)})"
         )
     # vLLM serves float32 checkpoints in half precision unless told otherwise.
     return "bfloat16" if name == "float32" else name

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_kvcompress.cli import report
-from vllm_kvcompress.cli.model import DTYPE_BYTES
 from vllm_kvcompress.cli.planning import make_plan
 from vllm_kvcompress.cli.sizes import parse_size
 from vllm_kvcompress.config import DEFAULT_BLOCK_SIZE, KVCompressConfig, KVCompressConfigError
 from vllm_kvcompress.flags import add_flags, merge_flags
+from vllm_kvcompress.memory.page_format import ELEMENT_BYTES
 
 
 def add_parser(commands: Any) -> None:
@@ -52,7 +52,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--kv-cache-dtype",
         default="auto",
-        choices=("auto", *DTYPE_BYTES),
+        choices=("auto", *ELEMENT_BYTES),
         help="auto (default): the model's",
     )
     parser.add_argument(

@@ -106,7 +106,7 @@ class Compactor:
         self.buffer: torch.Tensor | None = None
         self.scoring = Scoring(config, shape, pool, order, layers, backends.score)
         self._chooser = Chooser(config, shape, pool.device, backends.select)
-        self.memory = ScoreMemory(config, shape, pool.element_size(), self.scoring.plan)
+        self.memory = ScoreMemory(config, shape, self.scoring.plan)
 
     @property
     def ops_name(self) -> str:

@@ -28,21 +28,17 @@ class ScoreMemory:
     Args:
         config: validated setting.
         shape: of the paged cache.
-        element_bytes: of one element of a query, a key or a value.
         plan: how fused ops make the scores; None = torch makes them, which is not counted.
     """
 
     def __init__(
-        self,
-        config: KVCompressConfig,
-        shape: CacheShape,
-        element_bytes: int,
-        plan: WindowPlan | None,
+        self, config: KVCompressConfig, shape: CacheShape, plan: WindowPlan | None
     ) -> None:
         self._config, self._shape, self._plan = config, shape, plan
         num_heads = shape.num_kv_heads * shape.num_queries_per_kv
-        self._element_bytes = element_bytes
-        self._window_bytes = config.window * num_heads * (shape.head_size * element_bytes + 4)
+        # Queries have the type of keys and values.
+        query_bytes = shape.head_size * shape.page.element_bytes
+        self._window_bytes = config.window * num_heads * (query_bytes + 4)
 
     def entry_bytes(self, geometry: RequestGeometry) -> int:
         """Of one kind of a prompt's scores, in a batch of prompts as long."""
@@ -74,8 +70,7 @@ class ScoreMemory:
         """
         per_page = entries_per_page(self._config, self._shape.block_size)
         num_kinds = 5 if self._config.num_scores == 2 else 2
-        page_bytes = 2 * self._shape.block_size * self._shape.head_size * self._element_bytes
-        return 4 * num_kinds * per_page / page_bytes
+        return 4 * num_kinds * per_page / self._shape.page.num_bytes
 
     def layers_at_once(self, longest: RequestGeometry, num_prompts: int, num_kept: int) -> int:
         """Layers of a batch that are scored together, in groups of about the same size.
@@ -96,9 +91,7 @@ class ScoreMemory:
     def staged_entry_bytes(self, num_tokens: int) -> int:
         """Of prompts without blocks for what they evict, so many tokens together."""
         shape = self._shape
-        page_bytes = 2 * shape.block_size * shape.head_size * self._element_bytes
-        block_bytes = shape.pages_per_block * page_bytes
-        return int(self.entry_share() * block_bytes) * cdiv(num_tokens, shape.block_size)
+        return int(self.entry_share() * shape.block_bytes) * cdiv(num_tokens, shape.block_size)
 
     def most_bytes(self, max_len: int, max_prompts: int) -> int:
         """Most that prompts with blocks take together, whatever they are.
@@ -124,6 +117,6 @@ class ScoreMemory:
         return most + num_layers * self._window_bytes
 
 
-def score_memory_of(config: KVCompressConfig, shape: CacheShape, element_bytes: int) -> ScoreMemory:
+def score_memory_of(config: KVCompressConfig, shape: CacheShape) -> ScoreMemory:
     """That of a setting."""
-    return ScoreMemory(config, shape, element_bytes, make_scorer(config).window_plan())
+    return ScoreMemory(config, shape, make_scorer(config).window_plan())

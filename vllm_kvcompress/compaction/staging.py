@@ -292,7 +292,7 @@ class Staging:
             is_moved = (source >= 0) & (target >= 0)
             self._move_tokens(source[is_moved], pages, target[is_moved], self._order)
             return
-        as_entries = (-1, self._buffer.shape[1] * self._buffer.shape[2] // self._per_page)
+        as_entries = (-1, self._shape.page.num_elements // self._per_page)
         ops.move_entries(
             self._buffer.view(as_entries),
             source,

@@ -8,12 +8,14 @@ from vllm_kvcompress.memory.geometry import (
     cdiv,
     shared_geometry,
 )
+from vllm_kvcompress.memory.page_format import PageFormat
 from vllm_kvcompress.memory.retention import Retention, Schedule
 
 __all__ = [
     "CacheShape",
     "CompressedRow",
     "Geometry",
+    "PageFormat",
     "RequestGeometry",
     "Retention",
     "RowState",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_kvcompress.memory.page_format import PageFormat
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -13,15 +15,28 @@ class CacheShape:
         num_layers: L.
         num_kv_heads: H on this rank.
         num_queries_per_kv: g, query heads per KV head.
-        head_size: elements of a key, and of a value.
-        block_size: tokens per block, and per page.
+        page: what a page of one KV head is.
     """
 
     num_layers: int
     num_kv_heads: int
     num_queries_per_kv: int
-    head_size: int
-    block_size: int
+    page: PageFormat
+
+    @property
+    def head_size(self) -> int:
+        """Elements of a key, and of a value."""
+        return self.page.head_size
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block, and per page."""
+        return self.page.num_tokens
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return self.pages_per_block * self.page.num_bytes
 
     @property
     def pages_per_block(self) -> int:

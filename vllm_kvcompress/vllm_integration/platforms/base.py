@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvcompress.memory.page_format import PLAIN
+
 if TYPE_CHECKING:
     import torch
 
@@ -71,6 +73,10 @@ class Platform:
             is_first_rank: whether to log what people should know.
         """
         raise NotImplementedError
+
+    def page_order(self, layer: Any) -> str:
+        """Name of the elements' order in pages that a layer's kernel fills."""
+        return PLAIN
 
     def step_buffer_bytes(
         self, shape: CacheShape, max_num_reqs: int, dtype: torch.dtype, device: torch.device

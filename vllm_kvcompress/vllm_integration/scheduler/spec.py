@@ -8,7 +8,7 @@ from typing import Any
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.config import KVCompressConfig
-from vllm_kvcompress.memory import Geometry
+from vllm_kvcompress.memory import Geometry, PageFormat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,11 @@ class KVCompressSpec(FullAttentionSpec):
     def geometry(self) -> Geometry:
         """Geometry of requests under this spec."""
         return self.kv_compress.geometry(self.block_size)
+
+    def page_format(self, order: str) -> PageFormat:
+        """What one page of one KV head is, its elements' order having this name."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return PageFormat(dtype, self.block_size, self.head_size, order=order)
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         """Width of the worker's block-table row: freed entries keep their place in it."""

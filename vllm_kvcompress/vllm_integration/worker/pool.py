@@ -13,10 +13,13 @@ def flat_pool(layer_views: list[torch.Tensor], shape: CacheShape) -> torch.Tenso
     Page `(block * L + layer) * H + head` is contiguous.
 
     Raises:
-        RuntimeError: if the views are laid out otherwise.
+        RuntimeError: if the views are laid out otherwise, or have other elements.
     """
     first = layer_views[0]
-    page = 2 * shape.block_size * shape.head_size
+    page = shape.page.num_elements
+    dtype = str(first.dtype).removeprefix("torch.")
+    if dtype != shape.page.dtype:
+        raise RuntimeError(f"KV cache of {dtype}; expected pages of {shape.page.dtype}")
     num_blocks = first.shape[0]
     want_shape = (num_blocks, shape.num_kv_heads, shape.block_size, 2 * shape.head_size)
     want_strides = (shape.pages_per_block * page, page, 2 * shape.head_size, 1)

@@ -118,19 +118,23 @@ class CompressionWorker(_Base):
         self.total_consumed += own
         return available - own
 
+    def _cache_shape(self, spec: KVCompressSpec, layer: Any, num_layers: int) -> CacheShape:
+        """Shape of a cache whose layers are all like this one."""
+        page = spec.page_format(self.platform.page_order(layer))
+        return CacheShape(num_layers, spec.num_kv_heads, layer.num_heads // spec.num_kv_heads, page)
+
     def _own_bytes(self, available: int) -> int:
         """What compression keeps beside a pool that has the rest of the available bytes."""
         specs = compressed_specs(self.get_kv_cache_spec())
         name, spec = next(iter(specs.items()))
-        group = self._layers[name].num_heads // self._layers[name].num_kv_heads
-        shape = CacheShape(len(specs), spec.num_kv_heads, group, spec.head_size, spec.block_size)
-        self.platform.check_heads(shape.head_size, group)
+        shape = self._cache_shape(spec, self._layers[name], len(specs))
+        self.platform.check_heads(shape.head_size, shape.num_queries_per_kv)
         max_num_reqs, staged_tokens = self._max_num_reqs(), self._staged_tokens()
         assert self.device is not None
         own = self.platform.step_buffer_bytes(shape, max_num_reqs, spec.dtype, self.device)
         pages = self._config.one_shot.counted_buffer_pages(shape, staged_tokens, max_num_reqs)
-        own += pages * spec.page_size_bytes // spec.num_kv_heads
-        scores = score_memory_of(self._config, shape, spec.dtype.itemsize)
+        own += pages * shape.page.num_bytes
+        scores = score_memory_of(self._config, shape)
         own += scores.staged_entry_bytes(staged_tokens)
         own += scores.most_bytes(
             self.vllm_config.model_config.max_model_len,
@@ -169,14 +173,7 @@ class CompressionWorker(_Base):
         owners = (name for name in group.layer_names if name not in readers)
         self._layer_names = sorted(owners, key=extract_layer_index)
         layers: dict[str, Attention] = {name: self._layers[name] for name in self._layer_names}
-        first = next(iter(layers.values()))
-        shape = CacheShape(
-            num_layers=len(layers),
-            num_kv_heads=spec.num_kv_heads,
-            num_queries_per_kv=first.num_heads // spec.num_kv_heads,
-            head_size=spec.head_size,
-            block_size=spec.block_size,
-        )
+        shape = self._cache_shape(spec, next(iter(layers.values())), len(layers))
         check_table_shape(self._config, shape.num_layers, shape.num_kv_heads)
         self.platform.check_heads(shape.head_size, shape.num_queries_per_kv)
         self._check_layers(layers, shape)
@@ -205,8 +202,7 @@ class CompressionWorker(_Base):
     def _check_layers(self, layers: dict[str, Attention], shape: CacheShape) -> None:
         """Refuse layers that vLLM has laid out otherwise, or that chose another attention."""
         first = next(iter(layers.values()))
-        block_elements = shape.pages_per_block * 2 * shape.block_size * shape.head_size
-        if first.kv_cache.stride(0) != block_elements:
+        if first.kv_cache.stride(0) != shape.pages_per_block * shape.page.num_elements:
             raise KVCompressConfigError(
                 f"KV compression does not support how vLLM lays out this model: blocks of its "
                 f"{shape.num_layers} full-attention layers are padded to the size of the others'"

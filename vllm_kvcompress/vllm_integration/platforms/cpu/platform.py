@@ -44,6 +44,10 @@ class CPU(Platform):
             (vllm_config.use_v2_model_runner, "Model Runner V2; unset VLLM_USE_V2_MODEL_RUNNER"),
         )
 
+    def page_order(self, layer: Any) -> str:
+        """The instruction set, which vLLM's kernel orders its pages for."""
+        return layer.isa
+
     def make_engine(
         self, parts: EngineParts, attention: dict[str, Any], is_first_rank: bool
     ) -> WorkerEngine:
@@ -63,7 +67,7 @@ class CPU(Platform):
             )
         shape = parts.shape
         dtype = first.kv_cache.dtype
-        order = find_page_order(first.isa, shape.block_size, shape.head_size, dtype)
+        order = find_page_order(shape.page.order, shape.block_size, shape.head_size, dtype)
         return CPUEngine(parts, order, *choose_ops())
 
 
