@@ -99,7 +99,7 @@ class Prompt:
 
     def compactor(self, backend: str) -> Compactor:
         """Of these pages."""
-        backends = Backends(backend, backend)
+        backends = Backends.all(backend)
         return Compactor(self.config, self.shape, self.pool, self.order, self.layers, backends)
 
     def run(self, compactor: Compactor) -> tuple[float, float, torch.Tensor]:

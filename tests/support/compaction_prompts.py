@@ -20,7 +20,7 @@ from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.memory import RequestGeometry, cdiv
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, Rotary, ScoreInputs
-from vllm_kvcompress.policies.selection import entry_scores
+from vllm_kvcompress.policies.entries import entry_scores
 
 SHAPE = cache_shape(num_layers=3, num_kv_heads=2, num_queries_per_kv=3, head_size=6, block_size=4)
 WINDOW = 5
@@ -141,7 +141,7 @@ def on_backend(backend):
 
 def make_compactor(config, prompt, layers=LAYERS):
     pool = prompt.pool.view(-1, SHAPE.block_size, 2 * SHAPE.head_size)
-    backends = Backends(_BACKEND, _BACKEND)
+    backends = Backends.all(_BACKEND)
     return Compactor(config, SHAPE, pool, prompt.order, layers, backends)
 
 

@@ -84,7 +84,7 @@ class CapturedStep:
     def __init__(self, rig: Rig, num_rows: int) -> None:
         # What layers read of later steps lies at the same addresses.
         metadata = rig.metadata([], num_rows, is_step=False)
-        assert metadata.step.num_single == num_rows and not metadata.runs
+        assert metadata.step.plan.num_single == num_rows and not metadata.runs
         self.num_rows = num_rows
         self._inputs = [
             tuple(torch.zeros_like(x) for x in layer) for layer in rig.random_tokens(num_rows)

@@ -16,12 +16,12 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.policies.base import LayerScores
 from vllm_kvcompress.policies.budgets.base import Budgets, PageSupply
-from vllm_kvcompress.policies.registry import make_budgets
-from vllm_kvcompress.policies.selection import (
+from vllm_kvcompress.policies.entries import (
     entries_per_page,
     entry_scores,
     first_stage_counts,
 )
+from vllm_kvcompress.policies.registry import make_budgets
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vllm_kvcompress.memory import RequestGeometry
 from vllm_kvcompress.ops.window.plan import MAX_POOL_KERNEL
 from vllm_kvcompress.policies import RECIPES, make_scorer
 from vllm_kvcompress.policies.base import LayerScores
-from vllm_kvcompress.policies.selection import entry_scores
+from vllm_kvcompress.policies.entries import entry_scores
 
 PLANNED = [
     {"method": "snapkv"},

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvcompress.compaction.requests import EMPTY_SLOT, Requests
+from vllm_kvcompress.compaction.requests import NO_OFFSETS, Requests
 from vllm_kvcompress.compaction.score_memory import score_memory_of
 from vllm_kvcompress.compaction.step_plan import plan_step
 from vllm_kvcompress.config import KVCompressConfig, KVCompressConfigError
@@ -329,9 +329,9 @@ def test_a_step_of_every_kind_of_row():
         6,
         6,
         5,
-        requests.get_or_create("decoding", 104).slot,
+        requests.get_or_create("decoding", 104).offsets_row,
     ]
-    assert found.numbers[:, 4].tolist() == [2, 6, 6, 0, EMPTY_SLOT]
+    assert found.numbers[:, 4].tolist() == [2, 6, 6, 0, NO_OFFSETS]
     assert found.numbers[:, 5].tolist() == [0] * 5
     assert [(row.row, row.token_start, row.query_len) for row in found.extended] == [(2, 2, 12)]
     assert [(row, seq_len) for row, seq_len, _ in found.cut] == [(4, 104)]

@@ -27,7 +27,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.policies import RECIPES, make_budgets
 from vllm_kvcompress.policies.budgets.base import PageSupply
-from vllm_kvcompress.policies.selection import entries_per_page
+from vllm_kvcompress.policies.entries import entries_per_page
 
 BUDGETS = {
     "uniform": {},

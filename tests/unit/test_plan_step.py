@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from plan_reference import PlainPlan, PlainRequests, Row
 
-from vllm_kvcompress.compaction.requests import EMPTY_SLOT, SLOT, Requests
+from vllm_kvcompress.compaction.requests import NO_OFFSETS, OFFSETS_ROW, Requests
 from vllm_kvcompress.compaction.step_plan import StepPlan, plan_step, prompt_runs
 from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import Geometry
@@ -195,15 +195,15 @@ def test_requests_that_only_decode_are_looked_at_together(monkeypatch):
 def test_a_name_with_another_prompt_is_another_request():
     requests = Requests(config_of().geometry(16), NUM_LAYERS, 2)
     (chunk,) = plan_rows(requests, [Row("a", 160, 0, 160)]).chunks
-    slot = requests.mark_compacted(chunk.request)
-    assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[SLOT, 0] == slot
+    row = requests.mark_compacted(chunk.request)
+    assert plan_rows(requests, [Row("a", 160, 160, 1)]).numbers[OFFSETS_ROW, 0] == row
     # The same length, though nobody has told that the first has left: it is taken for it.
     with pytest.raises(RuntimeError, match="at 161 of 161 tokens but was never compacted here"):
         plan_rows(requests, [Row("a", 161, 161, 1)])
-    # Its slot has been given back.
-    assert requests.mark_compacted(requests.get_or_create("b", 160)) == slot
+    # Its row has been given back.
+    assert requests.mark_compacted(requests.get_or_create("b", 160)) == row
     plan = plan_rows(requests, [Row("a", 20, 20, 1)])
-    assert plan.numbers[:, 0].tolist() == [0, 0, 0, 0, EMPTY_SLOT]
+    assert plan.numbers[:, 0].tolist() == [0, 0, 0, 0, NO_OFFSETS]
     assert not plan.has_regions
     requests.forget("a")
     requests.forget("b")

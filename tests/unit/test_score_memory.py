@@ -56,7 +56,7 @@ def compactor_of(config, shape):
     ).bfloat16()
     layers = [LayerParameters(0.1, output_weight=weight, output_root=root)] * shape.num_layers
     order = PageOrder.plain(shape.block_size, shape.head_size)
-    return Compactor(config, shape, pool, order, layers, Backends("triton", "triton"))
+    return Compactor(config, shape, pool, order, layers, Backends.all("triton"))
 
 
 def end(compactor, lengths, tells_lse):

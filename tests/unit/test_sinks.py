@@ -220,7 +220,7 @@ def test_batches_on_a_gpus_pages_count_the_sink(method):
         pool.view(-1, block_size, 128),
         PageOrder.plain(block_size, 64),
         layers,
-        Backends("reference", "reference"),
+        Backends.all("reference"),
     )
     scorer = compactor.scoring.scorer
     assert compactor.scoring.is_fused == (method != "tova")

@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 
 from timing import step_overhead as bench
 
-from vllm_kvcompress.compaction.requests import SLOT
+from vllm_kvcompress.compaction.requests import OFFSETS_ROW
 
 
 @pytest.mark.parametrize("runner", ["v1", "v2"])
@@ -21,10 +21,10 @@ def test_steps_are_of_the_kind_that_they_are_called(runner):
     decode, mixed = plans
     assert decode.num_single == 32
     assert not decode.chunks and not decode.extended and not decode.finished_dense
-    assert (decode.numbers[SLOT] > 0).sum() == 24
+    assert (decode.numbers[OFFSETS_ROW] > 0).sum() == 24
     assert mixed.num_single == 24
     assert [chunk.finishes for chunk in mixed.chunks] == [True] * 4
-    assert (mixed.numbers[SLOT] > 0).sum() == 18
+    assert (mixed.numbers[OFFSETS_ROW] > 0).sum() == 18
 
 
 def test_the_json_has_every_case(monkeypatch, tmp_path, capsys):

@@ -199,7 +199,7 @@ class Compactor:
             geometries,
             block_table,
             [int(b.stream_guaranteed[0]) for b in self._chooser.budgets(geometries)],
-            move_backend=self._backends.score,
+            move_backend=self._backends.move,
             select_backend=self._backends.select,
         )
 

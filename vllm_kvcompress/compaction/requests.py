@@ -13,11 +13,11 @@ from vllm_kvcompress.compaction.prompts import PromptCompaction
 from vllm_kvcompress.memory import CompressedRow, Geometry, RequestGeometry
 
 # Row of the page offsets that stands for "nothing kept yet".
-EMPTY_SLOT = 0
+NO_OFFSETS = 0
 
 # What is kept of every request. The first five are a row's numbers in a `StepPlan`; the first four
 # are those of a `RowDescriptor`, in its order, without the length.
-REGION_BLOCKS, REGION_COLUMN, BOUNDARY_BLOCK, FIRST_KEPT_BLOCK, SLOT = range(5)
+REGION_BLOCKS, REGION_COLUMN, BOUNDARY_BLOCK, FIRST_KEPT_BLOCK, OFFSETS_ROW = range(5)
 COMPACT_LEN, REGION_FROM, PROMPT_LEN, _NUM_FIELDS = range(5, 9)
 # Tokens from which on a request that stays whole has a region.
 _NEVER = np.iinfo(np.int32).max
@@ -30,13 +30,13 @@ class CompressedRequest:
     Attributes:
         prompt: what is collected until compaction.
         place: its column of the arrays of all requests.
-        slot: row of the worker's page offsets; `EMPTY_SLOT` before compaction.
+        offsets_row: of the worker's page offsets; `NO_OFFSETS` before compaction.
         attention: what a platform's attention has made of its row, to be used again.
     """
 
     prompt: PromptCompaction
     place: int
-    slot: int = EMPTY_SLOT
+    offsets_row: int = NO_OFFSETS
     attention: Any = None
 
     @property
@@ -69,7 +69,7 @@ class Requests:
         self._requests: list[CompressedRequest | None] = [None] * max_num_reqs
         self._fields = np.zeros((_NUM_FIELDS, max_num_reqs), np.int32)
         self._free_places = list(range(max_num_reqs))
-        self._free_slots = list(range(max_num_reqs, EMPTY_SLOT, -1))
+        self._free_offsets_rows = list(range(max_num_reqs, NO_OFFSETS, -1))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -139,7 +139,7 @@ class Requests:
             row, region_from = row.compacted(geometry.point), geometry.region_from_tokens
         self._fields[:, place] = (
             *row.layout.descriptor(0)[1:],
-            EMPTY_SLOT,
+            NO_OFFSETS,
             geometry.compact_len,
             region_from,
             prompt_len,
@@ -159,12 +159,12 @@ class Requests:
         row = self._rows[request.place]
         assert row is not None
         if not row.is_compacted:
-            if not self._free_slots:
+            if not self._free_offsets_rows:
                 raise RuntimeError(f"more than {len(self)} requests are compacted at once")
             self._rows[request.place] = row.compacted(request.geometry.point)
-            request.slot = self._free_slots.pop()
-            self._fields[SLOT, request.place] = request.slot
-        return request.slot
+            request.offsets_row = self._free_offsets_rows.pop()
+            self._fields[OFFSETS_ROW, request.place] = request.offsets_row
+        return request.offsets_row
 
     def forget(self, request_id: str) -> None:
         """Drop a finished or preempted request; unknown ids are fine."""
@@ -174,5 +174,5 @@ class Requests:
         request, self._requests[place] = self._requests[place], None
         self._rows[place] = None
         self._free_places.append(place)
-        if request is not None and request.slot != EMPTY_SLOT:
-            self._free_slots.append(request.slot)
+        if request is not None and request.offsets_row != NO_OFFSETS:
+            self._free_offsets_rows.append(request.offsets_row)

@@ -14,7 +14,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import WindowPlan
-from vllm_kvcompress.policies.selection import entries_per_page
+from vllm_kvcompress.policies.entries import entries_per_page
 
 # Of a batch's prompts, for each of the two kinds of scores; a single prompt may take more.
 MOST_SCORE_BYTES = 256 * 2**20

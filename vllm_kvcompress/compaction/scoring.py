@@ -19,7 +19,7 @@ from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.policies import make_scorer
 from vllm_kvcompress.policies.base import ChunkInputs, LayerScores, ScoreInputs
-from vllm_kvcompress.policies.selection import entry_scores
+from vllm_kvcompress.policies.entries import entry_scores
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,20 @@ class Backends:
     """Which implementation of the ops computes what.
 
     Attributes:
-        score: of scores, and of moves between buffer and pool: 'triton' and 'reference' score
-            several layers at once, 'native' (compiled, for a CPU) one; 'torch' leaves scores to the
-            scorer.
+        score: of scores: 'triton' and 'reference' score several layers at once, 'native' (compiled,
+            for a CPU) one; 'torch' leaves scores to the scorer.
         select: of selection and what it copies: 'triton', 'native', 'torch' or 'reference'.
+        move: of what moves between the buffer of one-shot prompts and the pool: likewise.
     """
 
     score: str
     select: str
+    move: str
+
+    @classmethod
+    def all(cls, name: str) -> Backends:
+        """One for everything."""
+        return cls(name, name, name)
 
 
 class Scoring:

@@ -19,8 +19,8 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry
 from vllm_kvcompress.ops.transfers import to_device
 from vllm_kvcompress.policies.budgets.base import PageSupply
+from vllm_kvcompress.policies.entries import entries_per_page, first_stage_counts
 from vllm_kvcompress.policies.registry import make_budgets
-from vllm_kvcompress.policies.selection import entries_per_page, first_stage_counts
 
 
 @dataclass(frozen=True)

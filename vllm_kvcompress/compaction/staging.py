@@ -26,7 +26,7 @@ from vllm_kvcompress.config import KVCompressConfig
 from vllm_kvcompress.memory import CacheShape, RequestGeometry, cdiv
 from vllm_kvcompress.ops import PageOrder
 from vllm_kvcompress.ops.transfers import to_device
-from vllm_kvcompress.policies.selection import entries_per_page
+from vllm_kvcompress.policies.entries import entries_per_page
 
 
 def flat_places(

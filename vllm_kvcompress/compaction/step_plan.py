@@ -9,11 +9,11 @@ import numpy as np
 
 from vllm_kvcompress.compaction.requests import (
     COMPACT_LEN,
-    EMPTY_SLOT,
     FIRST_KEPT_BLOCK,
+    NO_OFFSETS,
+    OFFSETS_ROW,
     REGION_BLOCKS,
     REGION_FROM,
-    SLOT,
     CompressedRequest,
     Requests,
 )
@@ -151,7 +151,7 @@ def plan_step(
     # All others decode, or wait for the rest of a prompt that stays whole.
     is_special = np.where(
         is_compressed,
-        ~is_past | (fields[SLOT] == EMPTY_SLOT),
+        ~is_past | (fields[OFFSETS_ROW] == NO_OFFSETS),
         ~is_past & (seq_lens >= compact_lens),
     )
     is_special[num_single:] |= is_compressed[num_single:]
@@ -192,7 +192,7 @@ def _plan_compacted(
 ) -> None:
     """A row behind its compaction point, unless it is a single token of a compacted request."""
     query_len = int(plan.query_lens[row])
-    if request.slot == EMPTY_SLOT:
+    if request.offsets_row == NO_OFFSETS:
         raise RuntimeError(
             f"request {request_id} goes on at {seq_len - query_len} of "
             f"{request.geometry.compact_len} tokens but was never compacted here"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vllm_kvcompress import ops
-from vllm_kvcompress.compaction.requests import SLOT
+from vllm_kvcompress.compaction.requests import OFFSETS_ROW
 from vllm_kvcompress.compaction.scoring import Backends
 from vllm_kvcompress.memory import cdiv
 from vllm_kvcompress.ops import PageOrder, RowDescriptor
@@ -67,13 +67,13 @@ class PlainEngine(WorkerEngine):
 
     def __init__(self, parts: EngineParts) -> None:
         order = PageOrder.plain(parts.shape.block_size, parts.shape.head_size)
-        super().__init__(parts, order, Backends("torch", "torch"))
+        super().__init__(parts, order, Backends.all("torch"))
 
     def prepare(self, common: Any) -> PlainStep:
         """Find the tokens of a step's rows; corrects vLLM's slots in place."""
         plan = self.plan(common, common.seq_lens)
         table, numbers = common.block_table_tensor, torch.from_numpy(plan.numbers)
-        descriptors = torch.column_stack([common.seq_lens, numbers[:SLOT].t()]).int()
+        descriptors = torch.column_stack([common.seq_lens, numbers[:OFFSETS_ROW].t()]).int()
         ops.token_slots(
             ops.Rows(descriptors, table, None, common.query_start_loc),
             len(common.slot_mapping),
@@ -83,7 +83,7 @@ class PlainEngine(WorkerEngine):
         )
         for evicted in plan.one_shot.values():
             common.slot_mapping[evicted] = -1
-        offsets = self.page_offsets[numbers[SLOT].long()]
+        offsets = self.page_offsets[numbers[OFFSETS_ROW].long()]
         starts = common.query_start_loc_cpu.tolist()
         rows = [
             self._row(slice(*starts[i : i + 2]), RowDescriptor(*numbers), table[i], offsets[i])

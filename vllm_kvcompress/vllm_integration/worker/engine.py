@@ -355,8 +355,8 @@ class WorkerEngine:
     def _compact(self, ending: Ending) -> None:
         batch = ending.batch
         num_pages, page_offsets = self.compactor.compact(batch)
-        slots = [self.requests.mark_compacted(chunk.request) for chunk in ending.chunks]
-        index = to_device(np.array(slots), self.pool.device)
+        rows = [self.requests.mark_compacted(chunk.request) for chunk in ending.chunks]
+        index = to_device(np.array(rows), self.pool.device)
         self.page_offsets.index_copy_(0, index, page_offsets)
         self.stats.record_compressed(
             [chunk.request_id for chunk in ending.chunks],
@@ -374,8 +374,8 @@ class WorkerEngine:
         row = self.requests.row(request_id)
         if not row.is_compacted:
             return row
-        slot = self.requests.get(request_id).slot
-        return row.with_page_counts(self.page_offsets[slot].diff().tolist())
+        offsets = self.page_offsets[self.requests.get(request_id).offsets_row]
+        return row.with_page_counts(offsets.diff().tolist())
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drop requests that have finished or were preempted."""

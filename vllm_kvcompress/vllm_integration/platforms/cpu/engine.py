@@ -12,8 +12,8 @@ from vllm_kvcompress import ops
 from vllm_kvcompress.compaction.parameters import LayerParameters
 from vllm_kvcompress.compaction.requests import (
     BOUNDARY_BLOCK,
+    OFFSETS_ROW,
     REGION_BLOCKS,
-    SLOT,
     CompressedRequest,
 )
 from vllm_kvcompress.compaction.scoring import Backends
@@ -70,7 +70,7 @@ class CPUEngine(WorkerEngine):
         why_torch: str | None = None,
     ) -> None:
         self._why_torch = why_torch
-        super().__init__(parts, order, Backends(backend, backend))
+        super().__init__(parts, order, Backends.all(backend))
         shape = self.shape
         pages = self.pool.view(-1, 1, 2 * shape.block_size, shape.head_size)
         self.kernel_pages = pages.chunk(2, dim=2)
@@ -100,7 +100,7 @@ class CPUEngine(WorkerEngine):
         for evicted in plan.one_shot.values():
             common.slot_mapping[evicted] = -1
         compacted = np.flatnonzero(plan.is_compacted).tolist()
-        offsets = self.page_offsets[torch.from_numpy(plan.numbers[SLOT, compacted]).long()]
+        offsets = self.page_offsets[torch.from_numpy(plan.numbers[OFFSETS_ROW, compacted]).long()]
         others = set(compacted) | plan.one_shot.keys()
         return HostStep(
             plan=plan,

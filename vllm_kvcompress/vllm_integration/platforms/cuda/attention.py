@@ -165,7 +165,7 @@ class KVCompressCUDAMetadataBuilder(FlashAttentionMetadataBuilder):
             index = [chunk.row for chunk in step.staged.chunks].index(first)
             table, slots = self.engine.staged_places(step, index, index + end - first)
         else:
-            table = step.dense_table[first - step.num_single : end - step.num_single]
+            table = step.dense_table[first - step.first_dense : end - step.first_dense]
             slots = common.slot_mapping[tokens]
         rows = _only_rows(common, first, end, table, slots)
         return PromptRun(tokens, super().build(0, rows, fast_build), is_one_shot)
@@ -226,7 +226,7 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
         if step is None:
             return output
         assert engine is not None
-        num_single = step.num_single
+        num_single = step.plan.num_single
         if num_single:
             self._decode(
                 query[:num_single],

@@ -60,9 +60,8 @@ class DeviceStep(Step):
         block_table: [R, W] int32, vLLM's.
         query_start_loc: [R + 1] int32, vLLM's.
         work: shares of the decode kernel's programs in the single rows; None for the reference.
-        num_single: rows at the front that have one token each; `dense_table` has the others.
-        extended: rows behind them that are compressed.
-        runs: the others behind them as (first row, end, whether they are one-shot), in order.
+        extended: rows behind the single ones that are compressed.
+        runs: the others as (first row, end, whether they are one-shot), in order.
     """
 
     rows: torch.Tensor
@@ -70,7 +69,6 @@ class DeviceStep(Step):
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     work: ops.DecodeWork | None
-    num_single: int
     extended: list[ExtendedRun] = field(default_factory=list)
     runs: list[tuple[int, int, bool]] = field(default_factory=list)
 
@@ -98,7 +96,7 @@ class CUDAEngine(WorkerEngine):
         self._tells_lse = tells_lse
         self.backend = backend
         order = PageOrder.plain(parts.shape.block_size, parts.shape.head_size)
-        super().__init__(parts, order, Backends(backend, select_backend or backend))
+        super().__init__(parts, order, Backends(backend, select_backend or backend, move=backend))
         self._work, self._extended_work = None, None
         if backend != "reference":
             self._work, self._extended_work = self._buffers.work, self._buffers.extended_work
@@ -168,7 +166,6 @@ class CUDAEngine(WorkerEngine):
                 self._work,
                 ops.Rows(rows[single], block_table[single], page_offsets[single], starts),
             ),
-            num_single=plan.num_single,
             extended=[self._extended_run(row, plan.numbers, block_table) for row in plan.extended],
             runs=prompt_runs(plan),
         )
