@@ -38,7 +38,7 @@ class PlainPlan:
     cut: list[tuple[int, int, RequestGeometry]] = field(default_factory=list)
     one_shot: dict[int, slice] = field(default_factory=dict)
     chunks: list[tuple] = field(default_factory=list)
-    finished_dense: list[tuple[str, int]] = field(default_factory=list)
+    finished_whole: list[tuple[str, int]] = field(default_factory=list)
     runs: list[tuple[int, int, bool]] = field(default_factory=list)
 
 
@@ -107,7 +107,7 @@ class PlainRequests:
         compact_len = geometry.compact_len
         if not geometry.is_compressed:
             if before < compact_len <= after:
-                plan.finished_dense.append((row.request_id, row.prompt_len))
+                plan.finished_whole.append((row.request_id, row.prompt_len))
             return
         is_single = number < plan.num_single
         if before >= compact_len and slot == 0:

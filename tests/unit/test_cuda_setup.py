@@ -371,5 +371,5 @@ def test_slots_are_given_back():
 
 def test_dense_prompts_are_told():
     found = plan(requests_of(), [("a", 50, 0, 50), ("b", 60, 0, 30)])
-    assert found.finished_dense == [("a", 50)]
+    assert found.finished_whole == [("a", 50)]
     assert not found.chunks and not found.has_regions

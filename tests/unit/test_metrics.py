@@ -49,7 +49,7 @@ def test_external_request_id(internal: str, external: str) -> None:
 def test_counts_of_compressed_and_dense_prompts() -> None:
     stats = CompressionStats(log=False)
     compress(stats, "0-a74c0dd9", GEOMETRY, [[1, 3], [2, 2]])
-    stats.record_dense("1-a74c0dda", 40)
+    stats.record_whole("1-a74c0dda", 40)
     snapshot = stats.snapshot()
     compressed, dense = snapshot["requests"]
     # 200 - 11 * 16 = 24 dense prompt tokens beside the pages.
@@ -101,7 +101,7 @@ def test_only_the_newest_records_are_kept(monkeypatch) -> None:
     monkeypatch.setattr(metrics, "MAX_REQUEST_RECORDS", 3)
     stats = CompressionStats(log=False)
     for i in range(5):
-        stats.record_dense(f"{i}-a74c0dd9", 10)
+        stats.record_whole(f"{i}-a74c0dd9", 10)
     snapshot = stats.snapshot()
     assert [record["request_id"] for record in snapshot["requests"]] == ["2", "3", "4"]
     assert snapshot["totals"]["prompts"] == 5
@@ -117,7 +117,7 @@ def test_one_line_per_request_and_one_per_interval() -> None:
     try:
         stats = CompressionStats(log_interval_s=3600)
         compress(stats, "0-a74c0dd9", GEOMETRY, [[2, 2]])
-        stats.record_dense("1-a74c0dda", 40)
+        stats.record_whole("1-a74c0dda", 40)
         stats.flush()
         stats.flush()
     finally:
@@ -142,10 +142,10 @@ def test_a_budget_that_does_nothing_is_said(monkeypatch) -> None:
     stats = CompressionStats(log_interval_s=3600, budget=2048)
     for lengths in ([40, 2048, 300], [40, 2049], [30]):
         for prompt_len in lengths:
-            stats.record_dense(f"{len(lines)}-{prompt_len}", prompt_len)
+            stats.record_whole(f"{len(lines)}-{prompt_len}", prompt_len)
         stats.flush()
     stats.budget = None
-    stats.record_dense("last", 30)
+    stats.record_whole("last", 30)
     stats.flush()
     beginnings = [line.split("), ")[0] for line in lines]
     said = ": not longer than the budget of 2048"
@@ -178,7 +178,7 @@ def test_counts_are_logged_when_nothing_runs_any_more(monkeypatch) -> None:
     lines = []
     monkeypatch.setattr(metrics.logger, "info", lambda text, *values: lines.append(text % values))
     worker = Worker()
-    worker._stats.record_dense("0-a74c0dd9", 40)
+    worker._stats.record_whole("0-a74c0dd9", 40)
     worker.execute_model(SimpleNamespace(total_num_scheduled_tokens=1))
     assert lines == []
     for _ in range(2):
@@ -241,7 +241,7 @@ def test_pages_come_to_the_host_in_their_own_time(monkeypatch):
     both = torch.tensor([[[1, 3], [2, 2]], [[4, 1], [1, 2]]], dtype=torch.int32)
     stats.record_compressed(["a", "b"], [GEOMETRY, SUFFIX_GEOMETRY], both)
     compress(stats, "c", GEOMETRY, [[3, 1], [0, 4]])
-    stats.record_dense("dense", 40)
+    stats.record_whole("dense", 40)
     assert len(device.copies) == 2
     # The first is there, which the next one finds out.
     device.copies[0].arrive()

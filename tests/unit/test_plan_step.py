@@ -53,7 +53,7 @@ def plain(requests: Requests, plan: StepPlan) -> PlainPlan:
             (c.request_id, c.row, c.token_start, c.token_end, c.first, c.finishes, c.is_one_shot)
             for c in plan.chunks
         ],
-        finished_dense=plan.finished_dense,
+        finished_whole=plan.finished_whole,
         runs=prompt_runs(plan),
     )
 

@@ -164,15 +164,15 @@ def test_workers_take_a_sessions_rows_for_whole():
         plan = plan_step(requests, 32, names, lens, starts, lens)
         # Of the session no query is collected, and it has no region.
         assert [chunk.request_id for chunk in plan.chunks] == ["other"]
-        assert plan.finished_dense == [("session", prompt_len)]
+        assert plan.finished_whole == [("session", prompt_len)]
         assert not plan.numbers[:, 0].any()
 
 
 def test_a_session_counts_once_and_its_prompt_grows():
     stats = CompressionStats(log=False)
-    stats.record_dense("session-a74c0dd9", 600)
-    stats.record_dense("session-a74c0dd9", 657)
-    stats.record_dense("session-a74c0dd9", 657)
+    stats.record_whole("session-a74c0dd9", 600)
+    stats.record_whole("session-a74c0dd9", 657)
+    stats.record_whole("session-a74c0dd9", 657)
     snapshot = stats.snapshot()
     (record,), totals = snapshot["requests"], snapshot["totals"]
     assert (record["prompt_len"], record["kept_tokens"], record["num_prefills"]) == (657, 657, 2)

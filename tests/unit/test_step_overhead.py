@@ -20,7 +20,7 @@ def test_steps_are_of_the_kind_that_they_are_called(runner):
         plans.append(step.plan(*step.names(step.common)))
     decode, mixed = plans
     assert decode.num_single == 32
-    assert not decode.chunks and not decode.extended and not decode.finished_dense
+    assert not decode.chunks and not decode.extended and not decode.finished_whole
     assert (decode.numbers[OFFSETS_ROW] > 0).sum() == 24
     assert mixed.num_single == 24
     assert [chunk.finishes for chunk in mixed.chunks] == [True] * 4

@@ -82,7 +82,7 @@ class StepPlan:
         one_shot: rows whose prompts have no blocks for what they evict, with the tokens that get
             no slot.
         chunks: tokens to collect.
-        finished_dense: (request id, prompt length) of prompts that end here and stay whole.
+        finished_whole: (request id, prompt length) of prompts that end here and stay whole.
     """
 
     request_ids: Sequence[str]
@@ -95,7 +95,7 @@ class StepPlan:
     cut: list[tuple[int, int, RequestGeometry]] = field(default_factory=list)
     one_shot: dict[int, slice] = field(default_factory=dict)
     chunks: list[PromptChunk] = field(default_factory=list)
-    finished_dense: list[tuple[str, int]] = field(default_factory=list)
+    finished_whole: list[tuple[str, int]] = field(default_factory=list)
 
 
 def plan_step(
@@ -158,7 +158,7 @@ def plan_step(
     for row in np.flatnonzero(is_special).tolist():
         request_id, prompt_len = request_ids[row], int(prompt_lens[row])
         if not is_compressed[row]:
-            plan.finished_dense.append((request_id, prompt_len))
+            plan.finished_whole.append((request_id, prompt_len))
             continue
         request = requests.get_or_create(request_id, prompt_len)
         start, seq_len = int(query_start_loc[row]), int(seq_lens[row])
@@ -241,7 +241,7 @@ def _plan_prompt(
 def prompt_runs(plan: StepPlan) -> list[tuple[int, int, bool]]:
     """Rows that the stock backend attends as (first row, end, whether they are one-shot).
 
-    They are those behind the single ones, in order, but for compressed ones.
+    They are those behind the single ones, in order, but for compacted ones.
     """
     runs: list[tuple[int, int, bool]] = []
     extended = {row.row for row in plan.extended}

@@ -34,9 +34,9 @@ class RequestGeometry:
         prompt_len: tokens in the prompt.
         block_size: tokens per block (= per page).
         first_kept_block: blocks before this one are compressed (0 when nothing is);
-            from it on every prompt token stays dense. Equals the number of candidate
+            from it on every prompt token stays in dense blocks. Equals the number of candidate
             pages per KV head.
-        num_region_blocks: blocks of the compressed region; 0 = this request stays dense.
+        num_region_blocks: blocks of the compressed region; 0 = this request stays whole.
         compact_len: tokens [0, compact_len) are compacted once they are all computed; the
             rest of the prompt is computed after that, over what was kept.
     """
@@ -132,20 +132,20 @@ class Geometry:
         return RequestGeometry(prompt_len, self.block_size, 0, 0, prompt_len)
 
     def _of(self, prompt_len: int) -> RequestGeometry:
-        dense, retention = self._whole(prompt_len), self.retention
+        whole, retention = self._whole(prompt_len), self.retention
         points = self.schedule.points(prompt_len)
         if not points:
-            return dense
+            return whole
         # A geometry has one region.
         (compact_len,) = points
         kept_tokens = retention.num_tokens(compact_len)
         if compact_len <= retention.window or kept_tokens >= compact_len:
-            return dense
+            return whole
         first_kept_block = (compact_len - retention.recent_tokens) // self.block_size
         tail_tokens = compact_len - first_kept_block * self.block_size
         num_region_blocks = retention.num_region_blocks(kept_tokens - tail_tokens, self.block_size)
         if num_region_blocks >= first_kept_block:
-            return dense
+            return whole
         return RequestGeometry(
             prompt_len, self.block_size, first_kept_block, num_region_blocks, compact_len
         )

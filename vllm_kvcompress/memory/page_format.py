@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # Bytes of one element, by the name that torch gives its type.
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Bytes that a page has for scales, by their kind.
+# Bytes that a token has in a page for scales of its key and value, by their kind.
 SCALE_BYTES = {"none": 0}
 # Token after token, its key before its value. Every other order has the name that its maker gives.
 PLAIN = "plain"
@@ -54,4 +54,4 @@ class PageFormat:
     @property
     def num_bytes(self) -> int:
         """Bytes of a page, its scales included."""
-        return self.num_elements * self.element_bytes + SCALE_BYTES[self.scales]
+        return self.num_elements * self.element_bytes + self.num_tokens * SCALE_BYTES[self.scales]

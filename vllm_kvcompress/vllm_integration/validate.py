@@ -26,8 +26,6 @@ from vllm_kvcompress.policies.common_options import SETTINGS
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
 from vllm_kvcompress.vllm_integration.platforms import choose_platform
 
-# vLLM's attention kernels, on a CPU and FlashAttention's, take multiples of it.
-_BLOCK_UNIT = 16
 # No chunk leaves a single token before the compaction point, nor is the window's token alone in
 # one (see scheduler.py).
 _FEWEST_STEP_TOKENS = 3
@@ -63,10 +61,11 @@ def prepare_engine_args(engine_args: Any) -> KVCompressConfig | None:
     engine_args.worker_cls = platform.worker
     if engine_args.block_size is None:
         engine_args.block_size = platform.block_size
-    elif engine_args.block_size % _BLOCK_UNIT:
+    elif engine_args.block_size % platform.block_unit:
         raise KVCompressConfigError(
-            f"--block-size must be a multiple of {_BLOCK_UNIT}, got {engine_args.block_size}; try "
-            f"{-(-engine_args.block_size // _BLOCK_UNIT) * _BLOCK_UNIT}"
+            f"--block-size must be a multiple of {platform.block_unit}, got "
+            f"{engine_args.block_size}; try "
+            f"{-(-engine_args.block_size // platform.block_unit) * platform.block_unit}"
         )
     config.check_block_size(engine_args.block_size)
     engine_args.additional_config = {**additional, "kv_compress": config.to_dict()}

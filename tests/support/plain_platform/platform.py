@@ -13,6 +13,7 @@ class Plain(Platform):
     name = "plain"
     worker = "plain_platform.worker.PlainWorker"
     block_size = 8
+    block_unit = 1
     attention = "plain_platform.attention.PlainBackend"
     # vLLM's CPU platform resolves no other.
     attention_name = "CPU_ATTN"

@@ -20,12 +20,20 @@ class Platform:
     second half is the worker's, and imports what it needs itself: the first does without. An
     instance belongs to each worker class, as its `platform`.
 
+    Its attention backend has the layout BLHNC, and stores keys and values itself
+    (`forward_includes_kv_cache_update`). The metadata builder has a method `bind`, which takes the
+    engine; until then vLLM profiles. In every step it asks the engine to `prepare`. In every layer
+    the impl writes keys and values by the slots that the engine has corrected, and those of staged
+    prompts to the room that `begin_layer` gives. It attends, and then gives the queries to
+    `after_attention`. A layer that shares another's cache writes nothing, reads what
+    `current_layer` gives, and gives no queries.
+
     Attributes:
         name: for people.
         worker: path of the worker class: of `CompressionWorker` and one of vLLM's.
         block_size: tokens per block, where the user names none.
-        attention: path of the attention backend. Its metadata builder has a method `bind`, which
-            takes the engine.
+        block_unit: what tokens per block are a multiple of.
+        attention: path of the attention backend, which keeps the rules above.
         attention_name: member of vLLM's `AttentionBackendEnum` that stands for this path.
         counts_memory: whether the pool is made as large as memory beside it allows. Then all that
             compression keeps is counted, and prompts without blocks share a buffer of fixed size.
@@ -35,6 +43,8 @@ class Platform:
     name: str
     worker: str
     block_size: int
+    # vLLM's kernels on a CPU, and FlashAttention's, take multiples of it.
+    block_unit = 16
     attention: str
     attention_name: str
     counts_memory = False

@@ -181,6 +181,15 @@ class WorkerEngine:
             self._is_in_step = False
             self.requests.expect()
 
+    def prepare(self, common: Any) -> Step:
+        """Plan a step and prepare what the platform's attention reads in it.
+
+        Args:
+            common: vLLM's CommonAttentionMetadata. Its slots are corrected in place, and those of
+                tokens that get none are -1.
+        """
+        raise NotImplementedError
+
     def plan(self, common: Any, host_seq_lens: torch.Tensor) -> StepPlan:
         """Tell the rows of a step apart.
 
@@ -200,8 +209,8 @@ class WorkerEngine:
             collect_all="all_queries" in self.compactor.scoring.scorer.needs,
             shows_single=self.shows_single,
         )
-        for request_id, prompt_len in plan.finished_dense:
-            self.stats.record_dense(request_id, prompt_len)
+        for request_id, prompt_len in plan.finished_whole:
+            self.stats.record_whole(request_id, prompt_len)
         return plan
 
     def endings(self, plan: StepPlan, block_table: torch.Tensor) -> list[Ending]:

@@ -73,7 +73,7 @@ class CompressionStats:
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
 
-    def record_dense(self, request_id: str, prompt_len: int) -> None:
+    def record_whole(self, request_id: str, prompt_len: int) -> None:
         """A prompt that stays whole has been computed, or the next part of a session's."""
         self._record(
             {

@@ -136,7 +136,7 @@ def _layer_problem(layer: Any, spec: FullAttentionSpec) -> str | None:
     if spec.kv_quant_mode != KVQuantMode.NONE:
         # A checkpoint may ask for this itself, whatever --kv-cache-dtype says.
         return f"its KV cache is quantized ({spec.kv_quant_mode.name})"
-    if layer.impl.alibi_slopes is not None:
+    if getattr(layer.impl, "alibi_slopes", None) is not None:
         return "ALiBi needs every key's position in the cache"
     if layer.head_size_v != layer.head_size:
         return f"value head size {layer.head_size_v} differs from {layer.head_size}"

@@ -208,8 +208,9 @@ class CompressionWorker(_Base):
                 f"{shape.num_layers} full-attention layers are padded to the size of the others'"
             )
         for name, layer in layers.items():
+            backend = layer.get_attn_backend()
             # By name: vLLM loads the backend from its path.
-            if ".".join(layer.get_attn_backend().full_cls_name()) != self.platform.attention:
+            if f"{backend.__module__}.{backend.__qualname__}" != self.platform.attention:
                 raise KVCompressConfigError(
                     f"KV compression brings its own attention, and layer {name} of this model "
                     "has chosen another"

@@ -1,7 +1,7 @@
-"""vLLM's FlashAttention backend with compressed rows.
+"""vLLM's FlashAttention backend with compacted rows.
 
-Rows of several tokens that are not compressed (prompts) run the stock backend on their blocks.
-Rows of one token, compressed or not, run `ops.ragged_decode`, which finds every token of a row from
+Rows of several tokens that are not compacted (prompts) run the stock backend on their blocks.
+Rows of one token, compacted or not, run `ops.ragged_decode`, which finds every token of a row from
 five numbers and the row's page offsets. All that it reads lies at fixed addresses, so a captured
 graph of a decode step may be replayed whatever the rows have become.
 """
@@ -27,7 +27,7 @@ from vllm_kvcompress.vllm_integration.platforms.cuda.engine import CUDAEngine, D
 
 
 class KVCompressCUDABackend(FlashAttentionBackend):
-    """FlashAttention on a block-outermost pool, with compressed rows."""
+    """FlashAttention on a block-outermost pool, with compacted rows."""
 
     # The store needs slots that know of the regions; the metadata has them.
     forward_includes_kv_cache_update = True
@@ -101,7 +101,7 @@ class KVCompressCUDAMetadata:
 
     Attributes:
         slot_mapping: [T] int64 cache slot of every token; -1 for one that gets none.
-        runs: the rows behind the single ones, but for compressed ones.
+        runs: the rows behind the single ones, but for compacted ones.
         step: how the rows are attended; None before the cache is bound (profiling), where `runs`
             has all rows.
         engine: the worker's state, with `step`.
@@ -239,17 +239,17 @@ class KVCompressCUDAImpl(FlashAttentionImpl):
                 step.query_start_loc[: num_single + 1],
                 step.work,
             )
-        for short in step.extended:
+        for extended in step.extended:
             self._decode(
-                query[short.token_start : short.token_end],
-                output[short.token_start : short.token_end],
+                query[extended.token_start : extended.token_end],
+                output[extended.token_start : extended.token_end],
                 engine,
                 layer_index,
-                short.rows,
-                short.page_offsets,
-                short.block_table,
-                short.query_start_loc,
-                short.work,
+                extended.rows,
+                extended.page_offsets,
+                extended.block_table,
+                extended.query_start_loc,
+                extended.work,
                 ops.MAX_QUERY_LEN,
             )
         if owns_cache:

@@ -30,7 +30,7 @@ _WARM_UP_TOKENS = 1024
 
 @dataclass(frozen=True)
 class ExtendedRun:
-    """A compressed row of several tokens, as pieces that the decode kernel takes.
+    """A compacted row of several tokens, as pieces that the decode kernel takes.
 
     Attributes:
         token_start, token_end: its tokens.
@@ -60,7 +60,7 @@ class DeviceStep(Step):
         block_table: [R, W] int32, vLLM's.
         query_start_loc: [R + 1] int32, vLLM's.
         work: shares of the decode kernel's programs in the single rows; None for the reference.
-        extended: rows behind the single ones that are compressed.
+        extended: rows behind the single ones that are compacted.
         runs: the others as (first row, end, whether they are one-shot), in order.
     """
 
