@@ -49,8 +49,6 @@ ALLOWED = {
 ALLOWED_LATER = {
     # vLLM is imported when somebody asks for `LLM`.
     ("__init__", "vllm_integration"),
-    # A policy says that it takes a setting, which names policies: for type checkers.
-    ("policies", "config"),
     # Triton is imported when one of its kernels runs.
     ("ops", "triton_kernels"),
 }

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from vllm_kvcompress import ops
 from vllm_kvcompress.policies.base import LayerScores
-
-if TYPE_CHECKING:
-    from vllm_kvcompress.config import KVCompressConfig
+from vllm_kvcompress.policies.setting import Setting
 
 
-def entries_per_page(config: KVCompressConfig, block_size: int) -> int:
+def entries_per_page(setting: Setting, block_size: int) -> int:
     """Things to choose from that fill a page: its tokens, or 1 if whole pages are chosen."""
-    return block_size if config.granularity == "token" else 1
+    return block_size if setting.granularity == "token" else 1
 
 
-def entry_scores(scores: LayerScores, config: KVCompressConfig, block_size: int) -> LayerScores:
+def entry_scores(scores: LayerScores, setting: Setting, block_size: int) -> LayerScores:
     """Scores of what is chosen from: of tokens, or of whole pages. NaN stays; ops rank it last."""
     first, second = scores.first, scores.second
-    if config.granularity == "page":
-        reduce = config.option("page_reduce")
+    if setting.granularity == "page":
+        reduce = setting.option("page_reduce")
         first = ops.page_scores(first, block_size, reduce)
         second = None if second is None else ops.page_scores(second, block_size, reduce)
     return LayerScores(first, second)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from vllm_kvcompress.policies.builtin import budgets_class, load_class
 from vllm_kvcompress.policies.options import make_part
 from vllm_kvcompress.policies.recipes import RECIPES, SCORERS, Recipe
+from vllm_kvcompress.policies.setting import Setting
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.config import KVCompressConfig
     from vllm_kvcompress.policies.base import Scorer
     from vllm_kvcompress.policies.budgets.base import Budgets
 
@@ -144,11 +144,11 @@ def _outside_scorer(name: str) -> type[Scorer]:
     return scorer
 
 
-def make_scorer(config: KVCompressConfig) -> Scorer:
-    """The scorer that `config.method` names, with its options set."""
-    return make_part(scorer_class(config.recipe.scorer), dict(config.options))
+def make_scorer(setting: Setting) -> Scorer:
+    """The scorer that a setting's method names, with its options set."""
+    return make_part(scorer_class(setting.recipe.scorer), dict(setting.options))
 
 
-def make_budgets(config: KVCompressConfig) -> Budgets:
+def make_budgets(setting: Setting) -> Budgets:
     """The budgets of a setting, with their options set."""
-    return make_part(budgets_class(config.option("budgets")), dict(config.options))
+    return make_part(budgets_class(setting.option("budgets")), dict(setting.options))
