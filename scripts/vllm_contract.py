@@ -65,7 +65,10 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     ),
     "envs.py": ("VLLM_BATCH_INVARIANT",),
     "logger.py": ("init_logger(name)",),
-    "model_executor/layers/attention/attention.py": ("Attention.kv_sharing_target_layer_name",),
+    "model_executor/layers/attention/attention.py": (
+        "Attention.get_attn_backend(self)",
+        "Attention.kv_sharing_target_layer_name",
+    ),
     "model_executor/layers/linear.py": (
         "LinearBase.output_size",
         "LinearBase.quant_method",
@@ -175,10 +178,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "Scheduler.schedule(self, ...)",
     ),
     "v1/core/sched/output.py": (
-        "CachedRequestData.new_block_ids",
         "CachedRequestData.req_ids",
         "CachedRequestData.resumed_req_ids",
-        "NewRequestData.block_ids",
         "NewRequestData.req_id",
         "SchedulerOutput.finished_req_ids",
         "SchedulerOutput.num_scheduled_tokens",
@@ -210,6 +211,8 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "FullAttentionSpec.max_memory_usage_bytes(self, vllm_config)",
         "FullAttentionSpec.merge(cls, specs)",
         "KVCacheConfig.kv_cache_groups",
+        "KVCacheGroupSpec.kv_cache_spec",
+        "KVCacheGroupSpec.layer_names",
         "KVCacheSpec.max_num_blocks_per_req(self, vllm_config, max_len)",
         "KVCacheSpecKind.FULL_ATTENTION",
         "KVQuantMode.NONE",

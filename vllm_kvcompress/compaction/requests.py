@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,8 @@ class CompressedRequest:
 class Requests:
     """The worker's requests, by request id, and the rows that they have of its page offsets.
 
-    What a step must know of every row follows from its state and geometry. It lies in arrays, so
-    that a step gathers it for all rows at once.
+    What a step must know of every row follows from its geometry, but for its offsets row. It lies
+    in arrays, so that a step gathers it for all rows at once.
 
     Args:
         geometry: of all requests.
@@ -74,16 +74,14 @@ class Requests:
     def __len__(self) -> int:
         return len(self._places)
 
-    def expect(self, whole_ids: Container[str] = (), one_shot_ids: Collection[str] = ()) -> None:
-        """Say what the scheduler tells of the next step's requests.
+    def expect(self, whole_ids: Container[str] = (), one_shot_ids: Container[str] = ()) -> None:
+        """Say what the scheduler tells of the next step's requests; by default, nothing.
 
         Args:
             whole_ids: those that are never compressed.
             one_shot_ids: those that begin and have no blocks for what they evict.
         """
         self._whole_ids, self._one_shot_ids = whole_ids, one_shot_ids
-        for request_id in one_shot_ids:
-            self.forget(request_id)
 
     def gather(self, request_ids: Sequence[str], prompt_lens: np.ndarray) -> np.ndarray:
         """[fields, R] int32 of a step's requests, in the order of `REGION_BLOCKS` and so on.
@@ -129,16 +127,15 @@ class Requests:
             self._grow()
         place = self._places[request_id] = self._free_places.pop()
         geometry = self.geometry.of_request(prompt_len, request_id in self._whole_ids)
-        row = CompressedRow.begin(geometry, request_id in self._one_shot_ids)
-        self._rows[place] = row
+        self._rows[place] = CompressedRow.begin(geometry, request_id in self._one_shot_ids)
         region_from = _NEVER
         if geometry.is_compressed:
             prompt = PromptCompaction(geometry, self._num_layers)
             self._requests[place] = CompressedRequest(prompt, place)
-            # Its row has the region before it is filled.
-            row, region_from = row.compacted(geometry.point), geometry.region_from_tokens
+            region_from = geometry.region_from_tokens
         self._fields[:, place] = (
-            *row.layout.descriptor(0)[1:],
+            # Its row has the region before it is filled.
+            *geometry.layout.descriptor(0)[1:],
             NO_OFFSETS,
             geometry.compact_len,
             region_from,

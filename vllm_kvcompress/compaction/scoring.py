@@ -30,7 +30,8 @@ class Backends:
         score: of scores: 'triton' and 'reference' score several layers at once, 'native' (compiled,
             for a CPU) one; 'torch' leaves scores to the scorer.
         select: of selection and what it copies: 'triton', 'native', 'torch' or 'reference'.
-        move: of what moves between the buffer of one-shot prompts and the pool: likewise.
+        move: of what moves between the buffer of one-shot prompts and the pool: 'triton', 'torch',
+            'reference' or, on a CPU, 'native'.
     """
 
     score: str

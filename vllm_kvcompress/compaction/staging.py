@@ -305,10 +305,10 @@ class Staging:
         self, source: torch.Tensor, pages: torch.Tensor, target: torch.Tensor, order: PageOrder
     ) -> None:
         """Copy tokens of pages whose elements are in another order than token after token."""
-        slots, per_page = target % self._per_page, self._per_page
+        places, per_page = target % self._per_page, self._per_page
         key, value = ops.gather_tokens(
             self._buffer.flatten(1), source // per_page, source % per_page, order
         )
         target_pages = (target // per_page)[:, None]
-        pages.flatten(1)[target_pages, order.key_offsets[slots]] = key
-        pages.flatten(1)[target_pages, order.value_offsets[slots]] = value
+        pages.flatten(1)[target_pages, order.key_offsets[places]] = key
+        pages.flatten(1)[target_pages, order.value_offsets[places]] = value

@@ -1,4 +1,4 @@
-"""The state of one request's row, said in full: what scheduler, worker and another server share."""
+"""The state of one request's row in full: for scheduler, worker, and whoever asks from outside."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class CompressedRow:
             )
         if self.is_compacted != bool(self.layout.points):
             raise ValueError(
-                f"a row of {self.num_compactions} compactions cannot be {self.state.value!r}"
+                f"a row of {len(self.layout.points)} compactions cannot be {self.state.value!r}"
             )
         if self.page_counts is None:
             return
@@ -98,11 +98,6 @@ class CompressedRow:
     def is_compacted(self) -> bool:
         """Whether it has a region that is filled."""
         return self.state is RowState.COMPACTED
-
-    @property
-    def num_compactions(self) -> int:
-        """Compactions so far."""
-        return len(self.layout.points)
 
     def compacted(self, point: CompactionPoint) -> CompressedRow:
         """The row after one more compaction, whose pages are not known yet.

@@ -24,7 +24,7 @@ from vllm_kvcompress.model_layers import (
 from vllm_kvcompress.policies import make_budgets, scorer_class
 from vllm_kvcompress.policies.common_options import SETTINGS
 from vllm_kvcompress.vllm_integration.compat import check_vllm_version
-from vllm_kvcompress.vllm_integration.platforms import choose_platform
+from vllm_kvcompress.vllm_integration.platforms import choose_platform, platform_of
 
 # No chunk leaves a single token before the compaction point, nor is the window's token alone in
 # one (see scheduler.py).
@@ -92,7 +92,7 @@ def check_engine_config(vllm_config: Any, config: KVCompressConfig) -> None:
     config.check_block_size(vllm_config.cache_config.block_size)
     _refuse(_model_problems(vllm_config))
     _refuse(_feature_problems(vllm_config, config))
-    platform = choose_platform(vllm_config.parallel_config.worker_cls)
+    platform = platform_of(vllm_config.parallel_config.worker_cls)
     layers = _full_layers(vllm_config)
     check_table_shape(config, layers.num_layers, layers.num_kv_heads)
     # Before vLLM's own answer to such heads, another attention backend.

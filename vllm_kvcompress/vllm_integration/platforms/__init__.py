@@ -18,47 +18,62 @@ def choose_platform(worker_cls: Any) -> Platform:
 
     Args:
         worker_cls: vLLM's setting: 'auto', or a path. A class of somebody else's that says its
-            `platform` brings one that is not in the list.
+            `platform`, and is that platform's worker, brings one that is not in the list.
 
     Raises:
-        KVCompressConfigError: if vLLM's platform is none of ours, or the class cannot compress.
+        KVCompressConfigError: if vLLM's platform is none of ours, or the class is no worker of it.
     """
+    current = next((platform for platform in PLATFORMS if platform.is_current()), None)
     if worker_cls == "auto":
-        return _current_platform()
+        if current is None:
+            raise _no_platform()
+        return current
+    platform = platform_of(worker_cls)
+    if platform in PLATFORMS and platform is not current:
+        raise _no_worker(worker_cls)
+    return platform
+
+
+def platform_of(worker_cls: Any) -> Platform:
+    """The platform of a worker class.
+
+    Args:
+        worker_cls: its path.
+
+    Raises:
+        KVCompressConfigError: if it is the worker of no platform.
+    """
     for platform in PLATFORMS:
         if worker_cls == platform.worker:
             return platform
-    outside = _platform_of_class(worker_cls)
-    if outside is None:
-        raise KVCompressConfigError(
-            "KV compression brings its own worker class and cannot use "
-            f"{worker_cls!r}; drop --worker-cls"
-        )
+    try:
+        found = pkgutil.resolve_name(worker_cls)
+    # Whatever goes wrong in there.
+    except Exception as error:
+        raise _no_worker(worker_cls) from error
+    outside = getattr(found, "platform", None)
+    # A subclass of a worker has its platform, but is not what the platform would start.
+    if not isinstance(outside, Platform) or _path_of(found) != outside.worker:
+        raise _no_worker(worker_cls)
     return outside
 
 
-def _current_platform() -> Platform:
-    for platform in PLATFORMS:
-        if platform.is_current():
-            return platform
-    from vllm.platforms import current_platform
+def _path_of(worker: type) -> str:
+    return f"{worker.__module__}.{worker.__qualname__}"
 
-    raise KVCompressConfigError(
-        f"this release of vllm-kvcompress runs on vLLM's {_all_names()} platforms only, not on "
-        f"{current_platform.device_name}"
+
+def _no_worker(worker_cls: Any) -> KVCompressConfigError:
+    return KVCompressConfigError(
+        f"KV compression brings its own worker class and cannot use {worker_cls!r}; drop "
+        "--worker-cls"
     )
 
 
-def _all_names() -> str:
-    return " and ".join(platform.name for platform in PLATFORMS)
+def _no_platform() -> KVCompressConfigError:
+    from vllm.platforms import current_platform
 
-
-def _platform_of_class(worker_cls: Any) -> Platform | None:
-    """What a worker class says; None if there is no such class, or it does not say."""
-    if isinstance(worker_cls, str):
-        try:
-            worker_cls = pkgutil.resolve_name(worker_cls)
-        except (ImportError, AttributeError, ValueError):
-            return None
-    platform = getattr(worker_cls, "platform", None)
-    return platform if isinstance(platform, Platform) else None
+    names = " and ".join(platform.name for platform in PLATFORMS)
+    return KVCompressConfigError(
+        f"this release of vllm-kvcompress runs on vLLM's {names} platforms only, not on "
+        f"{current_platform.device_name}"
+    )

@@ -34,8 +34,8 @@ class KVCompressManager(FullAttentionManager):
     `remove_skipped_blocks` is called with settled token counts only.
 
     Attributes:
-        rows: state of every request that vLLM has asked blocks for; as settled, so a compaction in
-            flight is not among it. Those that are never compressed are not here.
+        rows: state of every request that vLLM has asked blocks for, but for those of `whole_ids`.
+            It is as settled, so a compaction in flight is not among it.
         whole_ids: requests that are never compressed; the scheduler adds and removes them.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,7 +165,7 @@ class WorkerEngine:
 
     @contextmanager
     def scheduled_step(
-        self, one_shot_ids: Collection[str] = (), whole_ids: Container[str] = ()
+        self, one_shot_ids: Container[str] = (), whole_ids: Container[str] = ()
     ) -> Iterator[None]:
         """Around a step of the scheduler. Batches outside of one are made up (warm-up, capture).
 

@@ -272,10 +272,12 @@ class CompressionWorker(_Base):
             self._engine.use_parameters(self._layer_parameters(self._config))
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the stock worker, after dropping requests that have left."""
+        """As the stock worker, after dropping requests that have left, or begin again."""
         if self._engine is not None:
             self._engine.forget(scheduler_output.finished_req_ids)
             self._engine.forget(scheduler_output.preempted_req_ids or ())
+            self._engine.forget(new.req_id for new in scheduler_output.scheduled_new_reqs)
+            self._engine.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         if scheduler_output.total_num_scheduled_tokens == 0:
             # Nothing runs any more. A command that ends now kills this process within moments.
             self._stats.flush()

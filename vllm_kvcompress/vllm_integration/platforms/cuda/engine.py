@@ -177,13 +177,13 @@ class CUDAEngine(WorkerEngine):
             np.arange(1, cdiv(row.query_len, MAX_QUERY_LEN) + 1) * MAX_QUERY_LEN, row.query_len
         )
         num_pieces = len(ends)
-        *region, slot = numbers[:, row.row].tolist()
+        *region, offsets_row = numbers[:, row.row].tolist()
         region = np.broadcast_to(region, (num_pieces, len(region)))
         rows = np.column_stack([row.seq_len - row.query_len + ends, region])
         packed = np.concatenate([rows.reshape(-1), [0], ends]).astype(np.int32)
         on_device = to_device(packed, self.pool.device)
         piece_rows = on_device[: rows.size].view(rows.shape)
-        page_offsets = self.page_offsets[slot : slot + 1].expand(num_pieces, -1)
+        page_offsets = self.page_offsets[offsets_row : offsets_row + 1].expand(num_pieces, -1)
         query_start_loc = on_device[rows.size :]
         # Lists of its own: a step may have several such rows.
         work = self._extended_work
