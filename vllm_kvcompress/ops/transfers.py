@@ -7,11 +7,11 @@ import torch
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy on the device; the host may change `values`. On a GPU it goes on at once."""
+    """A copy on the device; the host goes on at once, and may change `values`."""
     host = torch.from_numpy(values)
-    if device.type != "cuda":
-        return host.to(device, copy=True)
-    return host.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True, copy=True)
 
 
 class HostCopy:
@@ -49,8 +49,8 @@ def _start_copy(values: torch.Tensor) -> tuple[torch.Tensor | None, torch.cuda.E
     if values.is_meta:
         return None, None
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-    # Elsewhere nothing would tell when the contents are there.
-    host.copy_(values, non_blocking=values.is_cuda)
+    # On other devices nothing would tell when the contents are there.
+    host.copy_(values, non_blocking=values.device.type in ("cuda", "cpu"))
     if not values.is_cuda:
         return host, None
     event = torch.cuda.Event()
