@@ -92,7 +92,7 @@ class KVCompressConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """The scorer, layer schedule and head allocation that `method` names.
+        """The scorer and budgets that `method` names.
 
         With the paper's defaults if the option `published` is set.
         """

@@ -84,7 +84,7 @@ class Platform:
         """
         raise NotImplementedError
 
-    def page_order(self, layer: Any) -> str:
+    def page_order_name(self, layer: Any) -> str:
         """Name of the elements' order in pages that a layer's kernel fills."""
         return PLAIN
 

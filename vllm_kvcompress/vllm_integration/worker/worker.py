@@ -120,7 +120,7 @@ class CompressionWorker(_Base):
 
     def _cache_shape(self, spec: KVCompressSpec, layer: Any, num_layers: int) -> CacheShape:
         """Shape of a cache whose layers are all like this one."""
-        page = spec.page_format(self.platform.page_order(layer))
+        page = spec.page_format(self.platform.page_order_name(layer))
         return CacheShape(num_layers, spec.num_kv_heads, layer.num_heads // spec.num_kv_heads, page)
 
     def _own_bytes(self, available: int) -> int:

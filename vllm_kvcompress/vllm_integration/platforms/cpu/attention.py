@@ -191,7 +191,7 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             if layer > 0 and torch.equal(lens[layer], lens[layer - 1]):
                 scheduler.append(scheduler[-1])
                 continue
-            scheduler.append(self._schedule(lens[layer], query_start_loc))
+            scheduler.append(self._kernel_plan(lens[layer], query_start_loc))
         return CompactedRows(self._page_tables, lens, query_start_loc, query_index, scheduler)
 
     def _build_by_head(
@@ -215,12 +215,12 @@ class KVCompressCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             for head_lens in layer_lens:
                 key = tuple(head_lens.tolist())
                 if key not in known:
-                    known[key] = self._schedule(head_lens, query_start_loc)
+                    known[key] = self._kernel_plan(head_lens, query_start_loc)
                 of_layer.append(known[key])
             scheduler.append(of_layer)
         return RowsByHead(self._page_tables, lens, query_start_loc, tokens, scheduler)
 
-    def _schedule(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+    def _kernel_plan(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
         """The kernel's plan for sequences of one KV head."""
         assert self.engine is not None
         shape = self.engine.shape

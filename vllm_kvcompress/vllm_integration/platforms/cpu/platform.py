@@ -44,7 +44,7 @@ class CPU(Platform):
             (vllm_config.use_v2_model_runner, "Model Runner V2; unset VLLM_USE_V2_MODEL_RUNNER"),
         )
 
-    def page_order(self, layer: Any) -> str:
+    def page_order_name(self, layer: Any) -> str:
         """The instruction set, which vLLM's kernel orders its pages for."""
         return layer.isa
 
