@@ -29,7 +29,6 @@ from tiny_models import (
 
 from vllm_kvcompress import ops
 
-pytestmark = pytest.mark.parametrize("device", EVERYWHERE, indirect=True, scope="module")
 RATIO, LOW_RATIO = 0.75, 0.6
 BLOCK, NUM_HEADS = 32, 2
 # Full-attention layers of each, and how to build it.
@@ -57,6 +56,23 @@ SHAPES = {
     "gpt_oss_windows_and_sinks": (2, functools.partial(tiny_gpt_oss, sliding_window=128)),
     "gpt_oss_sinks_no_windows": (4, functools.partial(tiny_gpt_oss, sliding_window=None)),
 }
+# Together they have all that the plain platform's attention can do.
+PLAIN_SHAPES = ("gemma3n_shared_caches", "gpt_oss_windows_and_sinks")
+
+
+def cases():
+    """Devices and the shapes that run there."""
+    for name in SHAPES:
+        for device in EVERYWHERE:
+            if device == "plain" and name not in PLAIN_SHAPES:
+                continue
+            if isinstance(device, str):
+                yield device, name
+            else:
+                yield pytest.param(*device.values, name, marks=device.marks)
+
+
+pytestmark = pytest.mark.parametrize(("device", "shape"), [*cases()], indirect=True, scope="module")
 
 
 def prompt(length):
@@ -67,7 +83,7 @@ def prompt(length):
 PROMPTS = [prompt(length) for length in (333, 600, 40, 449)]
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module")
 def shape(request, device, model, tmp_path_factory, engines_in_process):
     num_layers, build = SHAPES[request.param]
     path = build(tmp_path_factory.mktemp(request.param), model)

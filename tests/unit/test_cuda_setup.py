@@ -272,7 +272,7 @@ def test_scores_follow_the_weights(monkeypatch):
     )
     # Before there is a cache.
     worker.reload_weights("first")
-    worker._layer_parameters = lambda config: sorted(scorer_class(config.recipe.scorer).needs)
+    worker._layer_parameters = sorted
     worker._engine = SimpleNamespace(use_parameters=done.append)
     worker.reload_weights("second")
     worker.finish_weight_update()

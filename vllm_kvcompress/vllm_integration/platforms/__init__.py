@@ -48,9 +48,9 @@ def platform_of(worker_cls: Any) -> Platform:
             return platform
     try:
         found = pkgutil.resolve_name(worker_cls)
-    # Whatever goes wrong in there.
-    except Exception as error:
-        raise _no_worker(worker_cls) from error
+    # Whatever goes wrong in there, the class is none that can be used.
+    except Exception:
+        raise _no_worker(worker_cls) from None
     outside = getattr(found, "platform", None)
     # A subclass of a worker has its platform, but is not what the platform would start.
     if not isinstance(outside, Platform) or _path_of(found) != outside.worker:

@@ -140,7 +140,7 @@ class CompressionWorker(_Base):
             self.vllm_config.model_config.max_model_len,
             self.vllm_config.scheduler_config.max_num_seqs,
         )
-        if "output_weight" in scorer_class(self._config.recipe.scorer).needs:
+        if "output_weight" in _needs_of(self._config):
             model = self.model_runner.get_model()
             own += sum(output_copy_bytes(model, name, self._layers[name]) for name in specs)
         # And a part of what is left, as large a pool as that may be.
@@ -182,7 +182,7 @@ class CompressionWorker(_Base):
             config=self._config,
             shape=shape,
             layer_views={name: layer.kv_cache for name, layer in layers.items()},
-            layers=self._layer_parameters(self._config),
+            layers=self._layer_parameters(_needs_of(self._config)),
             row_names=names(self.model_runner),
             max_num_reqs=self._max_num_reqs(),
             stats=self._stats,
@@ -239,9 +239,9 @@ class CompressionWorker(_Base):
             if advice is not None:
                 logger.warning("kv-compress: %s", advice)
 
-    def _layer_parameters(self, config: KVCompressConfig) -> list[LayerParameters]:
-        """What scoring by a setting must know of each layer."""
-        model, needs = self.model_runner.get_model(), scorer_class(config.recipe.scorer).needs
+    def _layer_parameters(self, needs: frozenset[str]) -> list[LayerParameters]:
+        """What a scorer with these needs must know of each layer."""
+        model = self.model_runner.get_model()
         return [
             layer_parameters(model, name, self._layers[name], needs) for name in self._layer_names
         ]
@@ -252,7 +252,7 @@ class CompressionWorker(_Base):
         config = KVCompressConfig.from_dict(raw)
         shape = self._engine.shape
         check_table_shape(config, shape.num_layers, shape.num_kv_heads)
-        self._engine.configure(config, self._layer_parameters(config))
+        self._engine.configure(config, self._layer_parameters(_needs_of(config)))
         self._config = config
         self._stats.budget = config.budget
 
@@ -269,7 +269,7 @@ class CompressionWorker(_Base):
     def _use_new_weights(self) -> None:
         # What is derived from weights does not follow them by itself.
         if self._engine is not None:
-            self._engine.use_parameters(self._layer_parameters(self._config))
+            self._engine.use_parameters(self._layer_parameters(_needs_of(self._config)))
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """As the stock worker, after dropping requests that have left, or begin again."""
@@ -323,3 +323,8 @@ class CompressionWorker(_Base):
         AttentionBackendEnum[self.platform.attention_name].clear_override()
         selector._cached_get_attn_backend.cache_clear()
         super().shutdown()
+
+
+def _needs_of(config: KVCompressConfig) -> frozenset[str]:
+    """What a setting's scorer needs of a model."""
+    return scorer_class(config.recipe.scorer).needs
