@@ -30,12 +30,14 @@ class CompressedRequest:
     Attributes:
         prompt: what is collected until compaction.
         place: its column of the arrays of all requests.
+        row: state of its row, without pages of streams.
         offsets_row: of the worker's page offsets; `NO_OFFSETS` before compaction.
         attention: what a platform's attention has made of its row, to be used again.
     """
 
     prompt: PromptCompaction
     place: int
+    row: CompressedRow
     offsets_row: int = NO_OFFSETS
     attention: Any = None
 
@@ -63,9 +65,7 @@ class Requests:
         self._places: dict[str, int] = {}
         self._whole_ids: Container[str] = ()
         self._one_shot_ids: Container[str] = ()
-        # By place, as are the fields.
-        self._rows: list[CompressedRow | None] = [None] * max_num_reqs
-        # Requests that stay whole have none.
+        # By place, as are the fields. Requests that stay whole have none.
         self._requests: list[CompressedRequest | None] = [None] * max_num_reqs
         self._fields = np.zeros((_NUM_FIELDS, max_num_reqs), np.int32)
         self._free_places = list(range(max_num_reqs))
@@ -112,9 +112,12 @@ class Requests:
 
     def row(self, request_id: str) -> CompressedRow:
         """State of a known request's row, without pages of streams."""
-        row = self._rows[self._places[request_id]]
-        assert row is not None
-        return row
+        place = self._places[request_id]
+        request = self._requests[place]
+        if request is not None:
+            return request.row
+        prompt_len = int(self._fields[PROMPT_LEN, place])
+        return CompressedRow.begin(self.geometry.of_request(prompt_len, is_whole=True))
 
     def ids(self) -> list[str]:
         """Of all known requests."""
@@ -127,11 +130,11 @@ class Requests:
             self._grow()
         place = self._places[request_id] = self._free_places.pop()
         geometry = self.geometry.of_request(prompt_len, request_id in self._whole_ids)
-        self._rows[place] = CompressedRow.begin(geometry, request_id in self._one_shot_ids)
+        row = CompressedRow.begin(geometry, request_id in self._one_shot_ids)
         region_from = _NEVER
         if geometry.is_compressed:
             prompt = PromptCompaction(geometry, self._num_layers)
-            self._requests[place] = CompressedRequest(prompt, place)
+            self._requests[place] = CompressedRequest(prompt, place, row)
             region_from = geometry.region_from_tokens
         self._fields[:, place] = (
             # Its row has the region before it is filled.
@@ -147,18 +150,15 @@ class Requests:
         # Known requests may be more than those that run: vLLM tells late of some that have left.
         size = self._fields.shape[1]
         self._fields = np.concatenate([self._fields, np.zeros_like(self._fields)], axis=1)
-        self._rows += [None] * size
         self._requests += [None] * size
         self._free_places += range(size, 2 * size)
 
     def mark_compacted(self, request: CompressedRequest) -> int:
         """Note that a request's region is filled; gives its row of the page offsets."""
-        row = self._rows[request.place]
-        assert row is not None
-        if not row.is_compacted:
+        if not request.row.is_compacted:
             if not self._free_offsets_rows:
                 raise RuntimeError(f"more than {len(self)} requests are compacted at once")
-            self._rows[request.place] = row.compacted(request.geometry.point)
+            request.row = request.row.compacted(request.geometry.point)
             request.offsets_row = self._free_offsets_rows.pop()
             self._fields[OFFSETS_ROW, request.place] = request.offsets_row
         return request.offsets_row
@@ -169,7 +169,6 @@ class Requests:
         if place is None:
             return
         request, self._requests[place] = self._requests[place], None
-        self._rows[place] = None
         self._free_places.append(place)
         if request is not None and request.offsets_row != NO_OFFSETS:
             self._free_offsets_rows.append(request.offsets_row)

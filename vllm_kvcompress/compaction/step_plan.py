@@ -165,7 +165,7 @@ def plan_step(
         if is_past[row]:
             _plan_compacted(plan, request_id, request, row, start, seq_len)
             continue
-        is_one_shot = requests.row(request_id).is_one_shot
+        is_one_shot = request.row.is_one_shot
         if has_region[row] and not is_one_shot:
             plan.cut.append((row, seq_len, request.geometry))
         chunk = _plan_prompt(
