@@ -46,20 +46,25 @@ def platform_of(worker_cls: Any) -> Platform:
     for platform in PLATFORMS:
         if worker_cls == platform.worker:
             return platform
-    try:
-        found = pkgutil.resolve_name(worker_cls)
-    # Whatever goes wrong in there, the class is none that can be used.
-    except Exception:
-        raise _no_worker(worker_cls) from None
-    outside = getattr(found, "platform", None)
-    # A subclass of a worker has its platform, but is not what the platform would start.
-    if not isinstance(outside, Platform) or _path_of(found) != outside.worker:
+    outside = _outside_platform(worker_cls)
+    if outside is None:
         raise _no_worker(worker_cls)
     return outside
 
 
-def _path_of(worker: type) -> str:
-    return f"{worker.__module__}.{worker.__qualname__}"
+def _outside_platform(worker_cls: Any) -> Platform | None:
+    """What a class of somebody else's says; None if it cannot be had, or says nothing."""
+    try:
+        found = pkgutil.resolve_name(worker_cls)
+    # Whatever goes wrong in there, the class is none that can be used.
+    except Exception:
+        return None
+    platform = getattr(found, "platform", None)
+    if not isinstance(platform, Platform):
+        return None
+    # A subclass of a worker has its platform, but is not what the platform would start.
+    path = f"{found.__module__}.{found.__qualname__}"
+    return platform if path == platform.worker else None
 
 
 def _no_worker(worker_cls: Any) -> KVCompressConfigError:
