@@ -137,19 +137,20 @@ def test_all_kinds_of_steps(monkeypatch, side, name, dtype, with_sinks, granular
 
 
 def finish_two_prompts(rig):
-    """Two prompts in two chunks each, and what is read of them."""
+    """Two prompts in two chunks each, and what is read of them. The rig checks every step."""
     first, second = Request("first", 12 * 16 + 9), Request("second", 9 * 16)
     rig.step([(second, 50), (first, 150)])
     rig.step([(first, 12 * 16 + 9 - 150), (second, 9 * 16 - 50)])
     rig.step([(first, 1), (second, 1)])
-    assert first.selection is not None and second.selection is not None
+    return first, second
 
 
 @pytest.mark.parametrize("side", [*CPU_SIDES, "cuda-triton", "plain"], indirect=True)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_keeps_what_its_policy_chooses(monkeypatch, side, method, granularity):
     config = config_of(method, 16, granularity)
-    finish_two_prompts(Rig(monkeypatch, side, SHAPES["gqa_3_to_1"], config))
+    requests = finish_two_prompts(Rig(monkeypatch, side, SHAPES["gqa_3_to_1"], config))
+    assert all(request.selection is not None for request in requests)
 
 
 @on_quick_sides
@@ -157,7 +158,8 @@ def test_every_method_keeps_what_its_policy_chooses(monkeypatch, side, method, g
 def test_half_precision_keeps_what_the_policy_chooses(monkeypatch, side, method, granularity):
     """As on a GPU, whose FlashAttention takes nothing else."""
     config = config_of(method, 16, granularity)
-    finish_two_prompts(Rig(monkeypatch, side, SHAPES["gqa_3_to_1"], config, torch.bfloat16))
+    rig = Rig(monkeypatch, side, SHAPES["gqa_3_to_1"], config, torch.bfloat16)
+    assert all(request.selection is not None for request in finish_two_prompts(rig))
 
 
 @on_quick_sides

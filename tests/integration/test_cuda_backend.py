@@ -151,6 +151,8 @@ def test_a_captured_decode_step_serves_later_rows(monkeypatch, backend, num_step
     rig.engine.forget(["late"])
     for _ in range(2):
         rig.step([(long, 1), (short, 1)], captured=captured)
+    # Every step was compared with float64; these had regions.
+    assert long.selection is not None and late.selection is not None
 
 
 def test_a_lone_token_of_a_window_is_refused(monkeypatch):

@@ -126,6 +126,28 @@ class Compactor:
         """
         self.scoring.use_parameters(layers)
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether ops make this method's scores from pages; else the scorer does."""
+        return self.scoring.is_fused
+
+    @property
+    def collects_all(self) -> bool:
+        """Whether every query of a prompt is to be collected, and not the window's only."""
+        return "all_queries" in self.scoring.scorer.needs
+
+    def collect(
+        self,
+        prompt: PromptCompaction,
+        layer: int,
+        query: torch.Tensor,
+        first: int,
+        pages: LayerPages,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Take in the queries of one chunk of a prompt; arguments as of `Scoring.collect`."""
+        self.scoring.collect(prompt, layer, query, first, pages, lse)
+
     def use_buffer(self, buffer: torch.Tensor) -> None:
         """Stage one-shot prompts there; otherwise each batch of them makes a buffer of its own.
 

@@ -32,7 +32,7 @@ class NoPromptLogprobs(_NoPromptLogprobs, LogitsProcessor):
     """For Model Runner V1."""
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
-        pass
+        """Nothing is needed of vLLM's configuration."""
 
     def is_argmax_invariant(self) -> bool:
         """The likeliest token stays the same."""

@@ -206,7 +206,7 @@ class WorkerEngine:
             *names,
             common.query_start_loc_cpu.numpy(),
             host_seq_lens.numpy() if len(names[0]) else np.empty(0),
-            collect_all="all_queries" in self.compactor.scoring.scorer.needs,
+            collect_all=self.compactor.collects_all,
             shows_single=self.shows_single,
         )
         for request_id, prompt_len in plan.finished_whole:
@@ -343,11 +343,11 @@ class WorkerEngine:
     ) -> None:
         tokens = slice(chunk.token_start, chunk.token_end)
         prompt, lse = chunk.request.prompt, _lse_of(tokens, lses)
-        self.compactor.scoring.collect(prompt, layer, query[tokens], chunk.first, pages, lse)
+        self.compactor.collect(prompt, layer, query[tokens], chunk.first, pages, lse)
 
     def _direct_window(self, chunk: PromptChunk) -> slice | None:
         """Tokens of the step that are a whole scoring window, if ops take them as they are."""
-        if not (chunk.finishes and self.compactor.scoring.is_fused):
+        if not (chunk.finishes and self.compactor.is_fused):
             return None
         return chunk.whole_window(self.config.window)
 

@@ -204,7 +204,7 @@ class CUDAEngine(WorkerEngine):
         """Whether scores are made of what attention to a run of tokens can tell."""
         return (
             self._tells_lse
-            and self.compactor.scoring.is_fused
+            and self.compactor.is_fused
             and any(tokens.start <= chunk.token_start < tokens.stop for chunk in step.chunks)
         )
 
@@ -259,7 +259,7 @@ class CUDAEngine(WorkerEngine):
         size = (geometry.compact_len, num_heads, shape.head_size)
         query = torch.ones(size, dtype=self.pool.dtype, device=device)
         lse = None
-        if self._tells_lse and self.compactor.scoring.is_fused:
+        if self._tells_lse and self.compactor.is_fused:
             lse = query.new_zeros(self.config.window, num_heads, dtype=torch.float32)
         blocks = table[0].long()[: cdiv(geometry.compact_len, shape.block_size)]
         prompt = PromptCompaction(geometry, shape.num_layers)
@@ -270,7 +270,7 @@ class CUDAEngine(WorkerEngine):
                 self.compactor.begin_layer(batch, layer)
                 pages = batch.staging.pages(0)
             if lse is None:
-                self.compactor.scoring.collect(prompt, layer, query, 0, pages)
+                self.compactor.collect(prompt, layer, query, 0, pages)
                 window = None
             else:
                 window = Window(query[-self.config.window :], lse)
